@@ -1,0 +1,24 @@
+"""Exact Wan video VAE decoding.
+
+>>> import wan_vae_parallel as wvp
+>>> with wvp.load_vae("wan_2.1_vae.safetensors") as vae:
+...     frames = vae.decode(latents)  # [B, 16, T, h, w] -> [B, 4 * (T - 1) + 1, 8h, 8w, 3] in [0, 1]
+"""
+
+from .architecture import Architecture
+from .errors import CheckpointError, DeviceError, LatentError, OutOfMemoryError, OutputError, WanVAEError
+from .vae import VAE, load_vae, vae_from_state_dict
+
+__all__ = [
+    "VAE",
+    "Architecture",
+    "CheckpointError",
+    "DeviceError",
+    "LatentError",
+    "OutOfMemoryError",
+    "OutputError",
+    "WanVAEError",
+    "load_vae",
+    "vae_from_state_dict",
+]
+__version__ = "0.1.0"

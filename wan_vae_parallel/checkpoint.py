@@ -1,0 +1,220 @@
+"""Safetensors in, a strict state dict in Wan's original key layout out.
+
+Two layouts are in use: Wan's own, which ComfyUI's files have, and diffusers'. Either may carry a ``model.`` or
+``vae.`` prefix. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .architecture import Architecture
+from .errors import CheckpointError
+from .model.decoder import WanDecoder
+
+Layout = Literal["original", "diffusers"]
+
+_PREFIXES = ("", "model.", "vae.")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+# A diffusers model folder keeps its VAE's weights under this name.
+_DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+# Keys besides the decoder's, kept for whoever wraps an encoder around the same weights.
+_ENCODER_PREFIXES = ("encoder.", "conv1.")
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A Wan VAE's weights, checked against its architecture.
+
+    Attributes:
+        architecture: read off the shapes.
+        decoder: the decoder's tensors by their original keys, complete and of the right shapes.
+        encoder: the encoder's tensors by their original keys, as they came; empty if there are none.
+        layout: the key layout that they came in.
+        source: what to call it in messages.
+    """
+
+    architecture: Architecture
+    decoder: Mapping[str, torch.Tensor] = field(repr=False)
+    encoder: Mapping[str, torch.Tensor] = field(repr=False)
+    layout: Layout
+    source: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights (of the first convolution's, if they differ)."""
+        return self.decoder["decoder.conv1.weight"].dtype
+
+    @property
+    def parameters(self) -> int:
+        """Number of the decoder's parameters."""
+        return sum(tensor.numel() for tensor in self.decoder.values())
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a Wan VAE from a safetensors file, or from a folder in diffusers' format.
+
+    Raises:
+        CheckpointError: there is no such file, it is a pickle, it is damaged, or it is no Wan VAE.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder, path = path, path / _DIFFUSERS_FILE
+        if not path.exists():
+            raise CheckpointError(f"{folder} is a folder without {_DIFFUSERS_FILE}; name the safetensors file itself")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; name a Wan VAE's safetensors file")
+    _refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} can't be read as safetensors ({error}); it is damaged or not downloaded in full: fetch it again"
+        ) from error
+    return checkpoint_from_state_dict(state_dict, source=path.name)
+
+
+def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source: str) -> Checkpoint:
+    """Checks tensors in either key layout and brings them into the original one.
+
+    Raises:
+        CheckpointError: they are not the tensors of one Wan VAE; ``source`` is what the message calls them.
+    """
+    layout, tensors = _original_layout(state_dict, source)
+    try:
+        architecture = Architecture.from_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} is not a Wan VAE: {error}") from None
+    encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(_ENCODER_PREFIXES)}
+    decoder = {key: tensor for key, tensor in tensors.items() if key not in encoder}
+    _check_against(architecture, decoder, source)
+    return Checkpoint(architecture=architecture, decoder=decoder, encoder=encoder, layout=layout, source=source)
+
+
+def _refuse_pickle(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(2)
+    # A zip archive or a pickle stream; a safetensors file begins with the length of its header.
+    if path.suffix.lower() in _PICKLE_SUFFIXES or head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise CheckpointError(
+            f"{path} is a pickle, which can run any code when it is opened, so it is not opened; "
+            f"take the same VAE as .safetensors, or convert it on a machine where you trust the file"
+        )
+
+
+def _original_layout(state_dict: Mapping[str, torch.Tensor], source: str) -> tuple[Layout, dict[str, torch.Tensor]]:
+    for prefix in _PREFIXES:
+        if prefix + "decoder.conv1.weight" in state_dict:
+            return "original", _stripped(state_dict, prefix, source)
+        if prefix + "decoder.conv_in.weight" in state_dict and prefix + "decoder.norm_out.gamma" in state_dict:
+            tensors = _stripped(state_dict, prefix, source)
+            blocks = {
+                m.group(1) for m in map(re.compile(r"decoder\.up_blocks\.\d+\.(upsamplers?)\.").match, tensors) if m
+            }
+            residual = "upsampler" in blocks
+            return "diffusers", {_original_key(key, residual=residual): tensor for key, tensor in tensors.items()}
+    keys = sorted(state_dict)
+    raise CheckpointError(
+        f"{source} is not a Wan VAE: it has neither decoder.conv1.weight nor decoder.conv_in.weight, "
+        f"but {_listed(keys) if keys else 'no tensors at all'}; take the VAE that came with the Wan model"
+    )
+
+
+def _stripped(state_dict: Mapping[str, torch.Tensor], prefix: str, source: str) -> dict[str, torch.Tensor]:
+    foreign = sorted(key for key in state_dict if not key.startswith(prefix))
+    if foreign:
+        raise CheckpointError(
+            f"{source} has keys outside its prefix {prefix!r}: {_listed(foreign)}; "
+            f"it holds more than a VAE: save the VAE's tensors alone"
+        )
+    return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+
+
+_RESNET = {
+    "norm1.gamma": "residual.0.gamma",
+    "conv1.weight": "residual.2.weight",
+    "conv1.bias": "residual.2.bias",
+    "norm2.gamma": "residual.3.gamma",
+    "conv2.weight": "residual.6.weight",
+    "conv2.bias": "residual.6.bias",
+    "conv_shortcut.weight": "shortcut.weight",
+    "conv_shortcut.bias": "shortcut.bias",
+}
+
+
+def _original_key(key: str, *, residual: bool) -> str:
+    """A diffusers key in Wan's original layout; unknown keys stay as they are, for the strict check to name."""
+    rules: list[tuple[str, str]] = [
+        (r"post_quant_conv\.", "conv2."),
+        (r"quant_conv\.", "conv1."),
+        (r"(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+        (r"(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+        (r"(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+        (r"(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
+        (r"(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
+        (r"(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
+    ]
+    if residual:
+        rules += [
+            (r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r"decoder.upsamples.\1.upsamples.\2."),
+            (r"decoder\.up_blocks\.(\d+)\.upsampler\.", r"decoder.upsamples.\1.upsamples.3."),
+            (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.downsamples.\1.downsamples.\2."),
+            (r"encoder\.down_blocks\.(\d+)\.downsampler\.", r"encoder.downsamples.\1.downsamples.2."),
+        ]
+    else:
+        rules += [(r"encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1.")]
+        match = re.match(r"decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.(.*)", key)
+        if match:
+            # Wan 2.1 numbers blocks and upsamplings through: four to a stage.
+            block = match.group(2) if match.group(2) is not None else "3"
+            key = f"decoder.upsamples.{4 * int(match.group(1)) + int(block)}.{match.group(3)}"
+    for pattern, replacement in rules:
+        key, found = re.subn("^" + pattern, replacement, key)
+        if found:
+            break
+    if ".upsamples." in key or ".downsamples." in key or ".middle." in key:
+        for theirs, ours in _RESNET.items():
+            if key.endswith("." + theirs):
+                return key.removesuffix(theirs) + ours
+    return key
+
+
+def _check_against(architecture: Architecture, decoder: Mapping[str, torch.Tensor], source: str) -> None:
+    with torch.device("meta"):
+        expected = {key: tuple(tensor.shape) for key, tensor in WanDecoder(architecture).state_dict().items()}
+    named = f"{source}, read as a {architecture.name} VAE of width {architecture.width},"
+    problems = []
+    if missing := [key for key in expected if key not in decoder]:
+        problems.append(f"lacks {_listed(missing)}")
+    if unexpected := [key for key in decoder if key not in expected]:
+        problems.append(f"has unexpected {_listed(unexpected)}")
+    misshapen = [
+        f"{key} {tuple(decoder[key].shape)} instead of {shape}"
+        for key, shape in expected.items()
+        if key in decoder and tuple(decoder[key].shape) != shape
+    ]
+    if misshapen:
+        problems.append(f"has misshapen {_listed(misshapen)}")
+    if problems:
+        raise CheckpointError(f"{named} {'; '.join(problems)}; take the VAE as it was published")
+    odd = [f"{key} {tensor.dtype}" for key, tensor in decoder.items() if tensor.dtype not in _DTYPES]
+    if odd:
+        raise CheckpointError(
+            f"{named} has weights that are no fp32, bf16 or fp16: {_listed(odd)}; take the VAE in one of these"
+        )
+
+
+def _listed(items: Iterable[str]) -> str:
+    items = list(items)
+    more = len(items) - _MOST_NAMED
+    return ", ".join(items[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""The decoder as plain modules: no ranks, no devices, no files."""
