@@ -6,6 +6,7 @@
 """
 
 from .architecture import Architecture
+from .demo import demo_latents, save_demo_checkpoint
 from .errors import CheckpointError, DeviceError, LatentError, OutOfMemoryError, OutputError, WanVAEError
 from .vae import VAE, load_vae, vae_from_state_dict
 
@@ -18,7 +19,9 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "WanVAEError",
+    "demo_latents",
     "load_vae",
+    "save_demo_checkpoint",
     "vae_from_state_dict",
 ]
 __version__ = "0.1.0"

@@ -74,7 +74,7 @@ class Resample(nn.Module):
         """
         if self.time_conv is None or state.first:
             return self._upsample(x[:, None], state)
-        buffer = self.time_conv.input_buffer(*x.shape[:3], state)
+        buffer = self.time_conv.input_buffer(x.shape, state)
         self.time_conv.interior(buffer).copy_(x)
         return self._upsample(interleave_time(self.time_conv(buffer, state)), state)
 

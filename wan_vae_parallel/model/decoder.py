@@ -92,6 +92,6 @@ class WanDecoder(nn.Module):
 
     def _enter(self, latents: torch.Tensor, state: DecodeState) -> torch.Tensor:
         conv = self.decoder.conv1
-        buffer = conv.input_buffer(*latents.shape[:3], state)
+        buffer = conv.input_buffer(latents.shape, state)
         conv.interior(buffer).copy_(self.conv2(latents))
         return conv(buffer, state)

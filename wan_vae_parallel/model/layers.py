@@ -61,9 +61,12 @@ class CausalConv3d(_Weights):
         self.past_frames = kernel[0] - 1
         self.border = kernel[1] // 2
 
-    def input_buffer(self, frames: int, rows: int, columns: int, state: DecodeState) -> torch.Tensor:
-        """``[T + past, H + 2 * border, W + 2 * border, C]`` with the past frames and zero borders in place."""
-        channels = self.weight.shape[1]
+    def input_buffer(self, shape: torch.Size, state: DecodeState) -> torch.Tensor:
+        """For an input of ``shape`` ``[T, H, W, C]``, a buffer with past frames and zero borders in place.
+
+        It is ``[T + past, H + 2 * border, W + 2 * border, C]``.
+        """
+        frames, rows, columns, channels = shape
         buffer = state.workspace.take(frames + self.past_frames, rows, columns, channels, border=self.border)
         state.load_past(self, buffer[: self.past_frames])
         return buffer
@@ -115,6 +118,6 @@ class PointwiseConv(nn.Module):
 
 def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, state: DecodeState) -> torch.Tensor:
     """``conv(silu(norm(x)))`` for ``x`` ``[T, H, W, C]``; the norm's output exists only as the conv's input."""
-    buffer = conv.input_buffer(*x.shape[:3], state)
+    buffer = conv.input_buffer(x.shape, state)
     norm_silu(x, norm.gamma, out=conv.interior(buffer))
     return conv(buffer, state)
