@@ -1,11 +1,19 @@
-"""Checks on latents, and the published normalisation undone."""
+"""Latents: reading and writing them, checking them, undoing the published normalisation."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .architecture import Architecture
 from .errors import LatentError
+from .files import replacing
+
+# The tensors in the files of ComfyUI's SaveLatent.
+_COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
 
 
 def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
@@ -70,3 +78,47 @@ def _wrong_channels(channels: int, architecture: Architecture) -> str:
     if channels in models:
         return f"{text}; these are latents of {models[channels]}: load the VAE that belongs to it"
     return f"{text}; connect the VAE that the video was sampled for"
+
+
+def read_latents(path: str | Path) -> torch.Tensor:
+    """Reads latents from a file.
+
+    Args:
+        path: what ComfyUI's SaveLatent writes (``.latent``), or a safetensors file with one 5-D (or 4-D) tensor.
+
+    Returns:
+        ``[B, z, T, h, w]`` or ``[B, z, h, w]`` as they are in the file.
+
+    Raises:
+        LatentError: no such file, it is damaged, or it is not clear which tensor is meant.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LatentError(f"{path} does not exist; name a .latent or .safetensors file with latents")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise LatentError(f"{path} can't be read as safetensors ({error}); save the latents again") from error
+    if _COMFYUI_LATENT in tensors:
+        if _COMFYUI_VERSION not in tensors:
+            raise LatentError(f"{path} is a latent of a ComfyUI from before 2023, which made none of videos")
+        return tensors[_COMFYUI_LATENT]
+    for axes in (5, 4):
+        candidates = [key for key, tensor in tensors.items() if tensor.dim() == axes]
+        if len(candidates) == 1:
+            return tensors[candidates[0]]
+    raise LatentError(
+        f"{path} has {len(tensors)} tensors, {', '.join(f'{k} {tuple(t.shape)}' for k, t in list(tensors.items())[:5])}; "
+        f"it must have exactly one with five axes, [B, C, T, h, w]"
+    )
+
+
+def save_latents(path: str | Path, latents: torch.Tensor) -> None:
+    """Writes latents as ComfyUI's SaveLatent does, for its LoadLatent and `read_latents`.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    with replacing(path) as temporary:
+        save_file({_COMFYUI_LATENT: latents.contiguous(), _COMFYUI_VERSION: torch.empty(0)}, temporary)

@@ -122,7 +122,7 @@ class VAE:
             OutOfMemoryError: not even one latent frame at a time fits; the message says what would.
         """
         latents = self._checked(latents, normalized)
-        shape = self._output_shape(latents)
+        shape = self.output_shape(latents.shape)
         total, done = shape[1], 0
         dtype = torch.promote_types(self.dtype, torch.float32)
         needed, free = dtype.itemsize * shape.numel(), free_memory(torch.device("cpu"))
@@ -152,6 +152,14 @@ class VAE:
             LatentError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
         """
         return self._host_stream(self._checked(latents, normalized))
+
+    def output_shape(self, shape: Sequence[int]) -> torch.Size:
+        """``[B, 4 * (T - 1) + 1, H, W, C]`` of the frames that latents of ``shape`` ``[B, z, T, h, w]`` decode to."""
+        batch, _, frames, rows, columns = shape
+        height, width = self.architecture.frame_size(rows, columns)
+        return torch.Size(
+            (batch, self.architecture.frame_count(frames), height, width, self.architecture.output_channels)
+        )
 
     def memory_needed(self, shape: Sequence[int]) -> int:
         """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on the device, weights included."""
@@ -190,13 +198,6 @@ class VAE:
             raise WanVAEError("this VAE is closed; load it again")
         latents = check_latents(latents, self.architecture).detach()
         return denormalize(latents, self.architecture) if normalized else latents
-
-    def _output_shape(self, latents: torch.Tensor) -> torch.Size:
-        batch, _, frames, rows, columns = latents.shape
-        height, width = self.architecture.frame_size(rows, columns)
-        return torch.Size(
-            (batch, self.architecture.frame_count(frames), height, width, self.architecture.output_channels)
-        )
 
     def _first_chunk(self, size: tuple[int, int, int, int]) -> int:
         if self.chunk != "auto":

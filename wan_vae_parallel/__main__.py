@@ -1,0 +1,7 @@
+"""``python -m wan_vae_parallel``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,231 @@
+"""The shell's way in: ``demo``, ``decode`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .architecture import Architecture
+from .checkpoint import read_checkpoint
+from .demo import demo_latents, save_demo_checkpoint
+from .devices import DTYPES, parse_devices, parse_dtype
+from .errors import OutputError, WanVAEError
+from .files import replacing
+from .latents import check_latents, read_latents, save_latents
+from .memory import decode_memory, free_memory, gibibytes, largest_chunk
+from .vae import VAE, load_vae
+from .video import check_output, contact_sheet, open_output, output_files
+
+# What Wan's models were trained at.
+_FPS = {"wan2.1": 16.0, "wan2.2": 24.0}
+_BAR = 32
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (WanVAEError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was left half-written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wan-vae-parallel", description="Decode Wan video latents exactly: no tiles, no seams, any length."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="make a small VAE and an animation's latents, decode them, show them")
+    demo.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-demo"), help="folder to write to")
+    demo.add_argument("--architecture", choices=sorted(_FPS), default="wan2.1", help="default: %(default)s")
+    demo.add_argument("--width", type=int, default=16, help="base width of the VAE; default: %(default)s")
+    demo.add_argument("--size", type=_size, default=(448, 256), help="of the frames, as 448x256")
+    demo.add_argument("--latent-frames", type=_positive, default=9, help="N make 4 * (N - 1) + 1 frames")
+    _add_engine_options(demo)
+    demo.set_defaults(run=_demo)
+
+    decode = commands.add_parser("decode", help="decode latents to a video, pictures or a tensor")
+    decode.add_argument("latents", type=Path, help="ComfyUI's .latent, or a safetensors file with one 5-D tensor")
+    decode.add_argument("--vae", type=Path, required=True, help="the Wan VAE's safetensors file")
+    decode.add_argument("-o", "--output", type=Path, required=True, help="out.mp4, out.safetensors or frames/%%04d.png")
+    decode.add_argument("--fps", type=_positive_number, help="of the video; default: 16 for Wan 2.1, 24 for Wan 2.2")
+    decode.add_argument(
+        "--normalized", action="store_true", help="the latents are as the diffusion model made them (WanVideoWrapper)"
+    )
+    _add_engine_options(decode)
+    decode.set_defaults(run=_decode)
+
+    info = commands.add_parser("info", help="tell what a checkpoint is and what decoding with it takes")
+    info.add_argument("vae", type=Path, metavar="FILE", help="the Wan VAE's safetensors file")
+    info.add_argument("--size", type=_size, default=(1280, 720), help="of the frames; default: 1280x720")
+    info.add_argument("--frames", type=_positive, default=81, help="default: %(default)s")
+    _add_engine_options(info)
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", default="auto", help="auto, cpu, cuda:0; default: %(default)s")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
+    parser.add_argument(
+        "--chunk", type=_chunk, default="auto", help="latent frames at once: memory against speed; default: auto"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return float(text)
+
+
+def _chunk(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(map(int, match.groups())) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size as 1280x720")
+    return int(match[1]), int(match[2])
+
+
+def _latent_size(architecture: Architecture, size: tuple[int, int]) -> tuple[int, int]:
+    """Latent rows and columns of frames of ``size`` (width, height)."""
+    ratio = architecture.spatial_ratio
+    if size[0] % ratio or size[1] % ratio:
+        raise ValueError(
+            f"frames of {architecture.name} have a multiple of {ratio} pixels a side, not {size[0]}x{size[1]}; "
+            f"take {max(1, round(size[0] / ratio)) * ratio}x{max(1, round(size[1] / ratio)) * ratio}"
+        )
+    return size[1] // ratio, size[0] // ratio
+
+
+def _demo(options: argparse.Namespace) -> None:
+    folder: Path = options.output
+    described = Architecture.published(options.architecture, width=options.width)
+    rows, columns = _latent_size(described, options.size)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} can't be made ({error}); choose another folder with -o") from error
+    checkpoint, latent_file = folder / "demo_vae.safetensors", folder / "demo.latent"
+    save_demo_checkpoint(checkpoint, options.architecture, options.width)
+    latents = demo_latents(described, frames=options.latent_frames, rows=rows, columns=columns)
+    save_latents(latent_file, latents)
+    with load_vae(checkpoint, devices=options.devices, dtype=options.dtype, chunk=options.chunk) as vae:
+        started = time.perf_counter()
+        bar = _Progress()
+        frames = vae.decode(latents, on_chunk=lambda done, total, _: bar.show(done, total))
+        seconds = time.perf_counter() - started
+        bar.close()
+    video, sheet = folder / "demo.mp4", folder / "demo.png"
+    with open_output(video, shape=frames.shape, fps=_FPS[options.architecture]) as write:
+        write(frames)
+    with replacing(sheet) as temporary:
+        contact_sheet(frames[0]).save(temporary)
+    _report(vae, frames.shape, seconds)
+    for what, path in (("video", video), ("contact sheet", sheet), ("VAE", checkpoint), ("latents", latent_file)):
+        print(f"{what + ':':15}{path}")
+
+
+def _decode(options: argparse.Namespace) -> None:
+    latents = read_latents(options.latents)
+    with load_vae(options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk) as vae:
+        shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
+        check_output(options.output, shape)
+        started = time.perf_counter()
+        bar, done = _Progress(), 0
+        fps = options.fps or _FPS[vae.architecture.family]
+        with open_output(options.output, shape=shape, fps=fps) as write:
+            for frames in vae.decode_stream(latents, normalized=options.normalized):
+                write(frames)
+                done += frames.shape[1]
+                bar.show(done, shape[1])
+        bar.close()
+        _report(vae, shape, time.perf_counter() - started)
+    files = output_files(options.output, shape)
+    print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
+
+
+def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
+    batch, total, height, width = shape[:4]
+    videos = f"{batch} x " if batch > 1 else ""
+    print(
+        f"decoded {videos}{total} frames of {width}x{height} in {seconds:.2f} s "
+        f"({batch * total / seconds:.1f} frames/s) on {vae.device} in {str(vae.dtype).removeprefix('torch.')}"
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(options.vae)
+    architecture = checkpoint.architecture
+    device = parse_devices(options.devices)[0]
+    dtype = parse_dtype(options.dtype, device)
+    rows, columns = _latent_size(architecture, options.size)
+    ratio = architecture.temporal_ratio
+    latent_frames = -(-(options.frames - 1) // ratio) + 1
+    size = (1, latent_frames, rows, columns)
+    free = free_memory(device)
+    chunk = largest_chunk(architecture, size, dtype=dtype, free=free) if options.chunk == "auto" else options.chunk
+    needed = decode_memory(architecture, size, chunk=chunk, dtype=dtype)
+    least = decode_memory(architecture, size, chunk=1, dtype=dtype)
+    frames = architecture.frame_count(latent_frames)
+    host = frames * options.size[0] * options.size[1] * architecture.output_channels * 4
+    encoder = "with encoder" if checkpoint.encoder else "without encoder"
+    lines = {
+        "file": options.vae,
+        "architecture": f"{architecture.name}, width {architecture.width}, {architecture.z_dim} latent channels, "
+        f"{architecture.output_channels} colours",
+        "decoder": f"{checkpoint.parameters / 1e6:.1f} million parameters, {_name(checkpoint.dtype)}, {encoder}",
+        "key layout": checkpoint.layout,
+        "device": f"{device} in {_name(dtype)}, {gibibytes(free)} free",
+        f"{options.size[0]}x{options.size[1]}, {frames} frames": f"{gibibytes(needed.total)} with chunk {chunk} "
+        f"(weights {gibibytes(needed.weights)}, feature caches {gibibytes(needed.caches)}, "
+        f"step {gibibytes(needed.step)}); {gibibytes(least.total)} with chunk 1",
+        "frames on host": gibibytes(host),
+    }
+    longest = max(len(label) for label in lines) + 1
+    for label, text in lines.items():
+        print(f"{label + ':':{longest}} {text}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Progress:
+    """A bar on a terminal, nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def show(self, done: int, total: int) -> None:
+        if self._shown:
+            filled = _BAR * done // total
+            print(
+                f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {done}/{total} frames", end="", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        if self._shown:
+            print(file=sys.stderr)

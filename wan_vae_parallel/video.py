@@ -1,0 +1,207 @@
+"""Frames into files: videos, pictures, tensors.
+
+B videos, t frames of a step, H x W pixels, C colours; frames [B, t, H, W, C] in [0, 1]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import imageio_ffmpeg
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from .errors import OutputError
+from .files import check_writable, replacing
+
+Write = Callable[[torch.Tensor], None]
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+# Visually lossless for x264; frames that must be exact go to .safetensors or .png.
+_CRF = 14
+
+
+def check_output(path: str | Path, shape: Sequence[int]) -> None:
+    """Makes sure that frames of ``shape`` ``[B, T, H, W, C]`` can be written to ``path``, before any is decoded.
+
+    Raises:
+        OutputError: an unknown kind of file, a folder that is missing or read-only, or a full disk.
+    """
+    path = Path(path)
+    if _is_sequence(path):
+        check_writable(path.parent / (path.name % 0))
+    elif path.suffix.lower() == ".safetensors":
+        check_writable(path, needed=4 * torch.Size(shape).numel())
+    elif path.suffix.lower() in VIDEO_SUFFIXES:
+        check_writable(path)
+    else:
+        raise OutputError(
+            f"{path} is no kind of file that frames are written to; name a {', '.join(VIDEO_SUFFIXES)}, "
+            f".safetensors or a numbered frames/%04d.png"
+        )
+
+
+def open_output(path: str | Path, *, shape: Sequence[int], fps: float) -> contextlib.AbstractContextManager[Write]:
+    """Opens ``path`` for the frames of a decode, which come in steps.
+
+    - ``.mp4``, ``.mkv``, ``.mov``: H.264, 8 bits, without alpha. Of several videos each gets a file, with ``_1``,
+      ``_2`` before the suffix.
+    - ``.safetensors``: one tensor ``frames`` ``[B, T, H, W, C]``, exact.
+    - a name with ``%04d`` or alike that ends in ``.png``: 8-bit pictures from 0 on, one video after the other.
+
+    Nothing is there under its final name before all of it is written.
+
+    Args:
+        path: where to.
+        shape: ``[B, T, H, W, C]`` of all frames.
+        fps: frames a second of a video.
+
+    Returns:
+        A context manager that gives a function to call with each step's ``[B, t, H, W, C]``.
+
+    Raises:
+        OutputError: it can't be written, or what was written is not all of it.
+    """
+    path = Path(path)
+    check_output(path, shape)
+    if _is_sequence(path):
+        return _open_pictures(path, shape)
+    if path.suffix.lower() == ".safetensors":
+        return _open_tensor(path, shape, fps)
+    return _open_videos(path, shape, fps)
+
+
+def output_files(path: str | Path, shape: Sequence[int]) -> list[Path]:
+    """The files that `open_output` writes."""
+    path, (batch, total) = Path(path), shape[:2]
+    if _is_sequence(path):
+        return [path.parent / (path.name % i) for i in range(batch * total)]
+    if batch == 1 or path.suffix.lower() == ".safetensors":
+        return [path]
+    return [path.with_stem(f"{path.stem}_{video + 1}") for video in range(batch)]
+
+
+def contact_sheet(frames: torch.Tensor, *, columns: int = 4, rows: int = 2, width: int = 1280) -> Image.Image:
+    """A picture of ``columns * rows`` frames spread over a video.
+
+    Args:
+        frames: ``[T, H, W, C]`` in [0, 1].
+        columns: frames beside one another.
+        rows: frames above one another.
+        width: of the sheet, in pixels.
+    """
+    count = min(columns * rows, len(frames))
+    columns, rows = min(columns, count), -(-count // columns)
+    cell = width // columns, max(1, width * frames.shape[1] // (columns * frames.shape[2]))
+    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]))
+    for place in range(count):
+        index = place * (len(frames) - 1) // max(1, count - 1)
+        picture = to_picture(frames[index]).convert("RGB").resize(cell, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (place % columns * cell[0], place // columns * cell[1]))
+    return sheet
+
+
+def to_picture(frame: torch.Tensor) -> Image.Image:
+    """One frame ``[H, W, C]`` in [0, 1], C of 1, 3 or 4, as an 8-bit picture."""
+    return Image.fromarray(_bytes(frame).squeeze(-1).numpy())
+
+
+def _bytes(frames: torch.Tensor) -> torch.Tensor:
+    return (frames * 255).round_().to(torch.uint8)
+
+
+def _is_sequence(path: Path) -> bool:
+    return path.suffix.lower() == ".png" and re.fullmatch(r"[^%]*%0?\d*d[^%]*", path.name) is not None
+
+
+@contextlib.contextmanager
+def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write]:
+    _, total, height, width, colours = shape
+    if colours < 3:
+        raise OutputError(f"{path} can't hold frames of {colours} colours; write .safetensors")
+    try:
+        with contextlib.ExitStack() as stack:
+            temporaries = [stack.enter_context(replacing(file)) for file in output_files(path, shape)]
+            writers = []
+            for temporary in temporaries:
+                writer = imageio_ffmpeg.write_frames(
+                    str(temporary),
+                    (width, height),
+                    fps=fps,
+                    codec="libx264",
+                    quality=None,
+                    macro_block_size=2,
+                    output_params=["-crf", str(_CRF), "-movflags", "+faststart"],
+                    ffmpeg_log_level="error",
+                )
+                stack.callback(writer.close)
+                writer.send(None)
+                writers.append(writer)
+
+            def write(frames: torch.Tensor) -> None:
+                for writer, video in zip(writers, _bytes(frames[..., :3]), strict=True):
+                    for frame in video:
+                        writer.send(frame.contiguous().numpy())
+
+            yield write
+            for writer, temporary in zip(writers, temporaries, strict=True):
+                writer.close()
+                _check_video(temporary, total / fps)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} could not be written: {error}") from error
+
+
+def _check_video(path: Path, seconds: float) -> None:
+    """Raises if ffmpeg stopped early, which it does not always tell."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    try:
+        found = next(reader)["duration"]
+    finally:
+        reader.close()
+    if abs(found - seconds) > max(0.1, 0.02 * seconds):
+        raise OSError(f"ffmpeg wrote {found:.2f} s of {seconds:.2f} s; the disk may be full")
+
+
+@contextlib.contextmanager
+def _open_tensor(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write]:
+    frames, done = torch.empty(tuple(shape)), 0
+
+    def write(newest: torch.Tensor) -> None:
+        nonlocal done
+        frames[:, done : done + newest.shape[1]] = newest
+        done += newest.shape[1]
+
+    with replacing(path, needed=frames.nbytes) as temporary:
+        yield write
+        save_file({"frames": frames}, temporary, metadata={"fps": str(fps)})
+
+
+@contextlib.contextmanager
+def _open_pictures(path: Path, shape: Sequence[int]) -> Iterator[Write]:
+    total, done = shape[1], 0
+    # Beside the final place, so that moving them there is only a new name.
+    folder = Path(tempfile.mkdtemp(prefix=".frames.", suffix=".partial", dir=path.parent))
+
+    def write(newest: torch.Tensor) -> None:
+        nonlocal done
+        for index, video in enumerate(newest):
+            for step, frame in enumerate(video):
+                to_picture(frame).save(folder / (path.name % (index * total + done + step)))
+        done += newest.shape[1]
+
+    try:
+        yield write
+        for file in sorted(folder.iterdir()):
+            file.replace(path.parent / file.name)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error}; free some room or choose another place") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
