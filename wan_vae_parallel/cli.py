@@ -20,8 +20,9 @@ from .errors import OutputError, WanVAEError
 from .files import replacing
 from .latents import check_latents, read_latents, save_latents
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
+from .pictures import contact_sheet
 from .vae import VAE, load_vae
-from .video import check_output, contact_sheet, open_output, output_files
+from .video import check_output, open_output, output_files
 
 # What Wan's models were trained at.
 _FPS = {"wan2.1": 16.0, "wan2.2": 24.0}

@@ -108,8 +108,9 @@ def read_latents(path: str | Path) -> torch.Tensor:
         candidates = [key for key, tensor in tensors.items() if tensor.dim() == axes]
         if len(candidates) == 1:
             return tensors[candidates[0]]
+    found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
     raise LatentError(
-        f"{path} has {len(tensors)} tensors, {', '.join(f'{k} {tuple(t.shape)}' for k, t in list(tensors.items())[:5])}; "
+        f"{path} has {len(tensors)} tensors{': ' + found if found else ''}; "
         f"it must have exactly one with five axes, [B, C, T, h, w]"
     )
 

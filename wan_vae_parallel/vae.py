@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, checkpoint_from_state_dict, read_checkpoint
 from .devices import parse_devices, parse_dtype
 from .errors import DeviceError, OutOfMemoryError, WanVAEError
 from .latents import check_latents, denormalize
-from .memory import decode_memory, free_memory, gibibytes, largest_chunk, largest_frame
+from .memory import decode_memory, free_memory, gibibytes, largest_chunk, largest_frame, parameter_count
 from .runtime.download import to_host
 from .runtime.local import LocalDecoder
 
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 OnChunk = Callable[[int, int, torch.Tensor], None]
 Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
+
+_UNLIMITED = 2**62
 
 
 def load_vae(
@@ -78,8 +80,6 @@ class VAE:
     def __init__(
         self, weights: Callable[[], Checkpoint], *, devices: Devices, dtype: str | torch.dtype, chunk: Chunk
     ) -> None:
-        if chunk != "auto" and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise ValueError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of latent frames, at least 1")
         parsed = parse_devices(devices)
         if len(parsed) > 1:
             raise DeviceError(f"{len(parsed)} devices are named, {devices!r}, but one VAE decodes on one; name one")
@@ -91,7 +91,17 @@ class VAE:
         checkpoint = weights()
         self.architecture: Architecture = checkpoint.architecture
         self._decoder: LocalDecoder | None = None
-        self._load(checkpoint)
+
+    @property
+    def chunk(self) -> Chunk:
+        """Latent frames decoded at once, or ``"auto"``; setting it takes effect at the next decode."""
+        return self._chunk
+
+    @chunk.setter
+    def chunk(self, chunk: Chunk) -> None:
+        if chunk != "auto" and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of latent frames, at least 1")
+        self._chunk: Chunk = chunk
 
     def __enter__(self) -> VAE:
         return self
@@ -162,10 +172,14 @@ class VAE:
         )
 
     def memory_needed(self, shape: Sequence[int]) -> int:
-        """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on the device, weights included."""
+        """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on the device, weights included.
+
+        It is what a free device would be used with; ``chunk="auto"`` makes do with less where there is less.
+        """
         batch, _, frames, rows, columns = shape
         size = (batch, frames, rows, columns)
-        return decode_memory(self.architecture, size, chunk=self._first_chunk(size), dtype=self.dtype).total
+        chunk = self._first_chunk(size, free=_UNLIMITED)
+        return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype).total
 
     def release(self) -> None:
         """Gives the device's memory back; the next decode loads the weights again."""
@@ -173,6 +187,11 @@ class VAE:
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes of the weights on the device."""
+        return parameter_count(self.architecture) * self.dtype.itemsize
 
     @property
     def loaded(self) -> bool:
@@ -199,10 +218,10 @@ class VAE:
         latents = check_latents(latents, self.architecture).detach()
         return denormalize(latents, self.architecture) if normalized else latents
 
-    def _first_chunk(self, size: tuple[int, int, int, int]) -> int:
+    def _first_chunk(self, size: tuple[int, int, int, int], *, free: int) -> int:
         if self.chunk != "auto":
             return min(self.chunk, max(1, size[1] - 1))
-        return largest_chunk(self.architecture, size, dtype=self.dtype, free=free_memory(self.device))
+        return largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         for frames in to_host(self._stream(latents), self.device):
@@ -211,7 +230,7 @@ class VAE:
     def _stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""
         size = (latents.shape[0], *latents.shape[2:])
-        chunk, sent = self._first_chunk(size), 0
+        chunk, sent = self._first_chunk(size, free=free_memory(self.device)), 0
         while True:
             skip = sent
             try:

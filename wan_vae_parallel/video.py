@@ -14,11 +14,11 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from .errors import OutputError
 from .files import check_writable, replacing
+from .pictures import to_bytes, to_picture
 
 Write = Callable[[torch.Tensor], None]
 
@@ -87,35 +87,6 @@ def output_files(path: str | Path, shape: Sequence[int]) -> list[Path]:
     return [path.with_stem(f"{path.stem}_{video + 1}") for video in range(batch)]
 
 
-def contact_sheet(frames: torch.Tensor, *, columns: int = 4, rows: int = 2, width: int = 1280) -> Image.Image:
-    """A picture of ``columns * rows`` frames spread over a video.
-
-    Args:
-        frames: ``[T, H, W, C]`` in [0, 1].
-        columns: frames beside one another.
-        rows: frames above one another.
-        width: of the sheet, in pixels.
-    """
-    count = min(columns * rows, len(frames))
-    columns, rows = min(columns, count), -(-count // columns)
-    cell = width // columns, max(1, width * frames.shape[1] // (columns * frames.shape[2]))
-    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]))
-    for place in range(count):
-        index = place * (len(frames) - 1) // max(1, count - 1)
-        picture = to_picture(frames[index]).convert("RGB").resize(cell, Image.Resampling.LANCZOS)
-        sheet.paste(picture, (place % columns * cell[0], place // columns * cell[1]))
-    return sheet
-
-
-def to_picture(frame: torch.Tensor) -> Image.Image:
-    """One frame ``[H, W, C]`` in [0, 1], C of 1, 3 or 4, as an 8-bit picture."""
-    return Image.fromarray(_bytes(frame).squeeze(-1).numpy())
-
-
-def _bytes(frames: torch.Tensor) -> torch.Tensor:
-    return (frames * 255).round_().to(torch.uint8)
-
-
 def _is_sequence(path: Path) -> bool:
     return path.suffix.lower() == ".png" and re.fullmatch(r"[^%]*%0?\d*d[^%]*", path.name) is not None
 
@@ -145,7 +116,7 @@ def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write
                 writers.append(writer)
 
             def write(frames: torch.Tensor) -> None:
-                for writer, video in zip(writers, _bytes(frames[..., :3]), strict=True):
+                for writer, video in zip(writers, to_bytes(frames[..., :3]), strict=True):
                     for frame in video:
                         writer.send(frame.contiguous().numpy())
 

@@ -1,0 +1,19 @@
+"""What ComfyUI sees of Wan VAE Parallel."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .schemas import WanVAEParallelApply, WanVAEParallelDecode, WanVAEParallelLoader
+
+
+class WanVAEParallelExtension(ComfyExtension):
+    """Lists the pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [WanVAEParallelLoader, WanVAEParallelApply, WanVAEParallelDecode]
+
+
+async def comfy_entrypoint() -> WanVAEParallelExtension:
+    """ComfyUI's way in."""
+    return WanVAEParallelExtension()

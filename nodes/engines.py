@@ -1,0 +1,192 @@
+"""Engines for ComfyUI: one for each set of weights, device and dtype, shared by all nodes that ask for the same.
+
+An engine asks ComfyUI's memory manager for room before it decodes, and stands in its list of loaded models, so that
+``/free`` and other models can take the room back.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import comfy.model_management as model_management
+import comfy.model_patcher
+import torch
+
+from ..wan_vae_parallel import VAE, Architecture
+from ..wan_vae_parallel.devices import available_devices, parse_devices, parse_dtype
+from ..wan_vae_parallel.errors import DeviceError
+from .progress import ChunkProgress
+
+logger = logging.getLogger(__name__)
+
+_engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
+
+
+class Engine:
+    """A VAE of the engine's and its place in ComfyUI's memory manager."""
+
+    def __init__(self, vae: VAE) -> None:
+        self._vae = vae
+        self.patcher = _EnginePatcher(self)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the weights are."""
+        return self._vae.architecture
+
+    @property
+    def device(self) -> torch.device:
+        """Where it decodes."""
+        return self._vae.device
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it holds memory on its device."""
+        return self._vae.loaded
+
+    def weights_size(self) -> int:
+        """Bytes of the weights on the device."""
+        return self._vae.weights_size
+
+    def release(self) -> None:
+        """Gives the device's memory back until the next decode."""
+        self._vae.release()
+
+    def decode(self, latents: torch.Tensor, *, normalized: bool, chunk: int) -> torch.Tensor:
+        """Decodes to ``[B, T, H, W, C]`` on the host, with progress, previews and cancelling.
+
+        Args:
+            latents: ``[B, z, T, h, w]`` or ``[B, z, h, w]``.
+            normalized: see `wan_vae_parallel.VAE.decode`.
+            chunk: latent frames at once; 0 chooses.
+        """
+        self._vae.chunk = chunk or "auto"
+        if latents.dim() == 4:
+            latents = latents.unsqueeze(2)
+        # Videos go one after the other, so that a batch takes no more memory than one; pictures all at once.
+        parts = latents.split(1) if latents.dim() == 5 and latents.shape[2] > 1 else [latents]
+        if latents.dim() == 5:
+            self._make_room(self._vae.memory_needed(parts[0].shape))
+        progress = ChunkProgress(parts=len(parts))
+        decoded = [
+            self._vae.decode(part, normalized=normalized, on_chunk=progress.part(i)) for i, part in enumerate(parts)
+        ]
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+    def _make_room(self, needed: int) -> None:
+        extra = needed - self.weights_size()
+        model_management.load_models_gpu([self.patcher], memory_required=extra)
+        if self.device != self.patcher.load_device and self.device.type != "cpu":
+            model_management.free_memory(needed, self.device)
+
+
+class WanVAEParallelEngine(torch.nn.Module):
+    """ComfyUI's memory manager wants a module to name; the weights are the engine's."""
+
+
+class _EnginePatcher(comfy.model_patcher.ModelPatcher):
+    """Stands for an engine in ComfyUI's list of loaded models: all loaded, or nothing.
+
+    Its device is always the one whose models ``/free`` unloads, whichever device the engine decodes on.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        super().__init__(
+            WanVAEParallelEngine(), load_device=model_management.get_torch_device(), offload_device=torch.device("cpu")
+        )
+
+    def clone(self, *_: Any, **__: Any) -> _EnginePatcher:
+        return self
+
+    def model_size(self) -> int:
+        engine = self._engine()
+        return engine.weights_size() if engine and engine.device == self.load_device else 0
+
+    def loaded_size(self) -> int:
+        engine = self._engine()
+        return self.model_size() if engine and engine.loaded else 0
+
+    def model_dtype(self) -> None:
+        return None
+
+    def partially_load(self, *_: Any, **__: Any) -> int:
+        return 0  # The engine loads its weights itself when it decodes.
+
+    def partially_unload(self, *_: Any, **__: Any) -> int:
+        freed = self.loaded_size()
+        self._release()
+        return freed
+
+    def detach(self, unpatch_all: bool = True) -> torch.nn.Module:  # noqa: ARG002 (ComfyUI's signature)
+        self._release()
+        return self.model
+
+    def _release(self) -> None:
+        engine = self._engine()
+        if engine:
+            engine.release()
+
+
+def shared_engine(
+    source: Hashable, make: Callable[[torch.device, torch.dtype], VAE], devices: str, dtype: str
+) -> Engine:
+    """The engine for ``source`` on the device and in the dtype asked for, made with ``make`` if there is none.
+
+    Args:
+        source: what tells one set of weights from another.
+        make: called with device and dtype.
+        devices: as a user wrote it; those that are not there are left out.
+        dtype: ``"auto"`` for ComfyUI's own choice.
+
+    Raises:
+        DeviceError: ``devices`` is no list of devices.
+    """
+    device = _choose_device(devices)
+    chosen = _choose_dtype(dtype, device)
+    key = (source, device, chosen)
+    engine = _engines.get(key)
+    if engine is None:
+        engine = Engine(make(device, chosen))
+        _engines[key] = engine
+    return engine
+
+
+def _choose_device(devices: str) -> torch.device:
+    names = [name.strip() for name in devices.split(",") if name.strip()]
+    if not names or names == ["auto"]:
+        return _comfyui_device()
+    there = [device for name in names for device in _found(name)]
+    device = there[0] if there else _comfyui_device()
+    if len(names) > 1 or not there:
+        logger.info("Wan VAE Parallel: devices %s were asked for; decoding on %s", devices, device)
+    return device
+
+
+def _found(name: str) -> list[torch.device]:
+    """The device of that name; none if it is a GPU of another machine, where the workflow was made."""
+    try:
+        return parse_devices(name)
+    except DeviceError:
+        if name.removeprefix("cuda:").isdigit():
+            return []
+        raise
+
+
+def _comfyui_device() -> torch.device:
+    device = torch.device(model_management.vae_device())
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in available_devices():
+        logger.warning("Wan VAE Parallel: %s is not supported; decoding on the CPU", device)
+        return torch.device("cpu")
+    return device
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return parse_dtype(dtype, device)
+    return model_management.vae_dtype(device, [torch.bfloat16, torch.float16, torch.float32])

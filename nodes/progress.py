@@ -1,0 +1,41 @@
+"""ComfyUI's progress bar, previews and cancelling, fed by the engine's chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management as model_management
+import comfy.utils
+import torch
+from comfy.cli_args import args
+from PIL import Image
+
+from ..wan_vae_parallel.pictures import to_picture
+
+
+class ChunkProgress:
+    """One bar for the ``parts`` that a decode is done in."""
+
+    def __init__(self, *, parts: int) -> None:
+        self._parts = parts
+        self._bar: comfy.utils.ProgressBar | None = None
+        model_management.throw_exception_if_processing_interrupted()
+
+    def part(self, index: int) -> Callable[[int, int, torch.Tensor], None]:
+        """What the engine is to call with each chunk of part ``index``."""
+
+        def on_chunk(done: int, total: int, frames: torch.Tensor) -> None:
+            if self._bar is None:
+                self._bar = comfy.utils.ProgressBar(self._parts * total)
+            self._bar.update_absolute(index * total + done, preview=("JPEG", _preview(frames), args.preview_size))
+            # Without a server there is no hook in the bar that looks.
+            model_management.throw_exception_if_processing_interrupted()
+
+        return on_chunk
+
+
+def _preview(frames: torch.Tensor) -> Image.Image:
+    """The newest frame, thinned out to about the size that ComfyUI shows."""
+    newest = frames[0, -1, ..., :3]
+    step = max(1, max(newest.shape[:2]) // args.preview_size)
+    return to_picture(newest[::step, ::step])

@@ -1,0 +1,162 @@
+"""The nodes: what they are called, what they take, and a few lines of what they do."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from .vaes import ParallelVAE, apply_parallel, load_parallel
+
+_CATEGORY = "Wan VAE Parallel"
+_DEVICES = (
+    "Where to decode: auto takes the device that ComfyUI's own VAE would use; or cpu, cuda:0, or several with "
+    "commas between them. Devices that this machine does not have are left out, and the log says which one was taken."
+)
+_DTYPE = (
+    "What to compute in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "
+    "float32 is slower and takes twice the memory."
+)
+_CHUNK = (
+    "Latent frames decoded at once: larger is faster, smaller takes less memory, the frames are the same. "
+    "0 chooses from the memory that is free."
+)
+
+
+def _given(target: Any, **wanted: Any) -> dict[str, Any]:
+    """Those of the arguments that ``target`` takes in the ComfyUI that runs: older schemas know fewer."""
+    known = inspect.signature(target).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def _advanced(input_class: Any) -> dict[str, Any]:
+    """Marks an input as advanced; schemas that don't know the word pass it on to the frontend, which does."""
+    return _given(input_class.__init__, advanced=True) or {"extra_dict": {"advanced": True}}
+
+
+def _engine_inputs() -> list[io.Input]:
+    return [
+        io.String.Input("devices", default="auto", tooltip=_DEVICES),
+        io.Combo.Input(
+            "dtype",
+            options=["auto", "bfloat16", "float16", "float32"],
+            default="auto",
+            tooltip=_DTYPE,
+            **_advanced(io.Combo.Input),
+        ),
+        io.Int.Input("chunk", default=0, min=0, max=4096, tooltip=_CHUNK, **_advanced(io.Int.Input)),
+    ]
+
+
+class WanVAEParallelLoader(io.ComfyNode):
+    """Loads a Wan VAE that decodes with this pack's engine."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelLoader",
+            display_name="Load Wan VAE (Parallel)",
+            category=_CATEGORY,
+            description=(
+                "Loads a Wan 2.1 or 2.2 VAE (ComfyUI's or diffusers' safetensors) that decodes exactly, without tiles, "
+                "in any length. Connect it wherever a VAE goes: VAE Decode, VAE Encode, image-to-video nodes."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=_safetensors(),
+                    tooltip="A Wan VAE from models/vae, as safetensors. Pickles (.pt, .pth) are not opened.",
+                ),
+                *_engine_inputs(),
+            ],
+            outputs=[io.Vae.Output(tooltip="A VAE for any node that takes one.")],
+            **_given(io.Schema, search_aliases=["wan vae loader", "load vae", "multi gpu vae", "video vae"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str, devices: str, dtype: str, chunk: int) -> tuple[Any, ...]:
+        """A file that was replaced is loaded anew."""
+        path = folder_paths.get_full_path("vae", vae_name)
+        return (vae_name, devices, dtype, chunk, _version(path) if path else None)
+
+    @classmethod
+    def execute(cls, vae_name: str, devices: str, dtype: str, chunk: int) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("vae", vae_name)
+        return io.NodeOutput(load_parallel(path, devices=devices, dtype=dtype, chunk=chunk))
+
+
+class WanVAEParallelApply(io.ComfyNode):
+    """Makes a loaded Wan VAE decode with this pack's engine."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelApply",
+            display_name="Apply Wan VAE Parallel",
+            category=_CATEGORY,
+            description=(
+                "Takes a Wan VAE that any loader made and returns it decoding exactly, without tiles, in any length. "
+                "Encoding is left as it was."
+            ),
+            inputs=[io.Vae.Input("vae", tooltip="A Wan 2.1 or 2.2 VAE; its weights are used."), *_engine_inputs()],
+            outputs=[io.Vae.Output(tooltip="The same VAE, decoding with Wan VAE Parallel.")],
+            **_given(io.Schema, search_aliases=["wan vae", "multi gpu vae", "patch vae", "parallel vae"]),
+        )
+
+    @classmethod
+    def execute(cls, vae: Any, devices: str, dtype: str, chunk: int) -> io.NodeOutput:
+        return io.NodeOutput(apply_parallel(vae, devices=devices, dtype=dtype, chunk=chunk))
+
+
+class WanVAEParallelDecode(io.ComfyNode):
+    """Decodes Wan latents to frames."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelDecode",
+            display_name="Wan VAE Decode (Parallel)",
+            category=_CATEGORY,
+            description=(
+                "Decodes Wan video latents to frames, exactly: no tiles, no seams, no flicker, any length. "
+                "Takes the place of VAE Decode."
+            ),
+            inputs=[
+                io.Latent.Input("samples", tooltip="Wan latents, as the sampler returns them."),
+                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                io.Boolean.Input(
+                    "normalized_latents",
+                    default=False,
+                    tooltip=(
+                        "Switch on for latents of WanVideoWrapper, which are still as the diffusion model made them. "
+                        "ComfyUI's own samplers have applied mean and deviation already: leave it off for theirs."
+                    ),
+                    **_advanced(io.Boolean.Input),
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The frames, as VAE Decode returns them.")],
+            **_given(io.Schema, search_aliases=["vae decode", "wan decode", "decode video", "latent to image"]),
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any], vae: Any, normalized_latents: bool) -> io.NodeOutput:
+        latents = samples["samples"]
+        if latents.is_nested:
+            latents = latents.unbind()[0]
+        if not isinstance(vae, ParallelVAE):
+            vae = apply_parallel(vae)
+        frames = vae.decode_latents(latents, normalized=normalized_latents)
+        return io.NodeOutput(frames.flatten(0, 1))
+
+
+def _safetensors() -> list[str]:
+    names = folder_paths.get_filename_list("vae")
+    return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
+
+
+def _version(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size

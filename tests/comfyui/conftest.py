@@ -1,0 +1,71 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.comfyui.server import Server, find_comfyui
+from wan_vae_parallel import save_demo_checkpoint
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "comfyui" in item.path.parts:
+            item.add_marker(pytest.mark.comfyui)
+
+
+def random_checkpoint(path, *, family="wan2.1", width=16, seed=0):
+    """Real shapes, encoder included, seeded random weights that neither saturate nor vanish."""
+    save_demo_checkpoint(path, family, width)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    for key, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if key.endswith("gamma"):
+            tensors[key] = 1 + 0.1 * noise
+        elif key.endswith("bias"):
+            tensors[key] = 0.1 * noise
+        else:
+            tensors[key] = noise / tensor[0].numel() ** 0.5
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    found = find_comfyui()
+    if found is None:
+        pytest.skip(
+            "no ComfyUI found: set COMFYUI_PATH and COMFYUI_PYTHON, or put one at ~/comfy/ComfyUI and ~/comfy/venv"
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comfyui")
+    models = folder / "models" / "vae"
+    models.mkdir(parents=True)
+    random_checkpoint(models / "wan21.safetensors")
+    random_checkpoint(models / "wan22.safetensors", family="wan2.2")
+    running = Server(*comfyui, folder, "--cpu")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def send(server):
+    """Puts a tensor where ProbeLoadTensor finds it; returns the node."""
+
+    def send(name, tensor):
+        save_file({"tensor": tensor.contiguous()}, server.input / name)
+        return {"class_type": "ProbeLoadTensor", "inputs": {"name": name}}
+
+    return send
+
+
+@pytest.fixture
+def received(server):
+    """Reads what ProbeSaveTensor wrote."""
+
+    def received(name):
+        return load_file(server.output / name)["tensor"]
+
+    return received

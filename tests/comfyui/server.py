@@ -1,0 +1,169 @@
+"""A real ComfyUI server in a folder of its own, and a client for it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from contextlib import closing
+from pathlib import Path
+from socket import socket
+
+import websocket
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROBES = Path(__file__).parent / "probe_pack"
+
+
+def find_comfyui() -> tuple[Path, Path] | None:
+    """ComfyUI's checkout and its Python: by environment, around this pack, or in the home folder."""
+    candidates = [os.environ.get("COMFYUI_PATH"), REPOSITORY.parents[1], Path.home() / "comfy" / "ComfyUI"]
+    for candidate in filter(None, candidates):
+        path = Path(candidate)
+        if (path / "main.py").is_file() and (path / "comfy_api").is_dir():
+            beside = [path / "venv", path / ".venv", path.parent / "venv", Path.home() / "comfy" / "venv"]
+            pythons = [os.environ.get("COMFYUI_PYTHON"), *(venv / "bin" / "python" for venv in beside)]
+            for python in filter(None, pythons):
+                if Path(python).is_file():
+                    return path, Path(python)
+    return None
+
+
+class Server:
+    """A server process with its own models, inputs and outputs below ``folder``."""
+
+    def __init__(self, comfyui: Path, python: Path, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.input, self.output = folder / "input", folder / "output"
+        for name in ("input", "output", "temp", "user", "models/vae", "custom_nodes", "frontend"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name, target in (("wan-vae-parallel", REPOSITORY), ("probes", PROBES)):
+            link = folder / "custom_nodes" / name
+            if not link.exists():
+                link.symlink_to(target)
+        with closing(socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log_path = folder / "server.log"
+        self._log = self.log_path.open("ab")
+        self.process = subprocess.Popen(
+            [
+                *(str(python), "main.py", "--base-directory", str(folder), "--port", str(self.port)),
+                *("--disable-auto-launch", "--disable-api-nodes", "--front-end-root", str(folder / "frontend")),
+                *("--disable-metadata", "--database-url", "sqlite:///:memory:"),
+                *options,
+            ],
+            cwd=comfyui,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        self._wait_until_up()
+
+    def _wait_until_up(self, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended with {self.process.returncode}:\n{self.log()[-4000:]}")
+            try:
+                self.get("/system_stats")
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.25)
+            else:
+                return
+        self.stop()
+        raise RuntimeError(f"ComfyUI did not start in {seconds} s:\n{self.log()[-4000:]}")
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path: str):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return json.loads(response.read())
+
+    def post(self, path: str, body: dict | None = None) -> dict:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body or {}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from None
+        return json.loads(text) if text else {}
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(15)
+        self._log.close()
+
+    def run(self, graph: dict, *, on_message=None, timeout: float = 240) -> "Run":
+        """Sends a prompt and follows it to its end."""
+        client_id = uuid.uuid4().hex
+        with closing(
+            websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client_id}", timeout=timeout)
+        ) as ws:
+            sent = self.post("/prompt", {"prompt": graph, "client_id": client_id})
+            run = Run(self, sent["prompt_id"])
+            deadline = time.monotonic() + timeout
+            while time.monotonic() < deadline:
+                message = ws.recv()
+                if isinstance(message, bytes):
+                    run.previews.append(message)
+                    continue
+                message = json.loads(message)
+                run.messages.append(message)
+                if on_message:
+                    on_message(message)
+                data = message.get("data", {})
+                if data.get("prompt_id") != run.prompt_id:
+                    continue
+                if message["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                    run.ended = message["type"]
+                    run.detail = data
+                    return run
+            raise AssertionError(f"the prompt did not end in {timeout} s:\n{self.log()[-4000:]}")
+
+
+class Run:
+    """What came over the websocket of one prompt."""
+
+    def __init__(self, server: Server, prompt_id: str) -> None:
+        self.server = server
+        self.prompt_id = prompt_id
+        self.messages: list[dict] = []
+        self.previews: list[bytes] = []
+        self.ended = ""
+        self.detail: dict = {}
+
+    def check(self) -> "Run":
+        assert self.ended == "execution_success", f"{self.detail}\n{self.server.log()[-3000:]}"
+        return self
+
+    def progress(self, node: str) -> list[tuple[float, float]]:
+        return [
+            (m["data"]["value"], m["data"]["max"])
+            for m in self.messages
+            if m["type"] == "progress" and m["data"]["node"] == node
+        ]
+
+    def outputs(self, node: str) -> dict:
+        history = self.server.get(f"/history/{self.prompt_id}")
+        return history[self.prompt_id]["outputs"][node]
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+if __name__ == "__main__":
+    print(find_comfyui(), file=sys.stderr)

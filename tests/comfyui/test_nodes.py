@@ -1,0 +1,290 @@
+"""The nodes in a real ComfyUI server, by POST /prompt. The version is in ComfyUI's comfyui_version.py."""
+
+import time
+
+import pytest
+import torch
+
+from tests.comfyui.server import node
+from wan_vae_parallel.architecture import Architecture
+from wan_vae_parallel.latents import denormalize
+
+# T 5 makes several chunks; 6x10 differs between the axes.
+LATENTS = torch.randn(1, 16, 5, 6, 10, generator=torch.Generator().manual_seed(1))
+
+
+def parallel_loader(name="wan21.safetensors", devices="auto", dtype="auto", chunk=0):
+    return node("WanVAEParallelLoader", vae_name=name, devices=devices, dtype=dtype, chunk=chunk)
+
+
+def decode(samples="latent", vae="vae", normalized=False):
+    return node("WanVAEParallelDecode", samples=[samples, 0], vae=[vae, 0], normalized_latents=normalized)
+
+
+def save(name, image):
+    return node("ProbeSaveTensor", name=name, image=[image, 0])
+
+
+def close_to_core(frames, core):
+    assert frames.shape == core.shape
+    assert frames.dtype == core.dtype == torch.float32
+    assert core.std() > 0.05  # else nothing is compared
+    assert (frames - core).abs().max() <= 1e-3
+
+
+def test_every_way_to_decode_equals_cores_vae_decode(server, send, received):
+    graph = {
+        "latent": send("latent", LATENTS),
+        "core": node("VAELoader", vae_name="wan21.safetensors"),
+        "parallel": parallel_loader(),
+        "applied": node("WanVAEParallelApply", vae=["core", 0], devices="auto", dtype="auto", chunk=2),
+        # 0: what all others are compared with
+        "decode0": node("VAEDecode", samples=["latent", 0], vae=["core", 0]),
+        "decode1": decode(vae="parallel"),
+        "decode2": node("VAEDecode", samples=["latent", 0], vae=["parallel", 0]),
+        "decode3": node("VAEDecode", samples=["latent", 0], vae=["applied", 0]),
+        # tiles that would leave seams, were they used
+        "decode4": node(
+            "VAEDecodeTiled",
+            samples=["latent", 0],
+            vae=["applied", 0],
+            tile_size=64,
+            overlap=0,
+            temporal_size=8,
+            temporal_overlap=4,
+        ),
+        # a VAE that was never made parallel
+        "decode5": decode(vae="core"),
+    }
+    for i in range(6):
+        graph[f"save{i}"] = save(f"frames{i}", f"decode{i}")
+    server.run(graph).check()
+    core = received("frames0")
+    assert core.shape == (17, 48, 80, 3)
+    for i in range(1, 6):
+        close_to_core(received(f"frames{i}"), core)
+
+
+def test_a_batch_of_videos_and_a_batch_of_pictures(server, send, received):
+    generator = torch.Generator().manual_seed(2)
+    graph = {"core": node("VAELoader", vae_name="wan21.safetensors"), "vae": parallel_loader()}
+    for kind, shape in (("videos", (2, 16, 3, 4, 6)), ("pictures", (3, 16, 1, 4, 6))):
+        graph[kind] = send(kind, torch.randn(shape, generator=generator))
+        graph[kind + "0"] = node("VAEDecode", samples=[kind, 0], vae=["core", 0])
+        graph[kind + "1"] = decode(samples=kind)
+        for i in "01":
+            graph["save" + kind + i] = save(kind + i, kind + i)
+    server.run(graph).check()
+    for kind, frames in (("videos", 18), ("pictures", 3)):
+        assert len(received(kind + "0")) == frames
+        close_to_core(received(kind + "1"), received(kind + "0"))
+
+
+def test_a_latent_without_a_time_axis_is_one_frame(server, send, received):
+    graph = {
+        "flat": send("flat", LATENTS[:, :, 0]),
+        "one": send("one", LATENTS[:, :, :1]),
+        "core": node("VAELoader", vae_name="wan21.safetensors"),
+        "vae": parallel_loader(),
+        "decode0": node("VAEDecode", samples=["one", 0], vae=["core", 0]),
+        "decode1": decode(samples="flat"),
+        "save0": save("flat0", "decode0"),
+        "save1": save("flat1", "decode1"),
+    }
+    server.run(graph).check()
+    close_to_core(received("flat1"), received("flat0"))
+
+
+def test_normalized_latents_get_the_published_mean_and_deviation(server, send, received):
+    graph = {
+        "raw": send("raw", LATENTS[:, :, :2]),
+        "applied": send("denormalized", denormalize(LATENTS[:, :, :2], Architecture.published("wan2.1"))),
+        "core": node("VAELoader", vae_name="wan21.safetensors"),
+        "vae": parallel_loader(),
+        "decode0": node("VAEDecode", samples=["applied", 0], vae=["core", 0]),
+        "decode1": decode(samples="raw", normalized=True),
+        "save0": save("normalized0", "decode0"),
+        "save1": save("normalized1", "decode1"),
+    }
+    server.run(graph).check()
+    close_to_core(received("normalized1"), received("normalized0"))
+
+
+def test_encoding_is_cores(server, send, received):
+    pictures = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(3))
+    graph = {
+        "pictures": send("pictures", pictures),
+        "core": node("VAELoader", vae_name="wan21.safetensors"),
+        "vae": parallel_loader(),
+        "applied": node("WanVAEParallelApply", vae=["core", 0], devices="auto", dtype="auto", chunk=0),
+    }
+    for i, vae in enumerate(("core", "vae", "applied")):
+        graph[f"encode{i}"] = node("VAEEncode", pixels=["pictures", 1], vae=[vae, 0])
+        graph[f"save{i}"] = node("ProbeSaveTensor", name=f"encoded{i}", latent=[f"encode{i}", 0])
+    server.run(graph).check()
+    for i in (1, 2):
+        assert torch.equal(received(f"encoded{i}"), received("encoded0"))
+
+
+def test_a_pruned_wan22_that_core_has_no_model_for_decodes(server, send, received):
+    latents = torch.randn(1, 48, 3, 3, 4, generator=torch.Generator().manual_seed(4))
+    graph = {
+        "latent": send("latent22", latents),
+        "vae": parallel_loader("wan22.safetensors"),
+        "decode1": decode(),
+        "decode2": node("VAEDecode", samples=["latent", 0], vae=["vae", 0]),
+        "save1": save("pruned1", "decode1"),
+        "save2": save("pruned2", "decode2"),
+    }
+    server.run(graph).check()
+    assert received("pruned1").shape == (9, 48, 64, 3)
+    assert torch.equal(received("pruned1"), received("pruned2"))
+    # encoding with it is refused in words
+    failed = server.run(
+        {
+            "pictures": send("pictures22", torch.rand(1, 32, 32, 3)),
+            "vae": parallel_loader("wan22.safetensors"),
+            "encode": node("VAEEncode", pixels=["pictures", 1], vae=["vae", 0]),
+            "save": node("ProbeSaveTensor", name="never", latent=["encode", 0]),
+        }
+    )
+    assert failed.ended == "execution_error"
+    assert "only decode" in failed.detail["exception_message"]
+
+
+@pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
+def test_progress_and_previews_come_with_each_chunk(server, send, decoder):
+    latents = LATENTS + (0.1 if decoder == "VAEDecode" else 0)  # no cached result
+    inputs = {"samples": ["latent", 0], "vae": ["vae", 0]}
+    if decoder == "WanVAEParallelDecode":
+        inputs["normalized_latents"] = False
+    run = server.run(
+        {
+            "latent": send("progress" + decoder, latents),
+            "vae": parallel_loader(chunk=1),
+            "decode": node(decoder, **inputs),
+            "save": save("progress", "decode"),
+        }
+    ).check()
+    progress = run.progress("decode")
+    values = [value for value, _ in progress]
+    assert {most for _, most in progress} == {17}
+    assert values == sorted(set(values))
+    assert len(values) >= 5  # at least one a chunk
+    assert values[-1] == 17
+    assert any(b"\xff\xd8\xff" in preview for preview in run.previews)  # a JPEG
+
+
+def test_interrupt_ends_within_one_chunk_and_the_next_prompt_works(server, send, received):
+    big = torch.randn(1, 16, 21, 24, 32, generator=torch.Generator().manual_seed(5))
+    asked_at, seen_after = [], []
+
+    def interrupt_at_the_third_chunk(message):
+        if message["type"] != "progress":
+            return
+        if asked_at:
+            seen_after.append(message["data"]["value"])
+        elif message["data"]["value"] >= 9:
+            server.post("/interrupt")
+            asked_at.append((time.monotonic(), message["data"]["value"]))
+
+    graph = {
+        "latent": send("big", big),
+        "vae": parallel_loader(chunk=4),
+        "decode": decode(),
+        "save": save("interrupted", "decode"),
+    }
+    run = server.run(graph, on_message=interrupt_at_the_third_chunk)
+    assert run.ended == "execution_interrupted"
+    assert asked_at
+    # one step of at most four frames may have been under way, no more
+    assert all(value <= asked_at[0][1] + 8 for value in seen_after)
+    assert not (server.output / "interrupted").exists()
+    test_a_latent_without_a_time_axis_is_one_frame(server, send, received)
+
+
+def test_free_releases_the_engine_and_the_next_prompt_works(server, send, received):
+    loader = {"vae": parallel_loader()}
+    latent = {"latent": send("free", LATENTS[:, :, :2] + 0.2), "decode": decode(), "save": save("free", "decode")}
+    server.run({**loader, **latent}).check()
+
+    def engine_state(call):
+        state = {"state": node("ProbeEngineState", vae=["vae", 0], call=call)}
+        return server.run({**loader, **state}).check().outputs("state")
+
+    assert engine_state(1)["loaded"] == [True]
+    server.post("/free", {"unload_models": True})
+    deadline = time.monotonic() + 20
+    call = 2
+    while engine_state(call)["loaded"] == [True]:
+        assert time.monotonic() < deadline, "/free did not release the engine"
+        call += 1
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    latent["latent"] = send("free2", LATENTS[:, :, :2] + 0.3)
+    server.run({**loader, **latent}).check()
+    assert received("free").shape == (5, 48, 80, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "latents", "words"),
+    [
+        ("channels", torch.randn(1, 48, 2, 3, 4), ["48 channels", "takes 16", "Wan 2.2 5B"]),  # the wrong VAE
+        ("nan", torch.full((1, 16, 2, 3, 4), float("nan")), ["384 NaN"]),  # a sampler that blew up
+        ("axes", torch.randn(16, 3, 4), ["3 axes", "[B, C, T, h, w]"]),
+    ],
+)
+def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, received, name, latents, words):
+    graph = {"latent": send(name, latents), "vae": parallel_loader(), "decode": decode(), "save": save(name, "decode")}
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    for word in words:
+        assert word in run.detail["exception_message"]
+    test_a_latent_without_a_time_axis_is_one_frame(server, send, received)
+
+
+def test_a_workflow_made_with_four_gpus_runs_here_and_says_where(server, send):
+    graph = {
+        "latent": send("four", LATENTS[:, :, :1]),
+        "vae": parallel_loader(devices="cuda:0,cuda:1,cuda:2,cuda:3"),
+        "decode": decode(),
+        "save": save("four", "decode"),
+    }
+    server.run(graph).check()
+    assert "cuda:0,cuda:1,cuda:2,cuda:3 were asked for; decoding on cpu" in server.log()
+
+
+def test_a_device_that_is_none_is_an_error(server, send):
+    graph = {
+        "latent": send("tpu", LATENTS[:, :, :1]),
+        "vae": parallel_loader(devices="tpu7"),
+        "decode": decode(),
+        "save": save("tpu", "decode"),
+    }
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    assert "'tpu7' is no device" in run.detail["exception_message"]
+
+
+def test_nodes_describe_themselves(server):
+    info = server.get("/object_info")
+    for name in ("WanVAEParallelLoader", "WanVAEParallelApply", "WanVAEParallelDecode"):
+        described = info[name]
+        assert described["description"]
+        assert described["category"] == "Wan VAE Parallel"
+        inputs = described["input"].get("required", {})
+        assert inputs
+        for key, value in inputs.items():
+            assert value[1]["tooltip"], f"{name}.{key} has no tooltip"
+        assert all(described["output_tooltips"])
+    loader = info["WanVAEParallelLoader"]["input"]["required"]
+    assert loader["dtype"][1]["advanced"]
+    assert loader["chunk"][1]["advanced"]
+
+
+def test_the_pack_is_quiet_on_import(server):
+    log = server.log()
+    lines = [line for line in log[: log.index("To see the GUI")].splitlines() if "wan" in line.lower()]
+    # only ComfyUI's own line with the import time
+    assert len(lines) == 1, lines
+    assert "seconds:" in lines[0]
+    assert "IMPORT FAILED" not in lines[0]

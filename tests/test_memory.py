@@ -1,0 +1,126 @@
+"""The arithmetic of memory against what models and decodes really hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wan_vae_parallel import memory
+from wan_vae_parallel.architecture import Architecture
+from wan_vae_parallel.memory import (
+    decode_memory,
+    free_memory,
+    gibibytes,
+    largest_chunk,
+    largest_frame,
+    parameter_count,
+)
+from wan_vae_parallel.model.decoder import WanDecoder
+from wan_vae_parallel.model.state import DecodeState, WholePicture, Workspace
+
+ARCHITECTURES = [
+    Architecture.published("wan2.1"),
+    Architecture.published("wan2.2"),
+    Architecture.published("wan2.1", width=24),  # pruned
+    Architecture.published("wan2.2", width=32),
+    Architecture(family="wan2.1", z_dim=12, width=8, output_channels=4),  # with alpha
+    Architecture(family="wan2.2", z_dim=20, width=8, output_channels=4),
+]
+HD = (1, 21, 90, 160)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_parameter_count_is_the_models(architecture):
+    with torch.device("meta"):
+        model = WanDecoder(architecture)
+    assert parameter_count(architecture) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.width < 96], ids=str)
+@pytest.mark.parametrize("chunk", [1, 2])
+@torch.no_grad()
+def test_cached_elements_are_those_that_a_decode_keeps(architecture, chunk):
+    rows, columns = 2, 3
+    torch.manual_seed(0)
+    model = WanDecoder(architecture)
+    for parameter in model.parameters():
+        parameter.zero_()
+    state = DecodeState(edges=WholePicture(), workspace=Workspace(torch.float32, torch.device("cpu")))
+    most = 0
+    for _ in model.stream(torch.zeros(6, rows, columns, architecture.z_dim), state, chunk):
+        most = max(most, sum(past.numel() for past in state._past.values()))
+    assert most == memory._cached_elements(architecture, rows, columns)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=str)
+def test_memory_grows_with_what_is_decoded(architecture):
+    def total(shape, chunk=1, dtype=torch.bfloat16):
+        return decode_memory(architecture, shape, chunk=chunk, dtype=dtype).total
+
+    by_chunk = [total(HD, chunk) for chunk in (1, 2, 3, 4, 8)]
+    assert by_chunk == sorted(set(by_chunk))
+    assert total(HD, 1, torch.float32) > total(HD, 1)
+    assert total((1, 21, 60, 104)) < total(HD) < total((1, 21, 136, 240))
+    assert total((2, 21, 90, 160)) > total(HD)
+    # Its length costs nothing: only the feature caches pass from step to step.
+    assert total((1, 200, 90, 160)) == total(HD)
+    # A chunk larger than the video is the video.
+    assert total((1, 3, 90, 160), 100) == total((1, 3, 90, 160), 2)
+
+
+def test_the_parts_add_up_and_an_image_needs_no_caches():
+    architecture = Architecture.published("wan2.1")
+    video = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16)
+    assert video.total == video.weights + video.caches + video.step
+    assert video.weights == 2 * parameter_count(architecture)
+    assert video.caches == 2 * memory._cached_elements(architecture, 90, 160)
+    assert decode_memory(architecture, (1, 1, 90, 160), chunk=1, dtype=torch.bfloat16).caches == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=str)
+def test_largest_chunk_shrinks_with_free_memory_and_never_below_one(architecture):
+    shape = (1, 21, 30, 52)
+    free = [2**40, 2**33, 2**32, 2**31, 2**30, 0]
+    chunks = [largest_chunk(architecture, shape, dtype=torch.bfloat16, free=bytes_free) for bytes_free in free]
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[0] > 1
+    assert chunks[-1] == 1
+    for chunk, bytes_free in zip(chunks, free, strict=True):
+        if chunk > 1:  # it was promised to fit
+            assert decode_memory(architecture, shape, chunk=chunk, dtype=torch.bfloat16).total <= bytes_free
+
+
+def test_largest_chunk_is_no_more_than_follows_the_first_frame():
+    architecture = Architecture.published("wan2.1")
+    for frames, most in ((1, 1), (2, 1), (3, 2)):
+        assert largest_chunk(architecture, (1, frames, 2, 2), dtype=torch.bfloat16, free=2**50) == most
+
+
+def test_largest_chunk_stays_small_where_one_frame_keeps_a_device_busy():
+    # 4K has nine times the pixels of 720p: larger chunks would only cost memory.
+    assert largest_chunk(Architecture.published("wan2.1"), (1, 21, 270, 480), dtype=torch.bfloat16, free=2**50) == 1
+
+
+def test_largest_frame_fits_and_keeps_the_proportions():
+    architecture = Architecture.published("wan2.1")
+    free = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16).total
+    width, height = map(int, largest_frame(architecture, HD, dtype=torch.bfloat16, free=free).split("x"))
+    assert width % 8 == height % 8 == 0
+    assert abs(width / height - 16 / 9) < 0.1
+    smaller = (1, 21, height // 8, width // 8)
+    assert decode_memory(architecture, smaller, chunk=1, dtype=torch.bfloat16).total <= free
+    assert width * height > 0.5 * 1280 * 720
+    assert largest_frame(architecture, HD, dtype=torch.bfloat16, free=0) == "no frame"
+
+
+def test_free_memory_of_the_host_is_no_more_than_it_has():
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) * 1024
+    assert 0 < free_memory(torch.device("cpu")) <= total
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0.0 MiB"), (3 * 2**20, "3.0 MiB"), (2**30, "1.0 GiB"), (4.06 * 2**30, "4.1 GiB")]
+)
+def test_sizes_for_people(count, text):
+    assert gibibytes(count) == text
