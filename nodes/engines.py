@@ -7,6 +7,7 @@ An engine asks ComfyUI's memory manager for room before it decodes, and stands i
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -171,7 +172,7 @@ def _found(name: str) -> list[torch.device]:
     try:
         return parse_devices(name)
     except DeviceError:
-        if name.removeprefix("cuda:").isdigit():
+        if re.fullmatch(r"cuda(:\d+)?", name):
             return []
         raise
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -114,8 +116,10 @@ def test_largest_frame_fits_and_keeps_the_proportions():
 
 
 def test_free_memory_of_the_host_is_no_more_than_it_has():
-    with open("/proc/meminfo") as file:
-        total = int(file.readline().split()[1]) * 1024
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("this system does not tell its memory in /proc/meminfo")
+    total = int(meminfo.read_text().split()[1]) * 1024
     assert 0 < free_memory(torch.device("cpu")) <= total
 
 

@@ -38,7 +38,7 @@ def comfyui():
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
     folder = tmp_path_factory.mktemp("comfyui")
     models = folder / "models" / "vae"

@@ -230,6 +230,14 @@ def test_loading_is_strict(checkpoint):
 def test_upsampling_some_frames_at_a_time_changes_nothing(model, checkpoint, monkeypatch):
     # Beyond 2**27 elements, which no test has the memory for, frames are upsampled a few at a time.
     video = latents(checkpoint, 6)
+    convolved = []
+    for module in model.modules():
+        if isinstance(module, FrameConv2d):
+            module.register_forward_pre_hook(lambda _, arguments: convolved.append(arguments[0].shape[0]))
     whole = decode(model, video, 5)
-    monkeypatch.setattr("wan_vae_parallel.model.blocks._UPSAMPLED_ELEMENTS", 2 * 4 * 3 * 4 * 32 * 2)
+    at_once = len(convolved)
+    # Two latent frames' at the first stage (width 8, so 32 channels there), one step's at the finer ones.
+    monkeypatch.setattr("wan_vae_parallel.model.blocks._UPSAMPLED_ELEMENTS", 2 * 2 * 4 * 3 * 4 * 32)
     torch.testing.assert_close(decode(model, video, 5), whole, atol=1e-5, rtol=1e-5)
+    assert sum(convolved) % 2 == 0
+    assert len(convolved) - at_once > at_once

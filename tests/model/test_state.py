@@ -35,7 +35,7 @@ TAKES = [
 ]
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(TAKES, TAKES))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(TAKES, TAKES)))
 def test_borders_are_zero_whatever_used_the_memory_before(before, after):
     space = workspace()
     for *shape, border in (before, after, before):

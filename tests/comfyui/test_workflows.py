@@ -1,0 +1,62 @@
+"""The workflows that come with the pack, against a real server's nodes."""
+
+import json
+
+import pytest
+
+from tests.comfyui.server import REPOSITORY
+from wan_vae_parallel import demo_latents, save_demo_checkpoint
+from wan_vae_parallel.latents import save_latents
+
+NAMES = ["decode_latent", "text_to_video"]
+
+
+def workflow(name):
+    return json.loads((REPOSITORY / "workflows" / f"{name}.json").read_text())
+
+
+def api_workflow(name):
+    return json.loads((REPOSITORY / "workflows" / "api" / f"{name}.json").read_text())
+
+
+def test_the_template_browser_lists_just_the_editors_workflows(server):
+    assert sorted(server.get("/workflow_templates")["wan-vae-parallel"]) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_and_input_exists(server, name):
+    info = server.get("/object_info")
+    for node in api_workflow(name).values():
+        inputs = info[node["class_type"]]["input"]
+        known = {**inputs.get("required", {}), **inputs.get("optional", {})}
+        assert set(node["inputs"]) <= set(known), node
+        assert set(inputs.get("required", {})) <= set(node["inputs"]), node
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_editors_workflow_is_the_same_graph(name):
+    editor, api = workflow(name), api_workflow(name)
+    assert {str(node["id"]): node["type"] for node in editor["nodes"]} == {k: v["class_type"] for k, v in api.items()}
+    inputs_of = {node["id"]: node["inputs"] for node in editor["nodes"]}
+    linked = {
+        (str(target), inputs_of[target][slot]["name"], str(origin), origin_slot)
+        for _, origin, origin_slot, target, slot, _ in editor["links"]
+    }
+    assert linked == {
+        (key, name, *value)
+        for key, node in api.items()
+        for name, value in node["inputs"].items()
+        if isinstance(value, list)
+    }
+    for node in editor["nodes"]:
+        values = [v for v in api[str(node["id"])]["inputs"].values() if not isinstance(v, list)]
+        # the editor adds widgets of its own, such as what a seed does after a run
+        assert all(value in node["widgets_values"] for value in values), node["type"]
+
+
+def test_decode_latent_runs_with_the_demos_files(server):
+    described = save_demo_checkpoint(server.folder / "models" / "vae" / "demo_vae.safetensors", "wan2.1", 8)
+    save_latents(server.input / "demo.latent", demo_latents(described, frames=2, rows=4, columns=6))
+    run = server.run(api_workflow("decode_latent")).check()
+    saved = run.outputs("5")["images"][0]
+    assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 0

@@ -1,0 +1,131 @@
+"""The command line, run as users run it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import wan_vae_parallel as wvp
+from wan_vae_parallel.cli import main
+from wan_vae_parallel.latents import save_latents
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small demo checkpoint and its latents."""
+    folder = tmp_path_factory.mktemp("cli")
+    described = wvp.save_demo_checkpoint(folder / "vae.safetensors", "wan2.1", 8)
+    latents = wvp.demo_latents(described, frames=3, rows=4, columns=6)
+    save_latents(folder / "video.latent", latents)
+    with wvp.load_vae(folder / "vae.safetensors", devices="cpu") as vae:
+        frames = vae.decode(latents)
+    return folder, latents, frames
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "wan_vae_parallel", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_demo_makes_everything_and_says_where(tmp_path):
+    done = run("demo", "-o", tmp_path / "demo", "--size", "64x32", "--latent-frames", "2", "--devices", "cpu")
+    assert done.returncode == 0, done.stderr
+    for name in ("demo.mp4", "demo.png", "demo_vae.safetensors", "demo.latent"):
+        assert (tmp_path / "demo" / name).stat().st_size > 0
+        assert name in done.stdout
+    assert "decoded 5 frames of 64x32 in" in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # no progress bar in a pipe
+
+
+@pytest.mark.parametrize("options", [[], ["--chunk", "1"], ["--dtype", "float64"]])
+def test_decode_writes_the_frames(files, tmp_path, options):
+    folder, _, frames = files
+    output = tmp_path / "out.safetensors"
+    arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", output, *options]
+    assert main([str(argument) for argument in [*arguments, "--devices", "cpu"]]) == 0
+    assert (load_file(output)["frames"] - frames).abs().max() < 1e-5
+
+
+def test_decode_takes_plain_safetensors_and_normalized_latents(files, tmp_path):
+    folder, latents, frames = files
+    architecture = wvp.Architecture.published("wan2.1")
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (architecture.latents_mean, architecture.latents_std))
+    save_file({"anything": (latents - mean) / std, "other": torch.zeros(3)}, tmp_path / "latents.safetensors")
+    arguments = ["decode", tmp_path / "latents.safetensors", "--vae", folder / "vae.safetensors", "--normalized"]
+    assert main([*map(str, arguments), "-o", str(tmp_path / "out.safetensors"), "--devices", "cpu"]) == 0
+    assert (load_file(tmp_path / "out.safetensors")["frames"] - frames).abs().max() < 1e-4
+
+
+def test_decode_to_a_video_says_what_it_wrote(files, tmp_path, capsys):
+    folder = files[0]
+    arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", tmp_path / "out.mp4"]
+    assert main([*map(str, arguments), "--devices", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert "decoded 9 frames of 48x32" in printed.out
+    assert f"written: {tmp_path / 'out.mp4'}" in printed.out
+
+
+def test_info_tells_what_the_file_is_and_what_it_takes(files, capsys):
+    folder = files[0]
+    assert (
+        main(["info", str(folder / "vae.safetensors"), "--size", "832x480", "--frames", "81", "--devices", "cpu"]) == 0
+    )
+    out = capsys.readouterr().out
+    for words in ("Wan 2.1, width 8, 16 latent channels", "million parameters, float32, with encoder", "original"):
+        assert words in out
+    assert "832x480, 81 frames" in out
+    assert "with chunk 1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["decode", "missing.latent", "--vae", "{vae}", "-o", "{tmp}/out.mp4"], "missing.latent does not exist"),
+        (["decode", "{latent}", "--vae", "{latent}", "-o", "{tmp}/out.mp4"], "not a Wan VAE"),
+        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/out.gif"], "no kind of file"),
+        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/none/out.mp4"], "there is no folder"),
+        (
+            ["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cuda:99"],
+            "'cuda:99' is not there",
+        ),
+        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cpu,cpu"], "named twice"),
+        (["info", "{vae}", "--size", "100x100"], "multiple of 8 pixels a side"),
+        (["demo", "-o", "{tmp}/demo", "--width", "4"], "needs at least 8"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(files, tmp_path, capsys, arguments, words):
+    folder = files[0]
+    names = {"vae": folder / "vae.safetensors", "latent": folder / "video.latent", "tmp": tmp_path}
+    assert main([argument.format(**names) for argument in arguments]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert words in printed
+    assert printed.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "x", "--vae", "y", "-o", "z", "--chunk", "0"],
+        ["decode", "x", "--vae", "y", "-o", "z", "--fps", "-1"],
+        ["decode", "x", "--vae", "y", "-o", "z", "--dtype", "int8"],
+        ["info", "x", "--size", "huge"],
+        [],
+    ],
+)
+def test_bad_options_are_told_by_the_parser(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_latent_of_the_wrong_model_names_the_way_out(files, tmp_path, capsys):
+    save_latents(tmp_path / "other.latent", torch.zeros(1, 48, 2, 2, 2))
+    arguments = ["decode", tmp_path / "other.latent", "--vae", files[0] / "vae.safetensors", "-o", tmp_path / "o.mp4"]
+    assert main([*map(str, arguments), "--devices", "cpu"]) == 1
+    assert "Wan 2.2 5B" in capsys.readouterr().err

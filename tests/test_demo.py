@@ -1,0 +1,104 @@
+"""The demo checkpoint shows the demo's animation, frame by frame."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import wan_vae_parallel as wvp
+from tests.oracle import FAMILIES, oracle_vae, original_state_dict
+from wan_vae_parallel.checkpoint import read_checkpoint
+from wan_vae_parallel.demo import _picture
+
+SMALLEST = {"wan2.1": 8, "wan2.2": 16}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def demo(family, tmp_path_factory):
+    """The smallest demo checkpoint, and its architecture."""
+    path = tmp_path_factory.mktemp(family) / "demo.safetensors"
+    return path, wvp.save_demo_checkpoint(path, family, width=SMALLEST[family])
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+
+def test_every_frame_shows_its_own_picture(demo):
+    path, architecture = demo
+    rows, columns, latent_frames = 14, 24, 4
+    latents = wvp.demo_latents(architecture, frames=latent_frames, rows=rows, columns=columns)
+    assert latents.shape == (1, architecture.z_dim, latent_frames, rows, columns)
+    with wvp.load_vae(path, devices="cpu", dtype="float32") as vae:
+        frames = vae.decode(latents)[0]
+    count = len(frames)
+    assert count == 13
+    shown = F.avg_pool2d(frames.movedim(-1, 1), architecture.spatial_ratio).movedim(1, -1)
+    pictures = torch.stack([_picture(i, count, rows, columns) for i in range(count)])
+    alike = torch.tensor([[correlation(frame, picture) for picture in pictures] for frame in shown])
+    own = alike.diagonal()
+    assert own.min() > 0.95
+    # Neighbours are alike; a picture well before or after is less like it than its own.
+    apart = (torch.arange(count)[:, None] - torch.arange(count)).abs() >= 4
+    assert (alike.where(apart, -torch.inf).max(1).values < own).all()
+    # Not washed out: black is nearly black, white nearly white.
+    assert frames.min() < 0.15
+    assert frames.max() > 0.85
+
+
+def test_the_animation_moves():
+    # Were all pictures the same, the test above would say nothing about time.
+    pictures = torch.stack([_picture(i, 13, 14, 24) for i in range(13)])
+    assert all((pictures[i] - pictures[i + 1]).abs().max() > 0.1 for i in range(12))
+
+
+def test_the_checkpoint_is_complete_and_of_the_published_shapes(demo, family):
+    # Against diffusers' model: whoever loads whole VAEs strictly finds every key, the encoder's too.
+    path, architecture = demo
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.architecture == architecture
+    expected = original_state_dict(oracle_vae(family, width=architecture.width))
+    tensors = load_file(path)
+    assert set(tensors) == set(expected)
+    for key, tensor in expected.items():
+        if family == "wan2.1" or not key.startswith("encoder."):  # the oracle's 2.2 encoder is a narrow one
+            assert tensors[key].shape == tensor.shape, key
+
+
+def test_the_checkpoint_is_the_same_each_time(demo, family, tmp_path):
+    path, architecture = demo
+    wvp.save_demo_checkpoint(tmp_path / "again.safetensors", family, width=architecture.width)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_the_branches_are_not_empty(demo):
+    # A residual block or an attention that does nothing could not show that a halo or a layout is wrong.
+    tensors = load_file(demo[0])
+    assert all(tensor.any() for tensor in tensors.values())
+
+
+def test_a_width_that_can_not_hold_the_signals_is_refused(family, tmp_path):
+    width = SMALLEST[family] - 1
+    with pytest.raises(ValueError, match=f"width is {width}; .* needs at least {SMALLEST[family]}"):
+        wvp.save_demo_checkpoint(tmp_path / "demo.safetensors", family, width=width)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_can_not_be_written_is_an_output_error(family, tmp_path):
+    with pytest.raises(wvp.OutputError, match="there is no folder"):
+        wvp.save_demo_checkpoint(tmp_path / "nowhere" / "demo.safetensors", family, width=SMALLEST[family])
+
+
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 1, 1), (2, 1, 9), (1, 7, 1)])
+def test_latents_of_any_size(family, frames, rows, columns):
+    architecture = wvp.Architecture.published(family)
+    latents = wvp.demo_latents(architecture, frames=frames, rows=rows, columns=columns)
+    assert latents.shape == (1, architecture.z_dim, frames, rows, columns)
+    assert latents.isfinite().all()

@@ -1,0 +1,479 @@
+"""The VAE that users hold: decoding, streaming, callbacks, life cycle, running out of memory.
+
+Exact where the same steps run in the same order; close where chunks differ, since torch picks its CPU kernels by
+shape. That frames are right is the business of test_against_diffusers.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import wan_vae_parallel as wvp
+from tests.oracle import FAMILIES, load, oracle_vae, random_latents
+from wan_vae_parallel.latents import denormalize
+from wan_vae_parallel.memory import decode_memory, parameter_count
+from wan_vae_parallel.runtime.local import LocalDecoder
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def family_vae(family):
+    return load(oracle_vae(family), chunk=2)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return oracle_vae("wan2.1")
+
+
+@pytest.fixture
+def vae(oracle):
+    """A fresh one for each test, of the smaller family, for what does not depend on it."""
+    return load(oracle, chunk=2)
+
+
+@pytest.fixture
+def latents():
+    return random_latents("wan2.1", frames=6, rows=2, columns=3)
+
+
+# Callbacks.
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_on_chunk_sees_every_frame_once_in_order(family, family_vae, batch):
+    latents = random_latents(family, frames=6, rows=2, columns=3, batch=batch)
+    calls = []
+    decoded = family_vae.decode(latents, on_chunk=lambda done, total, frames: calls.append((done, total, frames.clone())))
+    done = [call[0] for call in calls]
+    assert done == sorted(set(done))
+    assert done[0] == 1  # the first frame does not wait for the rest
+    assert done[-1] == 21
+    assert {call[1] for call in calls} == {21}
+    assert [call[2].shape[1] for call in calls] == [after - before for before, after in zip([0, *done], done, strict=False)]
+    assert torch.equal(torch.cat([call[2] for call in calls], dim=1), decoded)
+
+
+class Interrupt(Exception):
+    """What a user interface raises to stop a decode."""
+
+
+@pytest.mark.parametrize("at", [1, 5, 21])  # the first call, one in between, the last
+def test_what_on_chunk_raises_reaches_the_caller_and_the_vae_goes_on_working(vae, latents, at):
+    expected = vae.decode(latents)
+    interrupt = Interrupt()
+    calls = []
+
+    def stop(done, _total, _frames):
+        calls.append(done)
+        if done >= at:
+            raise interrupt
+
+    with pytest.raises(Interrupt) as raised:
+        vae.decode(latents, on_chunk=stop)
+    assert raised.value is interrupt
+    assert [done for done in calls if done >= at] == calls[-1:]  # not called again
+    assert torch.equal(vae.decode(latents), expected)
+
+
+def test_an_error_of_on_chunk_that_looks_like_running_out_of_memory_is_not_retried(vae, latents):
+    # Only the decode's own is: the callback's frames may be lost already.
+    calls = []
+
+    def fail(done, _total, _frames):
+        calls.append(done)
+        raise torch.OutOfMemoryError("the caller's own")
+
+    with pytest.raises(torch.OutOfMemoryError, match="the caller's own"):
+        vae.decode(latents, on_chunk=fail)
+    assert calls == [1]
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stream_hands_out_the_decodes_frames(family, family_vae, batch):
+    latents = random_latents(family, frames=6, rows=2, columns=3, batch=batch)
+    parts = list(family_vae.decode_stream(latents))
+    assert len(parts) > 5
+    assert all(part.shape[1] <= 2 for part in parts)
+    assert torch.equal(torch.cat(parts, dim=1), family_vae.decode(latents))
+
+
+def test_handed_out_frames_stay_as_they_are_while_others_follow(vae, latents):
+    parts, copies = [], []
+    for part in vae.decode_stream(latents):
+        parts.append(part)
+        copies.append(part.clone())
+    assert all(torch.equal(part, copy) for part, copy in zip(parts, copies, strict=True))
+
+
+def test_a_stream_may_be_closed_or_dropped_at_any_time(vae, latents):
+    expected = vae.decode(latents)
+    for taken in (0, 1, 3):
+        stream = vae.decode_stream(latents)
+        for _ in range(taken):
+            next(stream)
+        stream.close()
+    dropped = vae.decode_stream(latents)
+    next(dropped)
+    del dropped
+    assert torch.equal(vae.decode(latents), expected)
+
+
+def test_two_streams_at_a_time_do_not_mix(vae, latents):
+    others = latents.flip(-1).contiguous()
+    pairs = list(zip(vae.decode_stream(latents), vae.decode_stream(others), strict=True))
+    assert torch.equal(torch.cat([pair[0] for pair in pairs], dim=1), vae.decode(latents))
+    assert torch.equal(torch.cat([pair[1] for pair in pairs], dim=1), vae.decode(others))
+
+
+def test_a_stream_refuses_bad_latents_at_the_call(vae, latents):
+    with pytest.raises(wvp.LatentError, match="48 channels"):
+        vae.decode_stream(random_latents("wan2.2", frames=2, rows=2, columns=2))
+    latents[0, 0, 3, 0, 0] = torch.nan
+    with pytest.raises(wvp.LatentError, match="1 NaN"):
+        vae.decode_stream(latents)
+
+
+# Latents as they come.
+
+
+def _strided(latents):
+    return latents.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+
+
+def _sliced(latents):
+    padded = torch.full([2 * size for size in latents.shape], torch.nan)
+    padded[::2, ::2, ::2, ::2, ::2] = latents
+    return padded[::2, ::2, ::2, ::2, ::2]
+
+
+def _channels_last(latents):
+    return latents.contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("arrange", [_strided, _sliced, _channels_last])
+def test_latents_of_any_strides(vae, latents, arrange):
+    arranged = arrange(latents)
+    assert not arranged.is_contiguous()
+    assert torch.equal(vae.decode(arranged), vae.decode(latents))
+
+
+def test_expanded_latents(vae):
+    # Stride 0: one frame shown for a while.
+    latents = random_latents("wan2.1", frames=1, rows=2, columns=3).expand(-1, -1, 4, -1, -1)
+    assert torch.equal(vae.decode(latents), vae.decode(latents.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_of_any_float_dtype(vae, latents, dtype):
+    other = latents.to(dtype)
+    decoded = vae.decode(other)
+    assert decoded.dtype == torch.float32
+    assert torch.equal(decoded, vae.decode(other.float()))
+
+
+def test_latents_that_require_grad(vae, latents):
+    decoded = vae.decode(latents.clone().requires_grad_())
+    assert not decoded.requires_grad
+    assert torch.equal(decoded, vae.decode(latents))
+
+
+def test_latents_stay_as_they_are(vae, latents):
+    before = latents.clone()
+    vae.decode(latents)
+    vae.decode(latents, normalized=True)
+    assert torch.equal(latents, before)
+
+
+def test_normalized_latents_get_the_published_mean_and_deviation(family, family_vae):
+    latents = random_latents(family, frames=2, rows=2, columns=3)
+    by_hand = denormalize(latents, family_vae.architecture)
+    decoded = family_vae.decode(latents, normalized=True)
+    assert torch.equal(decoded, family_vae.decode(by_hand))
+    assert not torch.equal(decoded, family_vae.decode(latents))
+    assert torch.equal(torch.cat(list(family_vae.decode_stream(latents, normalized=True)), dim=1), decoded)
+
+
+def test_normalized_latents_of_channels_without_published_statistics_are_refused():
+    vae = load(oracle_vae("wan2.1", z_dim=12))
+    with pytest.raises(wvp.LatentError, match="none are published for Wan 2.1 with 12 channels"):
+        vae.decode(random_latents("wan2.1", frames=1, rows=1, columns=1, z_dim=12), normalized=True)
+
+
+# Inference mode and threads: ComfyUI runs prompts on a thread of its own, under inference mode.
+
+
+def test_decodes_inside_and_outside_of_inference_mode_alternately(vae, latents):
+    expected = vae.decode(latents)
+    for _ in range(2):
+        with torch.inference_mode():
+            inside = vae.decode(latents)
+            inside_stream = torch.cat(list(vae.decode_stream(latents)), dim=1)
+            from_inside = latents.clone()
+        assert torch.equal(inside, expected)
+        assert torch.equal(inside_stream, expected)
+        outside = vae.decode(from_inside)
+        assert torch.equal(outside, expected)
+        outside.mul_(2)  # an inference tensor would refuse
+        outside.requires_grad_()
+
+
+def test_streamed_frames_can_be_written_to(vae, latents):
+    for frames in vae.decode_stream(latents):
+        frames.mul_(255)  # an inference tensor would refuse
+
+
+def test_leaves_the_callers_modes_as_they_are(vae, latents):
+    for _ in vae.decode_stream(latents):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_several_threads_decode_at_once(vae):
+    videos = [torch.roll(random_latents("wan2.1", frames=5, rows=2, columns=3), i, dims=-1) for i in range(4)]
+    expected = [vae.decode(video) for video in videos]
+    vae.release()  # and the weights are loaded again by whoever comes first
+    barrier = threading.Barrier(len(videos), timeout=60)
+
+    def decode(video):
+        barrier.wait()
+        return vae.decode(video)
+
+    with ThreadPoolExecutor(len(videos)) as pool:
+        decoded = list(pool.map(decode, videos))
+    for frames, right in zip(decoded, expected, strict=True):
+        torch.testing.assert_close(frames, right, **CLOSE)
+
+
+# Life cycle.
+
+
+def test_released_weights_come_back_at_the_next_decode(vae, latents):
+    expected = vae.decode(latents)
+    assert vae.loaded
+    vae.release()
+    assert not vae.loaded
+    assert torch.equal(vae.decode(latents), expected)
+    assert vae.loaded
+    vae.release()
+    vae.release()  # twice is fine
+
+
+def test_releasing_during_a_stream_does_not_hurt_it(vae, latents):
+    stream = vae.decode_stream(latents)
+    parts = [next(stream)]
+    vae.release()
+    parts += stream
+    assert torch.equal(torch.cat(parts, dim=1), vae.decode(latents))
+
+
+def test_a_closed_vae_says_so(vae, latents):
+    vae.decode(latents)
+    vae.close()
+    assert not vae.loaded
+    for decode in (vae.decode, vae.decode_stream):
+        with pytest.raises(wvp.WanVAEError, match="this VAE is closed; load it again"):
+            decode(latents)
+    vae.close()  # twice is fine
+
+
+def test_a_with_block_closes_whatever_happens(oracle, latents):
+    with load(oracle) as vae:
+        vae.decode(latents)
+    with pytest.raises(wvp.WanVAEError, match="closed"):
+        vae.decode(latents)
+    with pytest.raises(Interrupt), load(oracle) as failing:
+        raise Interrupt
+    with pytest.raises(wvp.WanVAEError, match="closed"):
+        failing.decode(latents)
+
+
+def test_a_file_that_became_another_vae_meanwhile_is_noticed(tmp_path, oracle, latents):
+    path = tmp_path / "vae.safetensors"
+    save_file(oracle.state_dict(), path)
+    vae = wvp.load_vae(path, devices="cpu")
+    vae.decode(latents)
+    vae.release()
+    path.unlink()  # rather than written over, as a mapped file may not be
+    save_file(oracle_vae("wan2.1", width=16).state_dict(), path)
+    with pytest.raises(wvp.WanVAEError, match=r"vae\.safetensors was .*width=8.* and is .*width=16.* now; load it again"):
+        vae.decode(latents)
+    path.unlink()
+    with pytest.raises(wvp.CheckpointError, match="does not exist"):
+        vae.decode(latents)
+
+
+def test_weights_on_the_device_do_not_follow_the_callers_tensors(oracle, latents):
+    state_dict = {key: tensor.clone() for key, tensor in oracle.state_dict().items()}
+    vae = wvp.vae_from_state_dict(state_dict, devices="cpu")
+    expected = vae.decode(latents)
+    for tensor in state_dict.values():
+        tensor.zero_()
+    assert torch.equal(vae.decode(latents), expected)
+
+
+def test_errors_call_a_state_dict_by_its_name():
+    with pytest.raises(wvp.CheckpointError, match="the loader's output is not a Wan VAE"):
+        wvp.vae_from_state_dict({}, name="the loader's output", devices="cpu")
+
+
+# Options.
+
+
+@pytest.mark.parametrize("chunk", [0, -1, "big", True, 1.5, None])
+def test_a_chunk_that_is_none_is_refused(oracle, chunk):
+    with pytest.raises(ValueError, match="chunk is .*; it must be 'auto' or a whole number of latent frames"):
+        load(oracle, chunk=chunk)
+
+
+def test_several_devices_are_refused(oracle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(wvp.DeviceError, match="2 devices are named, .*name one"):
+        load(oracle, devices="cuda:0,cuda:1")
+
+
+def test_bad_devices_and_dtypes_are_refused_at_the_call(oracle):
+    with pytest.raises(wvp.DeviceError, match="no device"):
+        load(oracle, devices="gpu")
+    with pytest.raises(wvp.DeviceError, match="dtype is 'int8'"):
+        load(oracle, dtype="int8")
+
+
+def test_memory_needed_is_that_of_the_chunk(vae):
+    size = (2, 9, 4, 6)
+    expected = decode_memory(vae.architecture, size, chunk=2, dtype=torch.float32)
+    assert vae.memory_needed((2, 16, 9, 4, 6)) == expected.total
+    assert expected.weights == 4 * parameter_count(vae.architecture)
+
+
+# Running out of memory.
+
+
+def fail_beyond(monkeypatch, largest, *, at_step, error=None):
+    """Chunks larger than ``largest`` run out of memory at their step number ``at_step``; returns the chunks tried."""
+    real, tried = LocalDecoder.stream, []
+
+    def stream(self, latents, chunk):
+        tried.append(chunk)
+        for step, frames in enumerate(real(self, latents, chunk)):
+            if chunk > largest and step == at_step:
+                raise error or torch.OutOfMemoryError("CUDA out of memory (simulated)\nand more lines")
+            yield frames
+
+    monkeypatch.setattr(LocalDecoder, "stream", stream)
+    return tried
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("at_step", [0, 1, 3])  # before any frame, behind the first one, with several handed out
+def test_out_of_memory_goes_on_with_smaller_chunks_and_the_same_frames(
+    family, family_vae, monkeypatch, caplog, at_step, batch
+):
+    latents = random_latents(family, frames=9, rows=2, columns=2, batch=batch)
+    monkeypatch.setattr(family_vae, "chunk", 1)
+    expected = family_vae.decode(latents)
+    monkeypatch.setattr(family_vae, "chunk", 8)
+    tried = fail_beyond(monkeypatch, 1, at_step=at_step)
+    calls = []
+    with caplog.at_level(logging.WARNING):
+        decoded = family_vae.decode(latents, on_chunk=lambda done, total, frames: calls.append((done, frames.clone())))
+    assert tried == [8, 4, 2, 1]
+    # Each frame once, in order.
+    done = [call[0] for call in calls]
+    assert done == sorted(set(done))
+    assert done[-1] == 33
+    assert torch.equal(torch.cat([call[1] for call in calls], dim=1), decoded)
+    torch.testing.assert_close(decoded, expected, **CLOSE)
+    # One warning a reduction, which names both chunks.
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 3
+    for text, (before, after) in zip(warnings, [(8, 4), (4, 2), (2, 1)], strict=True):
+        assert f"cpu ran out of memory with chunk {before}; going on with {after}" in text
+
+
+def test_a_decode_that_ran_out_of_memory_once_does_not_make_later_ones_smaller(vae, latents, monkeypatch):
+    vae.chunk = 4
+    with monkeypatch.context() as patch:
+        fail_beyond(patch, 1, at_step=1)
+        vae.decode(latents)
+    tried = fail_beyond(monkeypatch, 100, at_step=0)
+    vae.decode(latents)
+    assert tried == [4]
+
+
+# torch's CPU allocator raises a plain RuntimeError, with this text.
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_when_not_even_one_latent_frame_fits_the_error_names_sizes_and_ways_out(vae, latents, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        fail_beyond(patch, 0, at_step=1, error=error)
+        with pytest.raises(wvp.OutOfMemoryError) as raised:
+            vae.decode(latents)
+    text = str(raised.value)
+    assert text.startswith("24x16 does not fit on cpu even one latent frame at a time: it takes about ")
+    assert "iB, and " in text
+    assert "would fit" in text
+    assert str(error) in text
+    assert isinstance(raised.value, MemoryError)
+    assert torch.equal(vae.decode(latents), vae.decode(latents))  # and the VAE still works
+
+
+def test_a_batch_that_does_not_fit_is_advised_to_go_one_by_one(vae, monkeypatch):
+    fail_beyond(monkeypatch, 0, at_step=0)
+    with pytest.raises(wvp.OutOfMemoryError, match="decode the batch of 3 one by one"):
+        vae.decode(random_latents("wan2.1", frames=2, rows=2, columns=2, batch=3))
+
+
+def test_other_errors_are_no_reason_to_try_again(vae, latents, monkeypatch):
+    tried = fail_beyond(monkeypatch, 0, at_step=1, error=RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        vae.decode(latents)
+    assert tried == [2]
+
+
+def test_a_real_shortage_of_host_memory_goes_the_same_way(vae, latents, monkeypatch):
+    # What torch itself raises for more than there is, once, in the middle of a decode.
+    real, shortages = LocalDecoder.stream, []
+
+    def stream(self, video, chunk):
+        for step, frames in enumerate(real(self, video, chunk)):
+            if chunk == 2 and step == 2:
+                shortages.append(chunk)
+                torch.empty(2**55, dtype=torch.uint8)
+            yield frames
+
+    expected = vae.decode(latents)
+    monkeypatch.setattr(LocalDecoder, "stream", stream)
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+    assert shortages == [2]
+
+
+def test_frames_that_the_host_can_not_hold_are_refused_before_decoding(vae, latents, monkeypatch):
+    monkeypatch.setattr("wan_vae_parallel.vae.free_memory", lambda _device: 1000)
+    with pytest.raises(wvp.OutOfMemoryError) as raised:
+        vae.decode(latents)
+    assert "21 frames of 24x16 take 0.1 MiB on the host, where 0.0 MiB are free" in str(raised.value)
+    assert "decode_stream" in str(raised.value)
+    # Which is true: the stream needs no whole video.
+    assert sum(frames.shape[1] for frames in vae.decode_stream(latents)) == 21
