@@ -94,7 +94,7 @@ def test_a_diffusers_folder(oracle, family, tmp_path):
 
 def test_a_folder_without_weights_is_named_with_the_file_that_it_lacks(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="without diffusion_pytorch_model.safetensors; name the safetensors"):
+    with pytest.raises(CheckpointError, match=r"without diffusion_pytorch_model\.safetensors; name the safetensors"):
         read_checkpoint(tmp_path)
 
 
@@ -202,11 +202,6 @@ def test_truncated_files_are_refused(plain, tmp_path, kept):
 
 
 # Lengths whose bytes read like a zip's or a pickle's first two. Wan 2.1's header is about 20,000 bytes long.
-@pytest.mark.xfail(
-    strict=True,
-    raises=CheckpointError,
-    reason="_refuse_pickle looks at two bytes alone, which a safetensors header's length may be too",
-)
 @pytest.mark.parametrize("length", [0x4B50, 0x0280 + 0x10000, 0x0480 + 0x10000])
 def test_a_header_may_be_of_any_length(plain, tmp_path, length):
     content = save({key: tensor for key, tensor in plain.items() if key.startswith(("decoder.", "conv2."))})
@@ -306,5 +301,5 @@ def test_a_file_that_holds_more_than_a_vae_is_refused(plain, prefix):
 def test_a_head_that_makes_no_whole_patches_is_refused():
     tensors = original_state_dict(oracle_vae("wan2.2"))
     tensors["decoder.head.2.weight"] = tensors["decoder.head.2.weight"][:11]
-    with pytest.raises(CheckpointError, match="makes 11 channels; a Wan 2.2 VAE's are a multiple of 4"):
+    with pytest.raises(CheckpointError, match=r"makes 11 channels; a Wan 2\.2 VAE's are a multiple of 4"):
         read(tensors)

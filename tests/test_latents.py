@@ -64,7 +64,9 @@ def test_other_dtypes_are_refused(dtype):
         check_latents(torch.zeros(1, 16, 2, 3, 3, dtype=dtype), WAN21)
 
 
-@pytest.mark.parametrize("shape", [(0, 16, 2, 3, 3), (1, 16, 0, 3, 3), (1, 16, 2, 0, 3), (1, 16, 2, 3, 0), (1, 16, 0, 3)])
+@pytest.mark.parametrize(
+    "shape", [(0, 16, 2, 3, 3), (1, 16, 0, 3, 3), (1, 16, 2, 0, 3), (1, 16, 2, 3, 0), (1, 16, 0, 3)]
+)
 def test_empty_latents_are_refused(shape):
     with pytest.raises(LatentError, match=r"latents are empty, .* every axis must be at least 1"):
         check_latents(torch.zeros(shape), WAN21)

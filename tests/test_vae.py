@@ -6,6 +6,7 @@ shape. That frames are right is the business of test_against_diffusers.py.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -56,13 +57,15 @@ def latents():
 def test_on_chunk_sees_every_frame_once_in_order(family, family_vae, batch):
     latents = random_latents(family, frames=6, rows=2, columns=3, batch=batch)
     calls = []
-    decoded = family_vae.decode(latents, on_chunk=lambda done, total, frames: calls.append((done, total, frames.clone())))
+    decoded = family_vae.decode(
+        latents, on_chunk=lambda done, total, frames: calls.append((done, total, frames.clone()))
+    )
     done = [call[0] for call in calls]
     assert done == sorted(set(done))
     assert done[0] == 1  # the first frame does not wait for the rest
     assert done[-1] == 21
     assert {call[1] for call in calls} == {21}
-    assert [call[2].shape[1] for call in calls] == [after - before for before, after in zip([0, *done], done, strict=False)]
+    assert [call[2].shape[1] for call in calls] == [after - before for before, after in itertools.pairwise([0, *done])]
     assert torch.equal(torch.cat([call[2] for call in calls], dim=1), decoded)
 
 
@@ -211,7 +214,7 @@ def test_normalized_latents_get_the_published_mean_and_deviation(family, family_
 
 def test_normalized_latents_of_channels_without_published_statistics_are_refused():
     vae = load(oracle_vae("wan2.1", z_dim=12))
-    with pytest.raises(wvp.LatentError, match="none are published for Wan 2.1 with 12 channels"):
+    with pytest.raises(wvp.LatentError, match=r"none are published for Wan 2\.1 with 12 channels"):
         vae.decode(random_latents("wan2.1", frames=1, rows=1, columns=1, z_dim=12), normalized=True)
 
 
@@ -311,7 +314,9 @@ def test_a_file_that_became_another_vae_meanwhile_is_noticed(tmp_path, oracle, l
     vae.release()
     path.unlink()  # rather than written over, as a mapped file may not be
     save_file(oracle_vae("wan2.1", width=16).state_dict(), path)
-    with pytest.raises(wvp.WanVAEError, match=r"vae\.safetensors was .*width=8.* and is .*width=16.* now; load it again"):
+    with pytest.raises(
+        wvp.WanVAEError, match=r"vae\.safetensors was .*width=8.* and is .*width=16.* now; load it again"
+    ):
         vae.decode(latents)
     path.unlink()
     with pytest.raises(wvp.CheckpointError, match="does not exist"):
@@ -337,14 +342,14 @@ def test_errors_call_a_state_dict_by_its_name():
 
 @pytest.mark.parametrize("chunk", [0, -1, "big", True, 1.5, None])
 def test_a_chunk_that_is_none_is_refused(oracle, chunk):
-    with pytest.raises(ValueError, match="chunk is .*; it must be 'auto' or a whole number of latent frames"):
+    with pytest.raises(ValueError, match=r"chunk is .*; it must be 'auto' or a whole number of latent frames"):
         load(oracle, chunk=chunk)
 
 
 def test_several_devices_are_refused(oracle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(wvp.DeviceError, match="2 devices are named, .*name one"):
+    with pytest.raises(wvp.DeviceError, match=r"2 devices are named, .*name one"):
         load(oracle, devices="cuda:0,cuda:1")
 
 
@@ -392,7 +397,7 @@ def test_out_of_memory_goes_on_with_smaller_chunks_and_the_same_frames(
     tried = fail_beyond(monkeypatch, 1, at_step=at_step)
     calls = []
     with caplog.at_level(logging.WARNING):
-        decoded = family_vae.decode(latents, on_chunk=lambda done, total, frames: calls.append((done, frames.clone())))
+        decoded = family_vae.decode(latents, on_chunk=lambda done, _, frames: calls.append((done, frames.clone())))
     assert tried == [8, 4, 2, 1]
     # Each frame once, in order.
     done = [call[0] for call in calls]

@@ -103,9 +103,10 @@ def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source
 
 def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
-        head = file.read(2)
-    # A zip archive or a pickle stream; a safetensors file begins with the length of its header.
-    if path.suffix.lower() in _PICKLE_SUFFIXES or head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        head = file.read(9)
+    # A safetensors file begins with its header's length in eight bytes, of any value, and the header's brace.
+    pickled = head[8:] != b"{" and (head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] <= b"\x05"))
+    if path.suffix.lower() in _PICKLE_SUFFIXES or pickled:
         raise CheckpointError(
             f"{path} is a pickle, which can run any code when it is opened, so it is not opened; "
             f"take the same VAE as .safetensors, or convert it on a machine where you trust the file"

@@ -225,7 +225,8 @@ class VAE:
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         for frames in to_host(self._stream(latents), self.device):
-            yield frames.clone() if frames.is_pinned() else frames
+            # The caller's own: the buffer is used again, and tensors of inference mode can't be written to outside it.
+            yield frames.clone()
 
     def _stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""

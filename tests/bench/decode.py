@@ -82,7 +82,7 @@ def main() -> None:
         with torch.inference_mode():
             seconds, peak = measured(functools.partial(theirs.decode, latents, return_dict=False), options.repeats)
         print(f"| diffusers | {seconds:.2f} s on the device | {peak:.2f} GiB |", flush=True)
-    del theirs
+    del theirs, checkpoint
     torch.cuda.empty_cache()
 
     default = largest_chunk(architecture, shape, dtype=torch.bfloat16, free=torch.cuda.mem_get_info()[0])

@@ -1,0 +1,357 @@
+"""Decoding on one CUDA device: precision, layouts, memory.
+
+Bounds on memory are for 720p of the published Wan 2.1 decoder in bf16; they hold on any GPU that has that much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import logging
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import wan_vae_parallel as wvp
+from tests.layouts import LayoutSpy
+from tests.oracle import FAMILIES, load, max_error, oracle_frames, oracle_vae, random_latents
+from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.memory import decode_memory
+from wan_vae_parallel.model.state import DecodeState, WholePicture, Workspace
+from wan_vae_parallel.runtime.download import to_host
+from wan_vae_parallel.runtime.local import LocalDecoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there"),
+]
+
+CUDA = torch.device("cuda", 0)
+GIB = 2**30
+HD = (1, 16, 21, 90, 160)
+# cuDNN's and torch's kernels that do nothing but change the order of axes.
+LAYOUT_KERNEL = re.compile(
+    r"nchw_?to_?nhwc|nhwc_?to_?nchw|nchw_?2_?nhwc|nhwc_?2_?nchw|tensor_?transform|transpose_?(readwrite|kernel|3d|2d)",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """TF32 allowed or not in the whole process, as a host program may have set it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def clear():
+    gc.collect()
+    # cuBLAS keeps a workspace in torch's memory (32 MiB on Hopper), which would count as the decode's.
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _clean_device():
+    if torch.cuda.is_available():
+        torch.cuda.init()  # resetting statistics does not do it
+        clear()
+        torch.cuda.reset_peak_memory_stats(CUDA)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+        clear()
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def oracle(family):
+    """On the CPU in fp32; tests that need it on the device take a copy of their own."""
+    return oracle_vae(family, width=96)
+
+
+@pytest.fixture(scope="module")
+def wan21():
+    return oracle_vae("wan2.1", width=96)
+
+
+def on_device(oracle, dtype):
+    return copy.deepcopy(oracle).to(CUDA, dtype)
+
+
+def half_precision_errors(oracle, family, dtype_name):
+    """Errors in a half precision against the fp32 oracle: (the engine's, diffusers'), each on all values."""
+    dtype = getattr(torch, dtype_name)
+    latents = random_latents(family, frames=5, rows=12, columns=20)
+    with tf32(allowed=False):
+        exact = oracle_frames(on_device(oracle, torch.float32), latents.to(CUDA)).cpu()
+    clear()
+    peer = oracle_frames(on_device(oracle, dtype), latents.to(CUDA, dtype)).float().cpu()
+    clear()
+    ours = load(oracle, dtype=dtype_name, devices="cuda:0").decode(latents)
+    return (ours - exact).abs(), (peer - exact).abs()
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_errs_no_more_than_diffusers(family, oracle, dtype):
+    ours, peer = half_precision_errors(oracle, family, dtype)
+    print(f"\n{family} {dtype}: max {ours.max():.2e} (diffusers {peer.max():.2e}), "
+          f"mean {ours.mean():.2e} (diffusers {peer.mean():.2e})")  # fmt: skip
+    assert ours.isfinite().all()
+    assert ours.mean() <= 1.1 * peer.mean()
+    assert ours.max() <= 1.1 * peer.max()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, "auto"])
+def test_fp32_is_fp32_even_where_the_program_allowed_tf32(family, oracle, chunk):
+    latents = random_latents(family, frames=4, rows=5, columns=7)
+    with tf32(allowed=True):
+        decoded = load(oracle, chunk=chunk, devices="cuda:0").decode(latents)
+        # And it stays allowed for the program.
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    assert max_error(decoded, load(oracle).decode(latents)) <= 1e-4
+
+
+def test_fp64_agrees_with_the_cpu(family):
+    oracle = oracle_vae(family)
+    latents = random_latents(family, frames=3, rows=3, columns=4).double()
+    decoded = load(oracle, dtype="float64", devices="cuda:0").decode(latents)
+    assert max_error(decoded, load(oracle, dtype="float64").decode(latents)) <= 1e-9
+
+
+def test_auto_is_bf16_on_the_first_gpu(wan21):
+    with wvp.vae_from_state_dict(wan21.state_dict()) as vae:
+        assert (vae.device, vae.dtype) == (CUDA, torch.bfloat16)
+
+
+# Layouts.
+
+
+def arranged(state_dict, interleaved):
+    """The same weights, convolutions' in channels-last order or not."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if interleaved else {}
+    return {
+        key: tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
+        for key, tensor in state_dict.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_frames_do_not_depend_on_the_format_that_weights_come_in(family, oracle, dtype):
+    latents = random_latents(family, frames=3, rows=6, columns=10)
+    planar, interleaved = (
+        wvp.vae_from_state_dict(arranged(oracle.state_dict(), order), devices="cuda:0", dtype=dtype).decode(latents)
+        for order in (False, True)
+    )
+    assert torch.equal(planar, interleaved)
+
+
+def test_frames_do_not_depend_on_the_strides_or_the_device_of_latents(family, oracle):
+    vae = load(oracle, dtype="bfloat16", devices="cuda:0")
+    latents = random_latents(family, frames=3, rows=6, columns=10)
+    expected = vae.decode(latents)
+    assert torch.equal(vae.decode(latents.to(CUDA)), expected)
+    assert torch.equal(vae.decode(latents.contiguous(memory_format=torch.channels_last_3d)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_convolution_is_channels_last_and_no_copy_reorders(family, oracle, dtype):
+    checkpoint = checkpoint_from_state_dict(oracle.state_dict(), source="the oracle")
+    model = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=dtype).model
+    latents = random_latents(family, frames=4, rows=6, columns=10)[0].permute(1, 2, 3, 0).contiguous().to(CUDA, dtype)
+    state = DecodeState(edges=WholePicture(), workspace=Workspace(dtype, CUDA))
+    with torch.no_grad(), LayoutSpy() as spy:
+        for _ in model.stream(latents, state, 2):
+            pass
+    assert spy.convolutions > 60
+    assert not spy.planar
+    assert not spy.reordered
+
+
+def kernel_names(work):
+    """The names of the kernels that ``work()`` runs on the device."""
+    work()  # once outside, so that what libraries do once is not seen
+    torch.cuda.synchronize(CUDA)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize(CUDA)
+    return {event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+
+
+def test_no_kernel_converts_layouts(family, oracle):
+    vae = load(oracle, dtype="bfloat16", devices="cuda:0", chunk=2)
+    latents = random_latents(family, frames=4, rows=12, columns=20)
+    names = kernel_names(lambda: vae.decode(latents))
+    assert len(names) > 10, f"the profiler saw too little to judge: {sorted(names)}"
+    assert not [name for name in names if LAYOUT_KERNEL.search(name)]
+
+
+def test_the_pattern_matches_the_conversions_of_a_planar_convolution():
+    # That the test above can fail. cuDNN's bf16 kernels are channels-last, so planar tensors are converted for them.
+    x = torch.randn(1, 96, 6, 64, 64, device=CUDA, dtype=torch.bfloat16)
+    weight = torch.randn(96, 96, 3, 3, 3, device=CUDA, dtype=torch.bfloat16)
+    names = kernel_names(lambda: F.conv3d(x, weight))
+    assert [name for name in names if LAYOUT_KERNEL.search(name)], sorted(names)
+
+
+# Memory.
+
+
+def decode_and_measure(vae, latents):
+    """Frames, and the most bytes that tensors took on the device meanwhile, weights included."""
+    clear()
+    assert torch.cuda.memory_allocated(CUDA) < 2**20, "something else lies on the device: the peak would be its too"
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    frames = vae.decode(latents)
+    return frames, torch.cuda.max_memory_allocated(CUDA)
+
+
+def test_720p_stays_within_its_memory_and_its_estimate(wan21):
+    latents = random_latents("wan2.1", frames=HD[2], rows=HD[3], columns=HD[4])
+    assert tuple(latents.shape) == HD
+    decoded = {}
+    for chunk, limit in (("auto", 9.1 * GIB), (1, 6.5 * GIB)):
+        with load(wan21, dtype="bfloat16", devices="cuda:0", chunk=chunk) as vae:
+            vae.release()  # weights go up again inside the measurement
+            decoded[chunk], peak = decode_and_measure(vae, latents)
+            estimate = vae.memory_needed(HD)
+        print(f"\n720p, chunk {chunk}: peak {peak / GIB:.2f} GiB, estimated {estimate / GIB:.2f} GiB")
+        assert peak < limit
+        assert peak <= estimate <= 1.4 * peak
+    difference = max_error(decoded[1], decoded["auto"])
+    print(f"720p, chunk 1 against auto: max abs difference {difference:.2e}")
+    assert difference < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("frames", "rows", "columns", "chunk"),
+    [
+        (1, 90, 160, 1),  # an image: no caches
+        (9, 60, 104, 1),  # 480p
+        (9, 60, 104, 8),  # with as large a chunk as there is
+    ],
+)
+def test_the_estimate_is_an_upper_bound(family, oracle, frames, rows, columns, chunk):
+    latents = random_latents(family, frames=frames, rows=rows, columns=columns)
+    with load(oracle, dtype="bfloat16", devices="cuda:0", chunk=chunk) as vae:
+        vae.release()
+        _, peak = decode_and_measure(vae, latents)
+        size = (1, frames, rows, columns)
+        estimate = decode_memory(vae.architecture, size, chunk=chunk, dtype=torch.bfloat16).total
+    print(f"\n{family} {size} chunk {chunk}: peak {peak / GIB:.2f} GiB, estimated {estimate / GIB:.2f} GiB")
+    assert peak <= estimate
+
+
+def test_released_and_closed_memory_is_free(wan21):
+    latents = random_latents("wan2.1", frames=3, rows=8, columns=8)
+    vae = load(wan21, dtype="bfloat16", devices="cuda:0")
+    vae.decode(latents)
+    clear()
+    held = torch.cuda.memory_allocated(CUDA)
+    assert vae.weights_size <= held < 1.1 * vae.weights_size  # weights alone: nothing of the decode
+    stream = vae.decode_stream(latents)
+    next(stream)
+    assert torch.cuda.memory_allocated(CUDA) > held
+    stream.close()
+    clear()
+    assert torch.cuda.memory_allocated(CUDA) == held
+    vae.release()
+    clear()
+    assert torch.cuda.memory_allocated(CUDA) == 0
+
+
+def limit_memory(bytes_allowed):
+    """From here on, allocations beyond this run out of memory as if the GPU had no more."""
+    clear()
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(bytes_allowed / total, CUDA)
+
+
+def reserved_peak(vae, latents):
+    clear()
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    frames = vae.decode(latents)
+    return frames, torch.cuda.max_memory_reserved(CUDA)
+
+
+def test_running_out_of_memory_goes_on_with_a_smaller_chunk_and_the_same_frames(wan21, caplog):
+    latents = random_latents("wan2.1", frames=9, rows=60, columns=104)
+    vae = load(wan21, dtype="bfloat16", devices="cuda:0", chunk=1)
+    expected, fits = reserved_peak(vae, latents)
+    vae.chunk = 8
+    _, needed = reserved_peak(vae, latents)
+    assert needed > 1.5 * fits
+    # Just enough for a chunk of one, with some room for fragments.
+    limit_memory(fits + (needed - fits) // 10)
+    with caplog.at_level(logging.WARNING):
+        decoded = vae.decode(latents)
+    warnings = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert "chunk 8; going on with 4" in warnings[0]
+    # cuDNN's algorithms differ by the chunk, in the last bits of bf16.
+    assert max_error(decoded, expected) < 5e-2
+    assert (decoded - expected).abs().mean() < 2e-3
+
+
+def test_when_nothing_fits_it_says_what_would_and_a_smaller_decode_works_after_it(wan21):
+    latents = random_latents("wan2.1", frames=5, rows=90, columns=160)
+    small = random_latents("wan2.1", frames=3, rows=4, columns=4)
+    vae = load(wan21, dtype="bfloat16", devices="cuda:0")
+    expected = vae.decode(small)
+    limit_memory(vae.weights_size + 2**29)
+    with pytest.raises(wvp.OutOfMemoryError, match=r"1280x720 does not fit on cuda:0 even one latent frame at a time"):
+        vae.decode(latents)
+    assert max_error(vae.decode(small), expected) < 2e-2
+
+
+# The way to the host.
+
+
+def test_frames_arrive_on_the_host_in_order_and_whole():
+    sizes = [1, 4, 4, 2, 8, 3]  # buffers grow, shrink and are used again
+
+    def frames():
+        for i, size in enumerate(sizes):
+            # Enough work that a copy that does not wait for it would be seen.
+            made = torch.full((1, size, 256, 256, 3), float(i), device=CUDA)
+            for _ in range(50):
+                made = made + 1
+            yield made
+
+    for i, (size, host) in enumerate(zip(sizes, to_host(frames(), CUDA), strict=True)):
+        assert host.device.type == "cpu"
+        assert host.shape == (1, size, 256, 256, 3)
+        assert (host == i + 50).all()
+
+
+def test_streamed_frames_are_the_callers_own(family, oracle):
+    vae = load(oracle, dtype="bfloat16", devices="cuda:0", chunk=1)
+    latents = random_latents(family, frames=5, rows=6, columns=10)
+    parts = list(vae.decode_stream(latents))
+    assert torch.equal(torch.cat(parts, dim=1), vae.decode(latents))
+    for frames in parts:
+        frames.mul_(255)
+
+
+def test_decodes_on_a_stream_of_the_callers(wan21):
+    # Inside a side stream, as frameworks that overlap work call it.
+    vae = load(wan21, dtype="bfloat16", devices="cuda:0", chunk=2)
+    latents = random_latents("wan2.1", frames=5, rows=6, columns=10).to(CUDA)
+    expected = vae.decode(latents)
+    torch.cuda.synchronize(CUDA)
+    with torch.cuda.stream(torch.cuda.Stream(CUDA)):
+        assert torch.equal(vae.decode(latents), expected)
