@@ -157,7 +157,11 @@ class Run:
         ]
 
     def outputs(self, node: str) -> dict:
-        history = self.server.get(f"/history/{self.prompt_id}")
+        # The server writes its history a moment after it has said that the prompt succeeded.
+        deadline = time.monotonic() + 10
+        while self.prompt_id not in (history := self.server.get(f"/history/{self.prompt_id}")):
+            assert time.monotonic() < deadline, "the prompt is not in the history"
+            time.sleep(0.05)
         return history[self.prompt_id]["outputs"][node]
 
 
