@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", default="auto", help="auto, cpu, cuda:0; default: %(default)s")
+    parser.add_argument(
+        "--devices", default="auto", help="auto, cpu, cuda:0 or cuda:0,cuda:1,...; default: %(default)s"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
     parser.add_argument(
         "--chunk", type=_chunk, default="auto", help="latent frames at once: memory against speed; default: auto"
@@ -170,10 +172,11 @@ def _decode(options: argparse.Namespace) -> None:
 
 def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
     batch, total, height, width = shape[:4]
+    places = ", ".join(map(str, vae.devices))
     videos = f"{batch} x " if batch > 1 else ""
     print(
         f"decoded {videos}{total} frames of {width}x{height} in {seconds:.2f} s "
-        f"({batch * total / seconds:.1f} frames/s) on {vae.device} in {str(vae.dtype).removeprefix('torch.')}"
+        f"({batch * total / seconds:.1f} frames/s) on {places} in {str(vae.dtype).removeprefix('torch.')}"
     )
 
 

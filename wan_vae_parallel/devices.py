@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
+import torch.distributed
 
 from .errors import DeviceError
 
@@ -27,11 +29,12 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
     """Turns what a user wrote into devices, checked to be there.
 
     Args:
-        devices: ``"auto"`` (the first CUDA device, else the CPU), one device, names with commas between them, or
-            a list.
+        devices: ``"auto"`` (all CUDA devices, else the CPU), one device, names with commas between them, or a list.
+            The CPU may be named several times, for as many processes.
 
     Raises:
-        DeviceError: a name that is no device, a device that is not there, or one that is named twice.
+        DeviceError: a name that is no device, a device that is not there, a GPU that is named twice, GPUs mixed with
+            the CPU, or several devices where this system can't use them together.
     """
     if isinstance(devices, str):
         names: list[str | torch.device] = [name.strip() for name in devices.split(",") if name.strip()]
@@ -39,14 +42,29 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
         names = [devices] if isinstance(devices, torch.device) else list(devices)
     there = available_devices()
     if [str(name) for name in names] == ["auto"]:
-        return [there[1] if len(there) > 1 else there[0]]
+        gpus = there[1:] or there
+        return gpus if len(gpus) == 1 or not _why_alone(gpus) else gpus[:1]
     if not names:
         raise DeviceError("no device is named; write 'auto', 'cpu', 'cuda:0' or several with commas between them")
     parsed = [_parse_device(name, there) for name in names]
-    twice = sorted({str(device) for device in parsed if parsed.count(device) > 1})
+    twice = sorted({str(device) for device in parsed if device.type == "cuda" and parsed.count(device) > 1})
     if twice:
         raise DeviceError(f"{', '.join(twice)} is named twice in {devices!r}; name each device once")
+    if len({device.type for device in parsed}) > 1:
+        raise DeviceError(f"{devices!r} mixes GPUs with the CPU, which would only wait for it; name one kind")
+    if len(parsed) > 1 and (reason := _why_alone(parsed)):
+        raise DeviceError(f"{devices!r} are {len(parsed)} devices, but {reason}; name one")
     return parsed
+
+
+def _why_alone(devices: list[torch.device]) -> str:
+    """Why this system can't decode on several of ``devices`` at once; empty if it can."""
+    if not hasattr(os, "memfd_create"):
+        return "workers need Linux's shared memory"
+    backend = "nccl" if devices[0].type == "cuda" else "gloo"
+    if not torch.distributed.is_available() or not torch.distributed.is_backend_available(backend):
+        return f"this torch has no {backend}"
+    return ""
 
 
 def _parse_device(name: str | torch.device, there: list[torch.device]) -> torch.device:

@@ -21,5 +21,9 @@ class OutOfMemoryError(WanVAEError, MemoryError):
     """The decode does not fit, not even one latent frame at a time."""
 
 
+class WorkerError(WanVAEError, RuntimeError):
+    """A worker process died, failed or does not answer; the next decode starts new ones."""
+
+
 class OutputError(WanVAEError, OSError):
     """The frames can't be written where they were asked to go."""

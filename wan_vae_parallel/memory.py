@@ -125,6 +125,14 @@ def free_memory(device: torch.device) -> int:
     return available
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left."""
+    # torch's CPU allocator has no error class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def gibibytes(count: float) -> str:
     """Bytes for people: ``"4.1 GiB"``."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

@@ -5,8 +5,7 @@ B videos, T latent frames, h x w latent rows and columns, z latent channels; H x
 
 from __future__ import annotations
 
-import gc
-import logging
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,32 +16,39 @@ import torch
 from .architecture import Architecture
 from .checkpoint import Checkpoint, checkpoint_from_state_dict, read_checkpoint
 from .devices import parse_devices, parse_dtype
-from .errors import DeviceError, OutOfMemoryError, WanVAEError
+from .errors import OutOfMemoryError, WanVAEError
 from .latents import check_latents, denormalize
-from .memory import decode_memory, free_memory, gibibytes, largest_chunk, largest_frame, parameter_count
-from .runtime.download import to_host
-from .runtime.local import LocalDecoder
-
-logger = logging.getLogger(__name__)
+from .memory import decode_memory, free_memory, gibibytes, largest_chunk, parameter_count
+from .parallel.plan import plan_shards
+from .runtime.engine import LocalEngine
+from .runtime.pool import WorkerPool
 
 OnChunk = Callable[[int, int, torch.Tensor], None]
 Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
 
 _UNLIMITED = 2**62
+_IDLE_SECONDS = 600.0
 
 
 def load_vae(
-    path: str | Path, *, devices: Devices = "auto", dtype: str | torch.dtype = "auto", chunk: Chunk = "auto"
+    path: str | Path,
+    *,
+    devices: Devices = "auto",
+    dtype: str | torch.dtype = "auto",
+    chunk: Chunk = "auto",
+    idle_seconds: float = _IDLE_SECONDS,
 ) -> VAE:
     """Loads a Wan VAE's decoder.
 
     Args:
         path: a safetensors file in Wan's original or diffusers' key layout, or a diffusers VAE folder.
-        devices: ``"auto"``, ``"cpu"``, ``"cuda:0"``.
+        devices: ``"auto"`` (all CUDA devices, else the CPU), ``"cpu"``, ``"cuda:0"``, or several with commas between
+            them, ``"cuda:0,cuda:1"``: one video is then decoded by all of them, each with a worker process.
         dtype: ``"auto"`` (bf16 on GPUs that have it, fp32 on the CPU), ``"float32"``, ``"bfloat16"``,
             ``"float16"`` or ``"float64"``.
         chunk: latent frames that are decoded at once, or ``"auto"``. It trades memory for speed, not pixels.
+        idle_seconds: workers that had no decode for so long end; the next decode starts new ones.
 
     Raises:
         CheckpointError: the file is not a Wan VAE that can be decoded with.
@@ -52,7 +58,7 @@ def load_vae(
     def weights() -> Checkpoint:
         return read_checkpoint(path)
 
-    return VAE(weights, devices=devices, dtype=dtype, chunk=chunk)
+    return VAE(weights, path=Path(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
 
 
 def vae_from_state_dict(
@@ -62,35 +68,49 @@ def vae_from_state_dict(
     devices: Devices = "auto",
     dtype: str | torch.dtype = "auto",
     chunk: Chunk = "auto",
+    idle_seconds: float = _IDLE_SECONDS,
 ) -> VAE:
     """Like `load_vae`, from tensors that are loaded already; ``name`` is what errors call them."""
 
     def weights() -> Checkpoint:
         return checkpoint_from_state_dict(state_dict, source=name)
 
-    return VAE(weights, devices=devices, dtype=dtype, chunk=chunk)
+    return VAE(weights, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
 
 
 class VAE:
     """A Wan VAE's decoder, ready to decode; make it with `load_vae`.
 
-    A context manager: leaving it closes it. Several threads may decode with it at once.
+    A context manager: leaving it closes it. Several threads may decode with it; on several devices their decodes
+    wait for one another.
+
+    Attributes:
+        architecture: what the weights are.
+        devices: where it decodes.
+        dtype: what it computes in.
     """
 
     def __init__(
-        self, weights: Callable[[], Checkpoint], *, devices: Devices, dtype: str | torch.dtype, chunk: Chunk
+        self,
+        weights: Callable[[], Checkpoint],
+        *,
+        devices: Devices,
+        dtype: str | torch.dtype,
+        chunk: Chunk,
+        path: Path | None = None,
+        idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
-        parsed = parse_devices(devices)
-        if len(parsed) > 1:
-            raise DeviceError(f"{len(parsed)} devices are named, {devices!r}, but one VAE decodes on one; name one")
-        self.device = parsed[0]
-        self.dtype = parse_dtype(dtype, self.device)
+        self.devices = tuple(parse_devices(devices))
+        self.dtype = parse_dtype(dtype, self.devices[0])
         self.chunk = chunk
         self._weights = weights
         self._closed = False
-        checkpoint = weights()
-        self.architecture: Architecture = checkpoint.architecture
-        self._decoder: LocalDecoder | None = None
+        self.architecture: Architecture = weights().architecture
+        self._engine: LocalEngine | WorkerPool
+        if len(self.devices) == 1:
+            self._engine = LocalEngine(self._unchanged, self.devices[0], self.dtype)
+        else:
+            self._engine = WorkerPool(self._unchanged, self.devices, self.dtype, path=path, idle_seconds=idle_seconds)
 
     @property
     def chunk(self) -> Chunk:
@@ -141,13 +161,15 @@ class VAE:
                 f"{total} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, where "
                 f"{gibibytes(free)} are free; decode fewer latents at once, or take the frames from decode_stream"
             )
-        out = torch.empty(shape, dtype=dtype)
-        for frames in to_host(self._stream(latents), self.device):
-            newest = out[:, done : done + frames.shape[1]]
-            newest.copy_(frames)
-            done += frames.shape[1]
-            if on_chunk:
-                on_chunk(done, total, newest)
+        with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+            out = torch.empty(shape, dtype=dtype) if run.video is None else run.video
+            for frames in run:
+                newest = out[:, done : done + frames.shape[1]]
+                if run.video is None:
+                    newest.copy_(frames)
+                done += frames.shape[1]
+                if on_chunk:
+                    on_chunk(done, total, newest)
         return out
 
     def decode_stream(self, latents: torch.Tensor, *, normalized: bool = False) -> Iterator[torch.Tensor]:
@@ -172,45 +194,50 @@ class VAE:
         )
 
     def memory_needed(self, shape: Sequence[int]) -> int:
-        """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on the device, weights included.
+        """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on each device, weights included.
 
-        It is what a free device would be used with; ``chunk="auto"`` makes do with less where there is less.
+        It is what free devices would be used with; ``chunk="auto"`` makes do with less where there is less.
         """
         batch, _, frames, rows, columns = shape
         size = (batch, frames, rows, columns)
-        chunk = self._first_chunk(size, free=_UNLIMITED)
+        if len(self.devices) > 1:
+            plan = plan_shards(rows, columns, len(self.devices))
+            size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
+        chunk = self._chunk_number or largest_chunk(self.architecture, size, dtype=self.dtype, free=_UNLIMITED)
         return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype).total
 
     def release(self) -> None:
-        """Gives the device's memory back; the next decode loads the weights again."""
-        self._decoder = None
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
+        self._engine.close()
 
     @property
     def weights_size(self) -> int:
-        """Bytes of the weights on the device."""
+        """Bytes of the weights on each device."""
         return parameter_count(self.architecture) * self.dtype.itemsize
 
     @property
     def loaded(self) -> bool:
-        """Whether the weights are on the device now."""
-        return self._decoder is not None
+        """Whether the weights are on the devices now."""
+        return self._engine.running
 
     def close(self) -> None:
-        """Gives everything back; decoding is an error afterwards."""
+        """Gives everything back; decoding is an error afterwards. Frames that were decoded stay."""
         self.release()
         self._closed = True
 
-    def _load(self, checkpoint: Checkpoint) -> LocalDecoder:
+    @property
+    def _chunk_number(self) -> int:
+        return 0 if self._chunk == "auto" else self._chunk
+
+    def _unchanged(self) -> Checkpoint:
+        """The weights, read again; they must be what they were."""
+        checkpoint = self._weights()
         if checkpoint.architecture != self.architecture:
             raise WanVAEError(
                 f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
                 f"load it again"
             )
-        self._decoder = LocalDecoder(self.architecture, checkpoint.decoder, device=self.device, dtype=self.dtype)
-        return self._decoder
+        return checkpoint
 
     def _checked(self, latents: torch.Tensor, normalized: bool) -> torch.Tensor:
         if self._closed:
@@ -218,67 +245,10 @@ class VAE:
         latents = check_latents(latents, self.architecture).detach()
         return denormalize(latents, self.architecture) if normalized else latents
 
-    def _first_chunk(self, size: tuple[int, int, int, int], *, free: int) -> int:
-        if self.chunk != "auto":
-            return min(self.chunk, max(1, size[1] - 1))
-        return largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
-
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        for frames in to_host(self._stream(latents), self.device):
-            # The caller's own: the buffer is used again, and tensors of inference mode can't be written to outside it.
-            yield frames.clone()
-
-    def _stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""
-        size = (latents.shape[0], *latents.shape[2:])
-        chunk, sent = self._first_chunk(size, free=free_memory(self.device)), 0
-        while True:
-            skip = sent
-            try:
-                decoder = self._decoder or self._load(self._weights())
-                for frames in decoder.stream(latents, chunk):
-                    fresh = frames[:, skip:]
-                    skip = max(0, skip - frames.shape[1])
-                    if fresh.shape[1]:
-                        sent += fresh.shape[1]
-                        yield fresh
-                return
-            except Exception as error:
-                if not _is_out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0]
-            # Out of the handler, the error's traceback no longer holds the step's tensors.
-            self._free_cached()
-            if chunk == 1:
-                raise OutOfMemoryError(self._does_not_fit(size, reason))
-            logger.warning(
-                "%s ran out of memory with chunk %d; going on with %d, same frames", self.device, chunk, chunk // 2
-            )
-            chunk //= 2
-
-    def _free_cached(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
-        batch, frames, rows, columns = size
-        height, width = self.architecture.frame_size(rows, columns)
-        needed = decode_memory(self.architecture, size, chunk=1, dtype=self.dtype)
-        free = free_memory(self.device) + (needed.weights if self.loaded else 0)
-        smaller = largest_frame(self.architecture, size, dtype=self.dtype, free=free)
-        ways = [f"{smaller} would fit"]
-        if batch > 1 and frames > 1:
-            ways.append(f"or decode the batch of {batch} one by one")
-        return (
-            f"{width}x{height} does not fit on {self.device} even one latent frame at a time: it takes about "
-            f"{gibibytes(needed.total)}, and {gibibytes(free)} are free; {', '.join(ways)}, or decode on the CPU "
-            f"({reason})"
-        )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator has no error class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
+        shape = self.output_shape(latents.shape)
+        with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+            for frames in run:
+                # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
+                # outside it.
+                yield frames.clone()

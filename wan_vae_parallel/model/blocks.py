@@ -112,7 +112,9 @@ class UpBlock(nn.Module):
         for module in self.upsamples:
             out = module(out, state)
         if self.shortcut:
-            add_duplicated(x, time_factor=self.time_factor, drop_first=state.first, out=out)
+            add_duplicated(
+                x, time_factor=self.time_factor, drop_first=state.first, transposed=state.transposed, out=out
+            )
         return out
 
 

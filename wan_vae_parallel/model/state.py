@@ -77,11 +77,13 @@ class DecodeState:
         workspace: the convolutions' shared input buffer.
         first: whether this step holds the video's first latent frame (which stands alone).
         last: whether nothing follows this step, so that no feature cache needs to be kept.
+        transposed: whether rows and columns of the video (and of the kernels) have changed places.
     """
 
-    def __init__(self, *, edges: Edges, workspace: Workspace) -> None:
+    def __init__(self, *, edges: Edges, workspace: Workspace, transposed: bool = False) -> None:
         self.edges = edges
         self.workspace = workspace
+        self.transposed = transposed
         self.first = True
         self.last = False
         self._past: dict[torch.nn.Module, torch.Tensor] = {}

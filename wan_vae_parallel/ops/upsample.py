@@ -39,7 +39,9 @@ def interleave_time(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4)
 
 
-def add_duplicated(x: torch.Tensor, *, time_factor: int, drop_first: bool, out: torch.Tensor) -> None:
+def add_duplicated(
+    x: torch.Tensor, *, time_factor: int, drop_first: bool, transposed: bool = False, out: torch.Tensor
+) -> None:
     """Adds Wan 2.2's upsampling shortcut: channels spread over frames, rows and columns by repeating them.
 
     Reading ``x``'s channels, each repeated equally often, in the order (output channel, frame, row, column) fills
@@ -49,6 +51,7 @@ def add_duplicated(x: torch.Tensor, *, time_factor: int, drop_first: bool, out: 
         x: ``[T, H, W, C]``.
         time_factor: 1 or 2.
         drop_first: leave out the first ``time_factor - 1`` frames, as the video's first frame wants it.
+        transposed: rows and columns have changed places in ``x`` and ``out``.
         out: ``[time_factor * T - dropped, 2H, 2W, O]``, contiguous; added to. O divides C, and C divides
             ``4 * time_factor * O``.
 
@@ -71,5 +74,7 @@ def add_duplicated(x: torch.Tensor, *, time_factor: int, drop_first: bool, out: 
     phases = out.unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
     for offset in range(factor):
         phase, row, column = offset // 4 - dropped, offset // 2 % 2, offset % 2
+        if transposed:
+            row, column = column, row
         if phase >= 0:
             phases[phase :: time_factor - dropped, :, row, :, column].add_(x[..., offset // repeats :: group])

@@ -1,4 +1,4 @@
-"""A decoder on one device of this process.
+"""A decoder's weights on one device, and the steps of decodes with them.
 
 B videos, T latent frames, h x w latent rows and columns, z channels; frames [B, t, H, W, C]
 """
@@ -12,7 +12,7 @@ import torch
 
 from ..architecture import Architecture
 from ..model.decoder import WanDecoder
-from ..model.state import DecodeState, WholePicture, Workspace
+from ..model.state import DecodeState, Edges, WholePicture, Workspace
 from ..ops.frames import to_frames
 
 
@@ -20,6 +20,13 @@ class LocalDecoder:
     """Weights on ``device`` in ``dtype``, and the steps of decodes with them.
 
     Decodes share nothing but the weights, so several may run at once.
+
+    Args:
+        architecture: what the weights are of.
+        weights: the decoder's tensors by Wan's original keys.
+        device: where to.
+        dtype: in what.
+        transposed: for videos whose rows and columns have changed places; the kernels' change theirs too.
     """
 
     def __init__(
@@ -29,38 +36,52 @@ class LocalDecoder:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        transposed: bool = False,
     ) -> None:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
+        self.transposed = transposed
         with torch.device("meta"):
             self.model = WanDecoder(architecture)
         # Copied even where nothing changes: a file that is mapped into memory may change under us.
-        own = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in weights.items()}
+        own = {
+            key: (tensor.transpose(-1, -2) if transposed and tensor.dim() > 3 else tensor)
+            .detach()
+            .to(device, dtype, copy=True)
+            for key, tensor in weights.items()
+        }
         self.model.load_state_dict(own, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
 
     @torch.inference_mode()
-    def stream(self, latents: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-        """Decodes ``latents`` ``[B, z, T, h, w]``, de-normalised.
+    def stream(self, latents: torch.Tensor, chunk: int, edges: Edges | None = None) -> Iterator[torch.Tensor]:
+        """Decodes ``latents`` ``[B, z, T, h, w]``, de-normalised; of a transposed decoder they are transposed too.
+
+        Args:
+            latents: of any strides, dtype and device; a shard's own rows, if ``edges`` are a shard's.
+            chunk: latent frames at once.
+            edges: what lies around the rows; by default nothing.
 
         Yields:
-            ``[B, t, H, W, C]`` in [0, 1] on the device, contiguous, t frames that follow those before.
+            ``[B, t, H, W, C]`` in [0, 1] on the device, contiguous and never transposed, t frames that follow those
+            before.
         """
+        workspace = Workspace(self.dtype, self.device)
         videos = [
             self.model.stream(
                 # Whatever strides the caller's latents have, inside it is [T, h, w, z].
                 video.to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous(),
-                DecodeState(edges=WholePicture(), workspace=workspace),
+                DecodeState(edges=edges or WholePicture(), workspace=workspace, transposed=self.transposed),
                 chunk,
             )
-            for workspace in [Workspace(self.dtype, self.device)]
             for video in latents
         ]
+        patch = self.architecture.patch
         while True:
             with self._exact_arithmetic():
                 raw = [frames for frames in (next(video, None) for video in videos) if frames is not None]
-                frames = [to_frames(one, self.architecture.patch) for one in raw]
+                frames = [to_frames(one, patch, transposed=self.transposed) for one in raw]
                 del raw
                 if not frames:
                     return

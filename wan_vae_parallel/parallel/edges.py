@@ -1,0 +1,83 @@
+"""A shard's edges: halo rows from the neighbours, keys and values from all.
+
+T frames, H rows of this shard, W columns, C channels; buffers ``[T, H + 2, W + 2, C]``
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from .plan import ShardPlan
+
+
+class ShardEdges:
+    """`model.state.Edges` of one shard in a process group.
+
+    Ranks here are ranks in ``group``, which need not begin at global rank 0; shard r is rank r's. All ranks with a
+    shard must make the same calls in the same order.
+    """
+
+    def __init__(self, plan: ShardPlan, group: dist.ProcessGroup) -> None:
+        self.plan = plan
+        self.group = group
+        self.shard = dist.get_rank(group)
+        if plan.shards != dist.get_world_size(group):
+            raise ValueError(f"a plan of {plan.shards} shards needs as many ranks, not {dist.get_world_size(group)}")
+        # Buffers for rows on their way, one a direction and neighbour, made anew only when they have to differ.
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self.rows_sent = 0
+
+    def fill_halo(self, buffer: torch.Tensor) -> None:
+        """Sends this shard's border rows to its neighbours and receives theirs into ``buffer``'s first and last row.
+
+        The picture's own edges are left as they are: zeros. Nothing is copied or sent for them.
+
+        Args:
+            buffer: ``[T, H + 2, W + 2, C]``, frames of any stride, each frame's rows contiguous.
+        """
+        neighbours = [
+            (self.shard + step, own, halo)
+            for step, own, halo in ((-1, 1, 0), (1, -2, -1))  # above, below
+            if 0 <= self.shard + step < self.plan.shards
+        ]
+        if not neighbours:
+            return
+        operations = []
+        for peer, own, _ in neighbours:
+            rows = buffer[:, own]
+            outgoing = self._buffer("out", peer, rows)
+            outgoing.copy_(rows)
+            incoming = self._buffer("in", peer, rows)
+            global_peer = dist.get_global_rank(self.group, peer)
+            operations.append(dist.P2POp(dist.isend, outgoing, global_peer, self.group))
+            operations.append(dist.P2POp(dist.irecv, incoming, global_peer, self.group))
+            self.rows_sent += len(rows)
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        for peer, own, halo in neighbours:
+            buffer[:, halo].copy_(self._buffer("in", peer, buffer[:, own]))
+
+    def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
+        """Gathers every shard's ``[T, h, W, C]`` to the picture's ``[T, rows, W, C]``, contiguous.
+
+        Shards of fewer rows than the tallest are filled up, since a gather's parts are all alike.
+        """
+        plan, tallest = self.plan, self.plan.tallest
+        scale = shard.shape[1] // plan.height(self.shard)
+        frames, rows, columns, channels = shard.shape
+        padded = shard.new_zeros((frames, tallest * scale, columns, channels))
+        padded[:, :rows] = shard
+        gathered = list(padded.new_empty((plan.shards, *padded.shape)).unbind())
+        # Contiguous on both sides: a gather moves bytes and knows no strides.
+        dist.all_gather(gathered, padded, group=self.group)
+        return torch.cat([part[:, : plan.height(rank) * scale] for rank, part in enumerate(gathered)], dim=1)
+
+    def _buffer(self, direction: str, peer: int, rows: torch.Tensor) -> torch.Tensor:
+        """A contiguous buffer like ``rows``; the last one, unless shape, dtype or device differ from it."""
+        key = direction, peer
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (rows.shape, rows.dtype, rows.device):
+            buffer = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+            self._buffers[key] = buffer
+        return buffer

@@ -1,0 +1,135 @@
+"""Decoding on one device of this process, with smaller chunks where memory is short.
+
+B videos, T latent frames, h x w latent rows and columns, z channels; frames [B, t, H, W, C]
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..errors import OutOfMemoryError
+from ..memory import decode_memory, free_memory, gibibytes, is_out_of_memory, largest_chunk, largest_frame
+from .download import to_host
+from .local import LocalDecoder
+
+logger = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """Weights that are loaded when a decode wants them, and released when asked.
+
+    Args:
+        weights: called for the checkpoint whenever the weights have to be loaded.
+        device: where to decode.
+        dtype: in what.
+    """
+
+    def __init__(self, weights: Callable[[], Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._weights = weights
+        self._decoder: LocalDecoder | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the weights are on the device now."""
+        return self._decoder is not None
+
+    def run(self, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> LocalRun:  # noqa: ARG002
+        """Begins a decode; the same call as `pool.WorkerPool.run`."""
+        return LocalRun(self, latents, chunk)
+
+    def close(self) -> None:
+        """Gives the device's memory back; the next decode loads the weights again."""
+        self._decoder = None
+        self._free_cached()
+
+    def decoder(self) -> LocalDecoder:
+        """The decoder, loaded now if it is not."""
+        if self._decoder is None:
+            checkpoint = self._weights()
+            self._decoder = LocalDecoder(
+                checkpoint.architecture, checkpoint.decoder, device=self.device, dtype=self.dtype
+            )
+        return self._decoder
+
+    def _free_cached(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class LocalRun:
+    """One decode: iterate for the frames as they become final; close it in any case."""
+
+    # No memory of its own for the whole video: frames are handed out step by step.
+    video: torch.Tensor | None = None
+
+    def __init__(self, engine: LocalEngine, latents: torch.Tensor, chunk: int) -> None:
+        self._engine = engine
+        self._latents = latents
+        self._chunk = chunk
+        self._frames = to_host(self._on_device(), engine.device)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields ``[B, t, H, W, C]`` on the host, each valid until the next."""
+        return self._frames
+
+    def close(self) -> None:
+        """Ends the decode where it is and frees its memory."""
+        del self._frames
+
+    def _on_device(self) -> Iterator[torch.Tensor]:
+        """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""
+        engine, latents = self._engine, self._latents
+        size = (latents.shape[0], latents.shape[2], latents.shape[3], latents.shape[4])
+        chunk, sent = self._first_chunk(size), 0
+        while True:
+            skip = sent
+            try:
+                for frames in engine.decoder().stream(latents, chunk):
+                    fresh = frames[:, skip:]
+                    skip = max(0, skip - frames.shape[1])
+                    if fresh.shape[1]:
+                        sent += fresh.shape[1]
+                        yield fresh
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # Out of the handler, the error's traceback no longer holds the step's tensors.
+            engine._free_cached()
+            if chunk == 1:
+                raise OutOfMemoryError(self._does_not_fit(size, reason))
+            logger.warning(
+                "%s ran out of memory with chunk %d; going on with %d, same frames", engine.device, chunk, chunk // 2
+            )
+            chunk //= 2
+
+    def _first_chunk(self, size: tuple[int, int, int, int]) -> int:
+        if self._chunk:
+            return min(self._chunk, max(1, size[1] - 1))
+        engine = self._engine
+        architecture = engine.decoder().architecture
+        return largest_chunk(architecture, size, dtype=engine.dtype, free=free_memory(engine.device))
+
+    def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
+        engine, (batch, frames, rows, columns) = self._engine, size
+        architecture = engine.decoder().architecture
+        height, width = architecture.frame_size(rows, columns)
+        needed = decode_memory(architecture, size, chunk=1, dtype=engine.dtype)
+        free = free_memory(engine.device) + needed.weights
+        ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free)} would fit"]
+        if batch > 1 and frames > 1:
+            ways.append(f"or decode the batch of {batch} one by one")
+        return (
+            f"{width}x{height} does not fit on {engine.device} even one latent frame at a time: it takes about "
+            f"{gibibytes(needed.total)}, and {gibibytes(free)} are free; {', '.join(ways)}, or decode on the CPU "
+            f"({reason})"
+        )

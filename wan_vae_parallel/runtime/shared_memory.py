@@ -1,0 +1,38 @@
+"""Anonymous memory that several processes map: no name, no file, no limit of /dev/shm, gone with its last user."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import torch
+
+
+class SharedMemory:
+    """A run of bytes behind a file descriptor (a Linux memfd), mapped into this process.
+
+    Tensors made from it keep the mapping; the descriptor is only there to be handed to other processes, and is
+    closed with `close`.
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.descriptor = descriptor
+        self.size = size
+        self._map = mmap.mmap(descriptor, size)
+
+    @classmethod
+    def create(cls, size: int) -> SharedMemory:
+        """Zeroed memory of ``size`` > 0 bytes; pages come into being when they are touched."""
+        descriptor = os.memfd_create("wan-vae-parallel", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, size)
+        return cls(descriptor, size)
+
+    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The memory's beginning as a contiguous tensor."""
+        return torch.frombuffer(self._map, dtype=dtype, count=shape.numel()).view(shape)
+
+    def close(self) -> None:
+        """Closes the descriptor; the memory itself goes when no process has it mapped any more."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

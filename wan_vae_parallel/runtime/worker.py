@@ -1,0 +1,211 @@
+"""A worker process: one rank, one device, its rows of each decode.
+
+What the parent says and what it hears, as tuples of plain values (see `pool`):
+
+| parent | worker |
+| --- | --- |
+| | ``("alive",)`` about once a second, whatever else goes on |
+| | ``("ready",)`` once, when the group stands and the weights are there |
+| ``("open", request)``, then two file descriptors | ``("room", chunk)``: most latent frames at once that fit, or 0 |
+| ``("begin", chunk)`` | nothing |
+| ``("step",)`` | ``("done", frames)`` when these frames' rows are in the buffer, or ``("end",)`` |
+| ``("finish",)`` | ``("finished",)`` when the decode's memory is free |
+| ``("close",)``, or the end of the pipe | the process ends |
+| | ``("failed", kind, text)``, after which the process ends |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import shutil
+import threading
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+
+from ..architecture import Architecture
+from ..checkpoint import read_checkpoint
+from ..memory import decode_memory, free_memory, is_out_of_memory, largest_chunk
+from ..parallel.edges import ShardEdges
+from ..parallel.plan import ShardPlan, plan_shards
+from ..parallel.rows import frame_rows, to_own_rows
+from .download import to_host
+from .local import LocalDecoder
+from .shared_memory import SharedMemory
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_SECONDS = 1.0
+
+
+def main(connection: Connection, options: dict[str, Any]) -> None:
+    """Serves the parent until it says so or is gone; ends the process."""
+    worker = _Worker(connection, options)
+    try:
+        worker.serve()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the parent is told, and the process ends)
+        traceback.print_exc()
+        kind = "memory" if is_out_of_memory(error) else "error"
+        worker.send("failed", kind, f"{type(error).__name__}: {error}")
+        worker.end(1)
+    worker.end(0)
+
+
+class _Worker:
+    def __init__(self, connection: Connection, options: dict[str, Any]) -> None:
+        self.connection = connection
+        self.options = options
+        self.rank: int = options["rank"]
+        self.device = torch.device(options["device"])
+        self.dtype: torch.dtype = options["dtype"]
+        self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._decoder: LocalDecoder | None = None
+        self._groups: dict[int, dist.ProcessGroup] = {}
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def send(self, *message: object) -> None:
+        """Tells the parent; a parent that is gone ends this process."""
+        try:
+            with self._sending:
+                self.connection.send(message)
+        except OSError:
+            self.end(1)
+
+    def end(self, code: int) -> None:
+        """Ends the process at once, whatever its threads or the device wait for."""
+        shutil.rmtree(self.options["rendezvous"], ignore_errors=True)
+        os._exit(code)
+
+    def _listen(self) -> None:
+        """Takes the parent's words while the main thread works, shows that the process lives, sees the parent's end."""
+        while True:
+            try:
+                if not self.connection.poll(_HEARTBEAT_SECONDS):
+                    self.send("alive")
+                    continue
+                message = self.connection.recv()
+                if message[0] == "open":
+                    # The descriptors follow their message, and must be taken before the next one.
+                    message = (*message, recv_handle(self.connection), recv_handle(self.connection))
+            except (EOFError, OSError):
+                self.end(1)
+            if message[0] == "close":
+                self.end(0)
+            self._commands.put(message)
+
+    def serve(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(self.options["threads"])
+        self._join_group()
+        checkpoint = read_checkpoint(self.options["weights"])
+        self.architecture: Architecture = checkpoint.architecture
+        self._weights = checkpoint.decoder
+        dist.barrier(self._groups[dist.get_world_size()])
+        self.send("ready")
+        while True:
+            command, *arguments = self._commands.get()
+            if command == "open":
+                self._decode(*arguments)
+            # Else the rest of a decode that is over already.
+
+    def _join_group(self) -> None:
+        size = self.options["world_size"]
+        store = FileStore(os.path.join(self.options["rendezvous"], "store"), size)
+        device_id = self.device if self.device.type == "cuda" else None
+        backend = self.options["backend"]
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=device_id)
+        assert dist.group.WORLD is not None
+        self._groups[size] = dist.group.WORLD
+
+    def _group(self, size: int) -> dist.ProcessGroup:
+        """The first ``size`` ranks; all ranks of the world make it together."""
+        if size not in self._groups:
+            self._groups[size] = dist.new_group(list(range(size)))
+        return self._groups[size]
+
+    def _decode(self, request: dict[str, Any], latents_file: int, frames_file: int) -> None:
+        latents_memory = SharedMemory(latents_file, request["latents_size"])
+        frames_memory = SharedMemory(frames_file, request["frames_size"])
+        latents_memory.close()
+        frames_memory.close()
+        latents = latents_memory.tensor(request["latents_shape"], request["latents_dtype"])
+        video = frames_memory.tensor(request["frames_shape"], request["frames_dtype"])
+        plan = plan_shards(latents.shape[3], latents.shape[4], dist.get_world_size())
+        group = self._group(plan.shards)
+        idle = self.rank >= plan.shards
+        self.send("room", request["chunk"] if idle else self._room(plan, latents.shape, request["chunk"]))
+        steps: Iterator[int] | None = None
+        while True:
+            command, *arguments = self._commands.get()
+            if command == "begin":
+                steps = iter(()) if idle else self._steps(latents, video, plan, group, *arguments)
+            elif command == "step" and steps is not None:
+                frames = next(steps, None)
+                self.send("end") if frames is None else self.send("done", frames)
+            elif command == "finish":
+                break
+        del steps, latents, video, latents_memory, frames_memory
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        self.send("finished")
+
+    def _steps(
+        self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, chunk: int
+    ) -> Iterator[int]:
+        """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
+        if plan.transposed:
+            latents = latents.transpose(-1, -2)
+        rows = latents[:, :, :, plan.bounds[self.rank] : plan.bounds[self.rank + 1]]
+        ratio = self.architecture.spatial_ratio
+        decoder = self._oriented(plan.transposed)
+        shards = decoder.stream(rows, chunk, ShardEdges(plan, group))
+        own = (to_own_rows(frames, plan, group, ratio) for frames in shards)
+        start, stop = frame_rows(plan, self.rank, ratio)
+        done = 0
+        for frames in to_host(own, self.device):
+            count = frames.shape[1]
+            # Rows of one frame lie together in the video: each copy is one run of bytes.
+            for into, part in zip(video[:, done : done + count, start:stop], frames, strict=True):
+                for frame_into, frame in zip(into, part, strict=True):
+                    frame_into.copy_(frame)
+            done += count
+            yield count
+
+    def _oriented(self, transposed: bool) -> LocalDecoder:
+        if self._decoder is None or self._decoder.transposed != transposed:
+            self._decoder = None
+            self._decoder = LocalDecoder(
+                self.architecture, self._weights, device=self.device, dtype=self.dtype, transposed=transposed
+            )
+        return self._decoder
+
+    def _room(self, plan: ShardPlan, shape: torch.Size, asked: int) -> int:
+        """The largest chunk of at most ``asked`` (0: as many as pay) that this rank has the memory for; 0 for none."""
+        self._oriented(plan.transposed)
+        size = (shape[0], shape[2], plan.height(self.rank) + 2, plan.columns)
+        free = free_memory(self.device)
+        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
+        if self.device.type != "cuda":
+            return chunk
+        while chunk:
+            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype)
+            try:
+                # Taken now, while no other rank waits for this one; torch keeps it for the steps.
+                torch.empty(needed.caches + needed.step, dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError:
+                chunk //= 2
+                continue
+            return chunk
+        return 0
