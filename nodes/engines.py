@@ -39,21 +39,21 @@ class Engine:
         return self._vae.architecture
 
     @property
-    def device(self) -> torch.device:
+    def devices(self) -> tuple[torch.device, ...]:
         """Where it decodes."""
-        return self._vae.device
+        return self._vae.devices
 
     @property
     def loaded(self) -> bool:
-        """Whether it holds memory on its device."""
+        """Whether it holds memory on its devices."""
         return self._vae.loaded
 
     def weights_size(self) -> int:
-        """Bytes of the weights on the device."""
+        """Bytes of the weights on each device."""
         return self._vae.weights_size
 
     def release(self) -> None:
-        """Gives the device's memory back until the next decode."""
+        """Gives the devices' memory back, and ends workers, until the next decode."""
         self._vae.release()
 
     def decode(self, latents: torch.Tensor, *, normalized: bool, chunk: int) -> torch.Tensor:
@@ -80,8 +80,9 @@ class Engine:
     def _make_room(self, needed: int) -> None:
         extra = needed - self.weights_size()
         model_management.load_models_gpu([self.patcher], memory_required=extra)
-        if self.device != self.patcher.load_device and self.device.type != "cpu":
-            model_management.free_memory(needed, self.device)
+        for device in self.devices:
+            if device != self.patcher.load_device and device.type != "cpu":
+                model_management.free_memory(needed, device)
 
 
 class WanVAEParallelEngine(torch.nn.Module):
@@ -105,7 +106,7 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self) -> int:
         engine = self._engine()
-        return engine.weights_size() if engine and engine.device == self.load_device else 0
+        return engine.weights_size() if engine and self.load_device in engine.devices else 0
 
     def loaded_size(self) -> int:
         engine = self._engine()
@@ -133,58 +134,59 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
 
 
 def shared_engine(
-    source: Hashable, make: Callable[[torch.device, torch.dtype], VAE], devices: str, dtype: str
+    source: Hashable, make: Callable[[list[torch.device], torch.dtype], VAE], devices: str, dtype: str
 ) -> Engine:
-    """The engine for ``source`` on the device and in the dtype asked for, made with ``make`` if there is none.
+    """The engine for ``source`` on the devices and in the dtype asked for, made with ``make`` if there is none.
 
     Args:
         source: what tells one set of weights from another.
-        make: called with device and dtype.
+        make: called with devices and dtype.
         devices: as a user wrote it; those that are not there are left out.
         dtype: ``"auto"`` for ComfyUI's own choice.
 
     Raises:
         DeviceError: ``devices`` is no list of devices.
     """
-    device = _choose_device(devices)
-    chosen = _choose_dtype(dtype, device)
-    key = (source, device, chosen)
+    places = _choose_devices(devices)
+    chosen = _choose_dtype(dtype, places[0])
+    key = (source, tuple(places), chosen)
     engine = _engines.get(key)
     if engine is None:
-        engine = Engine(make(device, chosen))
+        engine = Engine(make(places, chosen))
         _engines[key] = engine
     return engine
 
 
-def _choose_device(devices: str) -> torch.device:
+def _choose_devices(devices: str) -> list[torch.device]:
     names = [name.strip() for name in devices.split(",") if name.strip()]
     if not names or names == ["auto"]:
-        return _comfyui_device()
-    there = [device for name in names for device in _found(name)]
-    device = there[0] if there else _comfyui_device()
-    if len(names) > 1 or not there:
-        logger.info("Wan VAE Parallel: devices %s were asked for; decoding on %s", devices, device)
-    return device
+        return _comfyui_devices()
+    there = [name for name in names if not _elsewhere(name)]
+    places = parse_devices(there) if there else _comfyui_devices()
+    if len(there) < len(names):
+        logger.info("Wan VAE Parallel: devices %s were asked for; decoding on %s", devices, ", ".join(map(str, places)))
+    return places
 
 
-def _found(name: str) -> list[torch.device]:
-    """The device of that name; none if it is a GPU of another machine, where the workflow was made."""
+def _elsewhere(name: str) -> bool:
+    """Whether ``name`` is a GPU of another machine, where the workflow was made; what is no device is an error."""
     try:
-        return parse_devices(name)
+        parse_devices(name)
     except DeviceError:
         if re.fullmatch(r"cuda(:\d+)?", name):
-            return []
+            return True
         raise
+    return False
 
 
-def _comfyui_device() -> torch.device:
+def _comfyui_devices() -> list[torch.device]:
+    """The device of ComfyUI's own VAE; all GPUs if it is one of them."""
     device = torch.device(model_management.vae_device())
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        return parse_devices("auto")
     if device not in available_devices():
         logger.warning("Wan VAE Parallel: %s is not supported; decoding on the CPU", device)
-        return torch.device("cpu")
-    return device
+    return [torch.device("cpu")]
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

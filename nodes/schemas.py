@@ -13,8 +13,9 @@ from .vaes import ParallelVAE, apply_parallel, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
 _DEVICES = (
-    "Where to decode: auto takes the device that ComfyUI's own VAE would use; or cpu, cuda:0, or several with "
-    "commas between them. Devices that this machine does not have are left out, and the log says which one was taken."
+    "Where to decode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it; or cpu, cuda:0, or several "
+    "with commas between them, which then decode one video together. Devices that this machine does not have are left "
+    "out, and the log says which were taken."
 )
 _DTYPE = (
     "What to compute in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "

@@ -12,6 +12,7 @@ import math
 import os
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as model_management
@@ -76,8 +77,9 @@ def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chun
     checkpoint = read_checkpoint(path)
     stat = os.stat(path)
 
-    def make(device: torch.device, compute_dtype: torch.dtype) -> VAE:
-        return VAE(functools.partial(read_checkpoint, path), devices=device, dtype=compute_dtype, chunk="auto")
+    def make(places: list[torch.device], compute_dtype: torch.dtype) -> VAE:
+        weights = functools.partial(read_checkpoint, path)
+        return VAE(weights, path=Path(path), devices=places, dtype=compute_dtype, chunk="auto")
 
     engine = shared_engine((path, stat.st_mtime_ns, stat.st_size), make, devices, dtype)
     core = _core_vae(checkpoint)
@@ -104,11 +106,11 @@ def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chun
     def weights() -> Checkpoint:
         return checkpoint_from_state_dict(weak().state_dict(), source="the connected VAE")
 
-    def make(device: torch.device, compute_dtype: torch.dtype) -> VAE:
-        return VAE(weights, devices=device, dtype=compute_dtype, chunk="auto")
+    def make(places: list[torch.device], compute_dtype: torch.dtype) -> VAE:
+        return VAE(weights, devices=places, dtype=compute_dtype, chunk="auto")
 
     engine = shared_engine(weak, make, devices, dtype)
-    _engines_of.setdefault(model, {})[(str(engine.device), dtype)] = engine
+    _engines_of.setdefault(model, {})[(str(engine.devices), dtype)] = engine
     return _parallel(vae, engine, chunk)
 
 
@@ -150,7 +152,7 @@ def _decoder_only(engine: Engine) -> Any:
     spatial, temporal = architecture.spatial_ratio, architecture.temporal_ratio
     vae.first_stage_model = None
     vae.patcher = engine.patcher
-    vae.device = engine.device
+    vae.device = engine.devices[0]
     vae.output_device = model_management.intermediate_device()
     vae.vae_dtype = torch.float32
     vae.size = engine.weights_size()

@@ -20,6 +20,7 @@ from .errors import OutputError, WanVAEError
 from .files import replacing
 from .latents import check_latents, read_latents, save_latents
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
+from .parallel.plan import describe_plan, plan_shards
 from .pictures import contact_sheet
 from .vae import VAE, load_vae
 from .video import check_output, open_output, output_files
@@ -183,13 +184,16 @@ def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
 def _info(options: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(options.vae)
     architecture = checkpoint.architecture
-    device = parse_devices(options.devices)[0]
-    dtype = parse_dtype(options.dtype, device)
+    devices = parse_devices(options.devices)
+    dtype = parse_dtype(options.dtype, devices[0])
     rows, columns = _latent_size(architecture, options.size)
+    plan = plan_shards(rows, columns, len(devices))
     ratio = architecture.temporal_ratio
     latent_frames = -(-(options.frames - 1) // ratio) + 1
-    size = (1, latent_frames, rows, columns)
-    free = free_memory(device)
+    # A shard holds its neighbours' rows too.
+    tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
+    size = (1, latent_frames, tallest, plan.columns)
+    free = min(free_memory(device) for device in devices)
     chunk = largest_chunk(architecture, size, dtype=dtype, free=free) if options.chunk == "auto" else options.chunk
     needed = decode_memory(architecture, size, chunk=chunk, dtype=dtype)
     least = decode_memory(architecture, size, chunk=1, dtype=dtype)
@@ -202,9 +206,10 @@ def _info(options: argparse.Namespace) -> None:
         f"{architecture.output_channels} colours",
         "decoder": f"{checkpoint.parameters / 1e6:.1f} million parameters, {_name(checkpoint.dtype)}, {encoder}",
         "key layout": checkpoint.layout,
-        "device": f"{device} in {_name(dtype)}, {gibibytes(free)} free",
-        f"{options.size[0]}x{options.size[1]}, {frames} frames": f"{gibibytes(needed.total)} with chunk {chunk} "
-        f"(weights {gibibytes(needed.weights)}, feature caches {gibibytes(needed.caches)}, "
+        "devices": f"{', '.join(map(str, devices))} in {_name(dtype)}, {gibibytes(free)} free",
+        "shards": describe_plan(plan, devices),
+        f"{options.size[0]}x{options.size[1]}, {frames} frames": f"{gibibytes(needed.total)} a device "
+        f"with chunk {chunk} (weights {gibibytes(needed.weights)}, feature caches {gibibytes(needed.caches)}, "
         f"step {gibibytes(needed.step)}); {gibibytes(least.total)} with chunk 1",
         "frames on host": gibibytes(host),
     }

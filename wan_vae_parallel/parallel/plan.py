@@ -5,6 +5,7 @@ Every rank computes the same plan from the latent's size alone; no collective ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -45,6 +46,17 @@ class ShardPlan:
     def tallest(self) -> int:
         """Latent rows of the largest shard."""
         return max(self.height(shard) for shard in range(self.shards))
+
+
+def describe_plan(plan: ShardPlan, devices: Sequence[object]) -> str:
+    """Who has what, for a log: ``"cuda:0: columns 0-79, cuda:1: columns 80-159"``."""
+    axis = "columns" if plan.transposed else "rows"
+    parts = [
+        f"{device}: {axis} {plan.bounds[shard]}-{plan.bounds[shard + 1] - 1}"
+        for shard, device in enumerate(devices[: plan.shards])
+    ]
+    idle = len(devices) - plan.shards
+    return ", ".join(parts) + (f"; {idle} more devices than latent {axis}, so they are not used" if idle else "")
 
 
 def plan_shards(rows: int, columns: int, ranks: int) -> ShardPlan:

@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, WanVAEError, WorkerError
-from ..parallel.plan import plan_shards
+from ..parallel.plan import describe_plan, plan_shards
 from . import bootstrap
 from .shared_memory import SharedMemory
 
@@ -43,6 +43,7 @@ _SILENCE_SECONDS = 8.0
 # Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
 _START_SECONDS = 300.0
 _LOG_LINES = 20
+_COPY_THREADS = 4
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -168,7 +169,8 @@ class WorkerPool:
             "backend": "nccl" if cuda else "gloo",
             "weights": str(path.absolute()),
             "rendezvous": self._rendezvous,
-            "threads": max(1, torch.get_num_threads() // len(self.devices)),
+            # On GPUs the host only copies frames: more threads than these would only be in each other's way.
+            "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }
         # All ranks are on this machine: nothing needs to listen beyond it.
         interfaces = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
@@ -304,6 +306,7 @@ class PoolRun:
             self.video = self._video_memory.tensor(video_shape, dtype)
             plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
             self._shards = plan.shards
+            logger.info("decoding on %s", describe_plan(plan, pool.devices))
         except BaseException:
             self._leave()
             raise

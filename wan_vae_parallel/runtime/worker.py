@@ -105,8 +105,7 @@ class _Worker:
     def serve(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        else:
-            torch.set_num_threads(self.options["threads"])
+        torch.set_num_threads(self.options["threads"])
         self._join_group()
         checkpoint = read_checkpoint(self.options["weights"])
         self.architecture: Architecture = checkpoint.architecture
