@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as model_management
@@ -19,6 +20,7 @@ import torch
 from ..wan_vae_parallel import VAE, Architecture
 from ..wan_vae_parallel.devices import available_devices, parse_devices, parse_dtype
 from ..wan_vae_parallel.errors import DeviceError
+from ..wan_vae_parallel.latents import check_latents
 from .progress import ChunkProgress
 
 logger = logging.getLogger(__name__)
@@ -26,11 +28,25 @@ logger = logging.getLogger(__name__)
 _engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from.
+
+    Attributes:
+        key: what tells one set of weights from another.
+        make: makes a VAE of them, given devices and dtype.
+    """
+
+    key: Hashable
+    make: Callable[[list[torch.device], torch.dtype], VAE]
+
+
 class Engine:
     """A VAE of the engine's and its place in ComfyUI's memory manager."""
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: VAE, source: Source) -> None:
         self._vae = vae
+        self.source = source
         self.patcher = _EnginePatcher(self)
 
     @property
@@ -52,6 +68,10 @@ class Engine:
         """Bytes of the weights on each device."""
         return self._vae.weights_size
 
+    def memory_needed(self, shape: Sequence[int]) -> int:
+        """Bytes that decoding latents of ``shape`` takes on each device."""
+        return self._vae.memory_needed(shape)
+
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers, until the next decode."""
         self._vae.release()
@@ -65,12 +85,9 @@ class Engine:
             chunk: latent frames at once; 0 chooses.
         """
         self._vae.chunk = chunk or "auto"
-        if latents.dim() == 4:
-            latents = latents.unsqueeze(2)
-        # Videos go one after the other, so that a batch takes no more memory than one; pictures all at once.
-        parts = latents.split(1) if latents.dim() == 5 and latents.shape[2] > 1 else [latents]
-        if latents.dim() == 5:
-            self._make_room(self._vae.memory_needed(parts[0].shape))
+        # Checked as a whole, then one after the other: a batch takes no more memory than one, and can be cancelled.
+        parts = check_latents(latents, self.architecture).split(1)
+        self._make_room(self._vae.memory_needed(parts[0].shape))
         progress = ChunkProgress(parts=len(parts))
         decoded = [
             self._vae.decode(part, normalized=normalized, on_chunk=progress.part(i)) for i, part in enumerate(parts)
@@ -133,14 +150,11 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
             engine.release()
 
 
-def shared_engine(
-    source: Hashable, make: Callable[[list[torch.device], torch.dtype], VAE], devices: str, dtype: str
-) -> Engine:
-    """The engine for ``source`` on the devices and in the dtype asked for, made with ``make`` if there is none.
+def shared_engine(source: Source, devices: str, dtype: str) -> Engine:
+    """The engine for ``source`` on the devices and in the dtype asked for, made if there is none.
 
     Args:
-        source: what tells one set of weights from another.
-        make: called with devices and dtype.
+        source: the weights.
         devices: as a user wrote it; those that are not there are left out.
         dtype: ``"auto"`` for ComfyUI's own choice.
 
@@ -149,10 +163,10 @@ def shared_engine(
     """
     places = _choose_devices(devices)
     chosen = _choose_dtype(dtype, places[0])
-    key = (source, tuple(places), chosen)
+    key = (source.key, tuple(places), chosen)
     engine = _engines.get(key)
     if engine is None:
-        engine = Engine(make(places, chosen))
+        engine = Engine(source.make(places, chosen), source)
         _engines[key] = engine
     return engine
 
@@ -169,11 +183,11 @@ def _choose_devices(devices: str) -> list[torch.device]:
 
 
 def _elsewhere(name: str) -> bool:
-    """Whether ``name`` is a GPU of another machine, where the workflow was made; what is no device is an error."""
+    """Whether ``name`` is a device of another machine, where the workflow was made; what is no device is an error."""
     try:
         parse_devices(name)
     except DeviceError:
-        if re.fullmatch(r"cuda(:\d+)?", name):
+        if re.fullmatch(r"(cuda|mps|xpu|npu|mlu)(:\d+)?", name.lower()):
             return True
         raise
     return False

@@ -145,7 +145,7 @@ class WanVAEParallelDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict[str, Any], vae: Any, normalized_latents: bool) -> io.NodeOutput:
         latents = samples["samples"]
-        if latents.is_nested:
+        if getattr(latents, "is_nested", False):
             latents = latents.unbind()[0]
         if not isinstance(vae, ParallelVAE):
             vae = apply_parallel(vae)

@@ -12,17 +12,16 @@ import math
 import os
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management as model_management
 import comfy.sd
 import torch
 
-from ..wan_vae_parallel import VAE
+from ..wan_vae_parallel import VAE, load_vae
 from ..wan_vae_parallel.checkpoint import Checkpoint, checkpoint_from_state_dict, read_checkpoint
 from ..wan_vae_parallel.errors import CheckpointError
-from .engines import Engine, shared_engine
+from .engines import Engine, Source, shared_engine
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +62,10 @@ class _DecoderOnly:
 
     encode_tiled = encode
 
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """Core's nodes that save a VAE ask for its weights."""
+        raise CheckpointError("this VAE was loaded for decoding only, so it can't be saved; copy its file")
+
     def throw_exception_if_invalid(self) -> None:
         pass
 
@@ -78,10 +81,9 @@ def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chun
     stat = os.stat(path)
 
     def make(places: list[torch.device], compute_dtype: torch.dtype) -> VAE:
-        weights = functools.partial(read_checkpoint, path)
-        return VAE(weights, path=Path(path), devices=places, dtype=compute_dtype, chunk="auto")
+        return load_vae(path, places, compute_dtype)
 
-    engine = shared_engine((path, stat.st_mtime_ns, stat.st_size), make, devices, dtype)
+    engine = shared_engine(Source((path, stat.st_mtime_ns, stat.st_size), make), devices, dtype)
     core = _core_vae(checkpoint)
     if core is None:
         logger.info("Wan VAE Parallel: %s is loaded for decoding only", checkpoint.source)
@@ -96,10 +98,19 @@ def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chun
         CheckpointError: it is not a Wan VAE.
         DeviceError: ``devices`` is no list of devices.
     """
-    vae.throw_exception_if_invalid()
+    if not isinstance(vae, comfy.sd.VAE):
+        raise CheckpointError(
+            f"the connected VAE is a {type(vae).__name__}, not one of ComfyUI's own; take it from Load VAE, or from "
+            f"Load Wan VAE (Parallel)"
+        )
     model = vae.first_stage_model
     if model is None:
-        raise CheckpointError("this VAE was loaded for decoding only; choose its devices where it is loaded")
+        if not isinstance(vae, ParallelVAE):
+            raise CheckpointError(
+                "ComfyUI could make nothing of the connected VAE's file; if it is a Wan VAE, of diffusers or with a "
+                "prefix, take it from Load Wan VAE (Parallel)"
+            )
+        return _parallel(vae, shared_engine(vae._engine.source, devices, dtype), chunk)
     # Not the model itself: the engine must not keep it alive beyond its VAE.
     weak = weakref.ref(model)
 
@@ -109,7 +120,7 @@ def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chun
     def make(places: list[torch.device], compute_dtype: torch.dtype) -> VAE:
         return VAE(weights, devices=places, dtype=compute_dtype, chunk="auto")
 
-    engine = shared_engine(weak, make, devices, dtype)
+    engine = shared_engine(Source(weak, make), devices, dtype)
     _engines_of.setdefault(model, {})[(str(engine.devices), dtype)] = engine
     return _parallel(vae, engine, chunk)
 
@@ -155,6 +166,11 @@ def _decoder_only(engine: Engine) -> Any:
     vae.device = engine.devices[0]
     vae.output_device = model_management.intermediate_device()
     vae.vae_dtype = torch.float32
+    vae.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    vae.process_input = lambda image: image * 2.0 - 1.0
+    vae.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
+    vae.memory_used_decode = lambda shape, _: engine.memory_needed(shape)
+    vae.memory_used_encode = lambda *_: 0
     vae.size = engine.weights_size()
     vae.latent_channels, vae.latent_dim = architecture.z_dim, 3
     vae.output_channels = architecture.output_channels

@@ -236,7 +236,7 @@ def test_a_vae_of_another_kind_is_refused(plain):
     image_vae = {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3), "decoder.norm_out.weight": torch.zeros(8)}
     with pytest.raises(CheckpointError, match="is not a Wan VAE"):
         read(image_vae)
-    with pytest.raises(CheckpointError, match="is not a Wan VAE: it lacks the decoder layers of a Wan VAE"):
+    with pytest.raises(CheckpointError, match=r"is not a Wan VAE: its decoder\.conv1\.weight has the shape"):
         read({**plain, "decoder.conv1.weight": torch.zeros(8, 4, 3, 3)})
 
 

@@ -92,7 +92,7 @@ def test_info_tells_what_the_file_is_and_what_it_takes(files, capsys):
             ["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cuda:99"],
             "'cuda:99' is not there",
         ),
-        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cpu,cpu"], "named twice"),
+        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cpu,gpu"], "'gpu' is no device"),
         (["info", "{vae}", "--size", "100x100"], "multiple of 8 pixels a side"),
         (["demo", "-o", "{tmp}/demo", "--width", "4"], "needs at least 8"),
     ],

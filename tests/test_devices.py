@@ -24,6 +24,12 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     # Ampere, which has bf16, and a Turing card, which has not.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(8, 0), (7, 5)][device.index or 0])
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda _backend: True)
+
+
+@pytest.fixture
+def no_nccl(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda backend: backend != "nccl")
 
 
 @pytest.mark.usefixtures("no_gpus")
@@ -37,7 +43,7 @@ def test_without_a_gpu_it_is_the_cpu(devices):
 @pytest.mark.parametrize(
     ("devices", "parsed"),
     [
-        ("auto", GPUS[:1]),
+        ("auto", GPUS),
         ("cuda", GPUS[:1]),  # the first one, by number: what is current may differ by thread
         (torch.device("cuda"), GPUS[:1]),
         ("cuda:1", GPUS[1:]),
@@ -46,7 +52,7 @@ def test_without_a_gpu_it_is_the_cpu(devices):
         (["cuda:0", GPUS[1]], GPUS),
         ((GPUS[1],), GPUS[1:]),
         ("cpu", [CPU]),
-        ("cpu, cuda:1", [CPU, GPUS[1]]),
+        ("cpu,cpu,cpu", [CPU] * 3),  # as many processes
     ],
 )
 def test_with_gpus(devices, parsed):
@@ -69,12 +75,30 @@ def test_with_gpus(devices, parsed):
         ("auto,cuda:1", "'auto' is no device"),  # all or by name
         ("cuda:0,cuda:0", "cuda:0 is named twice in 'cuda:0,cuda:0'; name each device once"),
         ("cuda,cuda:0", "cuda:0 is named twice"),  # two names of one
+        ("cpu,cuda:1", "'cpu,cuda:1' mixes GPUs with the CPU, which would only wait for it; name one kind"),
     ],
 )
 def test_what_is_no_device_is_refused_with_those_that_are_there(devices, message):
     with pytest.raises(DeviceError) as error:
         parse_devices(devices)
     assert message in str(error.value)
+
+
+@pytest.mark.usefixtures("two_gpus", "no_nccl")
+def test_without_nccl_auto_is_one_gpu_and_several_are_refused():
+    assert parse_devices("auto") == GPUS[:1]
+    assert parse_devices("cuda:1") == GPUS[1:]
+    with pytest.raises(DeviceError, match="are 2 devices, but this torch has no nccl; name one"):
+        parse_devices("cuda:0,cuda:1")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_without_anonymous_memory_there_is_one_device(monkeypatch):
+    monkeypatch.delattr("os.memfd_create")
+    assert parse_devices("auto") == GPUS[:1]
+    for devices in ("cuda:0,cuda:1", "cpu,cpu"):
+        with pytest.raises(DeviceError, match="workers need Linux's shared memory; name one"):
+            parse_devices(devices)
 
 
 @pytest.mark.usefixtures("no_gpus")

@@ -7,18 +7,29 @@
 
 from .architecture import Architecture
 from .demo import demo_latents, save_demo_checkpoint
-from .errors import CheckpointError, DeviceError, LatentError, OutOfMemoryError, OutputError, WanVAEError
+from .errors import (
+    ArgumentError,
+    CheckpointError,
+    DeviceError,
+    LatentError,
+    OutOfMemoryError,
+    OutputError,
+    WanVAEError,
+    WorkerError,
+)
 from .vae import VAE, load_vae, vae_from_state_dict
 
 __all__ = [
     "VAE",
     "Architecture",
+    "ArgumentError",
     "CheckpointError",
     "DeviceError",
     "LatentError",
     "OutOfMemoryError",
     "OutputError",
     "WanVAEError",
+    "WorkerError",
     "demo_latents",
     "load_vae",
     "save_demo_checkpoint",

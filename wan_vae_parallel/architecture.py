@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import CheckpointError
+from .errors import ArgumentError, CheckpointError
 
 Family = Literal["wan2.1", "wan2.2"]
 
@@ -87,10 +87,10 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.family not in ("wan2.1", "wan2.2"):
-            raise ValueError(f"architecture is {self.family!r}; it must be 'wan2.1' or 'wan2.2'")
+            raise ArgumentError(f"architecture is {self.family!r}; it must be 'wan2.1' or 'wan2.2'")
         for name in ("z_dim", "width", "output_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @classmethod
     def published(cls, family: Family, *, width: int | None = None) -> Architecture:
@@ -106,11 +106,13 @@ class Architecture:
         Raises:
             CheckpointError: the keys that tell a Wan VAE are missing or have other shapes.
         """
-        conv_in = shapes.get("decoder.conv1.weight", ())
-        head_norm = shapes.get("decoder.head.0.gamma", ())
-        head = shapes.get("decoder.head.2.weight", ())
-        if len(conv_in) != 5 or not head_norm or len(head) != 5 or "decoder.middle.0.residual.0.gamma" not in shapes:
-            raise CheckpointError("it lacks the decoder layers of a Wan VAE")
+        telling = {"decoder.conv1.weight": 5, "decoder.head.0.gamma": 4, "decoder.head.2.weight": 5}
+        for key, axes in telling.items():
+            if key not in shapes:
+                raise CheckpointError(f"it lacks {key}")
+            if len(shapes[key]) != axes or 0 in shapes[key]:
+                raise CheckpointError(f"its {key} has the shape {shapes[key]}, where {axes} axes of 1 or more belong")
+        conv_in, head_norm, head = (shapes[key] for key in telling)
         width, z_dim = head_norm[0], conv_in[1]
         family: Family = "wan2.2" if any(k.startswith("decoder.upsamples.0.upsamples.") for k in shapes) else "wan2.1"
         patch = 2 if family == "wan2.2" else 1
@@ -191,3 +193,44 @@ class Architecture:
     def frame_size(self, rows: int, columns: int) -> tuple[int, int]:
         """Height and width of the frames that a latent of ``rows`` x ``columns`` decodes to."""
         return rows * self.spatial_ratio, columns * self.spatial_ratio
+
+    def encoder_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the encoder that belongs to this decoder, by their original keys, for a base ``width`` of its own.
+
+        This package does not encode; it checks an encoder that comes along, and keeps it for who does.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def conv(key: str, in_channels: int, out_channels: int, *kernel: int) -> None:
+            shapes[key + ".weight"], shapes[key + ".bias"] = (out_channels, in_channels, *kernel), (out_channels,)
+
+        def residual_block(prefix: str, in_channels: int, channels: int) -> None:
+            shapes[f"{prefix}.residual.0.gamma"] = (in_channels, 1, 1, 1)
+            conv(f"{prefix}.residual.2", in_channels, channels, 3, 3, 3)
+            shapes[f"{prefix}.residual.3.gamma"] = (channels, 1, 1, 1)
+            conv(f"{prefix}.residual.6", channels, channels, 3, 3, 3)
+            if in_channels != channels:
+                conv(f"{prefix}.shortcut", in_channels, channels, 1, 1, 1)
+
+        conv("encoder.conv1", self.output_channels * self.patch**2, width, 3, 3, 3)
+        entering, number = width, 0
+        for index, multiplier in enumerate(reversed(_MULTIPLIERS)):
+            channels = width * multiplier
+            prefix = f"encoder.downsamples.{index}.downsamples" if self.residual else "encoder.downsamples"
+            number = 0 if self.residual else number
+            residual_block(f"{prefix}.{number}", entering, channels)
+            residual_block(f"{prefix}.{number + 1}", channels, channels)
+            if index < 3:
+                conv(f"{prefix}.{number + 2}.resample.1", channels, channels, 3, 3)
+            if index in (1, 2):
+                conv(f"{prefix}.{number + 2}.time_conv", channels, channels, 3, 1, 1)
+            entering, number = channels, number + 3
+        residual_block("encoder.middle.0", entering, entering)
+        shapes["encoder.middle.1.norm.gamma"] = (entering, 1, 1)
+        conv("encoder.middle.1.to_qkv", entering, 3 * entering, 1, 1)
+        conv("encoder.middle.1.proj", entering, entering, 1, 1)
+        residual_block("encoder.middle.2", entering, entering)
+        shapes["encoder.head.0.gamma"] = (entering, 1, 1, 1)
+        conv("encoder.head.2", entering, 2 * self.z_dim, 3, 3, 3)
+        conv("conv1", 2 * self.z_dim, 2 * self.z_dim, 1, 1, 1)
+        return shapes

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .architecture import Architecture
 from .errors import CheckpointError
+from .files import read_safetensors
 from .model.decoder import WanDecoder
 
 Layout = Literal["original", "diffusers"]
@@ -38,7 +38,7 @@ class Checkpoint:
     Attributes:
         architecture: read off the shapes.
         decoder: the decoder's tensors by their original keys, complete and of the right shapes.
-        encoder: the encoder's tensors by their original keys, as they came; empty if there are none.
+        encoder: the encoder's tensors by their original keys, complete and of the right shapes; empty if there is none.
         layout: the key layout that they came in.
         source: what to call it in messages.
     """
@@ -66,22 +66,27 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: there is no such file, it is a pickle, it is damaged, or it is no Wan VAE.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder, path = path, path / _DIFFUSERS_FILE
-        if not path.exists():
-            raise CheckpointError(f"{folder} is a folder without {_DIFFUSERS_FILE}; name the safetensors file itself")
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; name a Wan VAE's safetensors file")
+    path = checkpoint_file(Path(path))
     _refuse_pickle(path)
+    tensors = read_safetensors(path, CheckpointError, "fetch it again")
+    return checkpoint_from_state_dict(tensors, source=path.name)
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The file with the weights: ``path`` itself, or the one in a folder in diffusers' format.
+
+    Raises:
+        CheckpointError: it is a folder without one.
+    """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} can't be read as safetensors ({error}); it is damaged or not downloaded in full: fetch it again"
-        ) from error
-    return checkpoint_from_state_dict(state_dict, source=path.name)
+        if not path.is_dir():
+            return path
+        file = path / _DIFFUSERS_FILE
+        if file.exists():
+            return file
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be opened ({error}); name a Wan VAE's safetensors file") from error
+    raise CheckpointError(f"{path} is a folder without {_DIFFUSERS_FILE}; name the safetensors file itself")
 
 
 def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source: str) -> Checkpoint:
@@ -90,6 +95,10 @@ def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source
     Raises:
         CheckpointError: they are not the tensors of one Wan VAE; ``source`` is what the message calls them.
     """
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in state_dict.items()
+    ):
+        raise CheckpointError(f"{source} is no mapping of names to tensors; pass a module's state dict")
     layout, tensors = _original_layout(state_dict, source)
     try:
         architecture = Architecture.from_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
@@ -97,13 +106,28 @@ def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source
         raise CheckpointError(f"{source} is not a Wan VAE: {error}") from None
     encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(_ENCODER_PREFIXES)}
     decoder = {key: tensor for key, tensor in tensors.items() if key not in encoder}
-    _check_against(architecture, decoder, source)
+    with torch.device("meta"):
+        expected = {key: tuple(tensor.shape) for key, tensor in WanDecoder(architecture).state_dict().items()}
+    named = f"{source}, read as a {architecture.name} VAE of width {architecture.width},"
+    _check_against(expected, decoder, named)
+    first = encoder.get("encoder.conv1.weight")
+    if any(key.startswith("encoder.") for key in encoder):
+        # All of an encoder or nothing: whoever encodes with part of one gets noise.
+        width = first.shape[0] if first is not None and first.dim() == 5 and len(first) else architecture.width
+        _check_against(architecture.encoder_shapes(width), encoder, named)
+    else:
+        encoder = {}
     return Checkpoint(architecture=architecture, decoder=decoder, encoder=encoder, layout=layout, source=source)
 
 
 def _refuse_pickle(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; name a Wan VAE's safetensors file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be opened ({error}); name a Wan VAE's safetensors file") from error
     # A safetensors file begins with its header's length in eight bytes, of any value, and the header's brace.
     pickled = head[8:] != b"{" and (head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] <= b"\x05"))
     if path.suffix.lower() in _PICKLE_SUFFIXES or pickled:
@@ -123,12 +147,24 @@ def _original_layout(state_dict: Mapping[str, torch.Tensor], source: str) -> tup
                 m.group(1) for m in map(re.compile(r"decoder\.up_blocks\.\d+\.(upsamplers?)\.").match, tensors) if m
             }
             residual = "upsampler" in blocks
-            return "diffusers", {_original_key(key, residual=residual): tensor for key, tensor in tensors.items()}
+            return "diffusers", _renamed(tensors, residual, source)
     keys = sorted(state_dict)
     raise CheckpointError(
         f"{source} is not a Wan VAE: it has neither decoder.conv1.weight nor decoder.conv_in.weight, "
         f"but {_listed(keys) if keys else 'no tensors at all'}; take the VAE that came with the Wan model"
     )
+
+
+def _renamed(tensors: Mapping[str, torch.Tensor], residual: bool, source: str) -> dict[str, torch.Tensor]:
+    renamed: dict[str, str] = {}
+    for key in tensors:
+        original = _original_key(key, residual=residual)
+        if original in renamed:
+            raise CheckpointError(
+                f"{source} has both {renamed[original]} and {key}, which are the same layer; save the VAE anew"
+            )
+        renamed[original] = key
+    return {original: tensors[key] for original, key in renamed.items()}
 
 
 def _stripped(state_dict: Mapping[str, torch.Tensor], prefix: str, source: str) -> dict[str, torch.Tensor]:
@@ -174,7 +210,7 @@ def _original_key(key: str, *, residual: bool) -> str:
         ]
     else:
         rules += [(r"encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1.")]
-        match = re.match(r"decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.(.*)", key)
+        match = re.match(r"decoder\.up_blocks\.([0-3])\.(?:resnets\.([0-2])|upsamplers\.0)\.(.*)", key)
         if match:
             # Wan 2.1 numbers blocks and upsamplings through: four to a stage.
             block = match.group(2) if match.group(2) is not None else "3"
@@ -190,25 +226,22 @@ def _original_key(key: str, *, residual: bool) -> str:
     return key
 
 
-def _check_against(architecture: Architecture, decoder: Mapping[str, torch.Tensor], source: str) -> None:
-    with torch.device("meta"):
-        expected = {key: tuple(tensor.shape) for key, tensor in WanDecoder(architecture).state_dict().items()}
-    named = f"{source}, read as a {architecture.name} VAE of width {architecture.width},"
+def _check_against(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], named: str) -> None:
     problems = []
-    if missing := [key for key in expected if key not in decoder]:
+    if missing := [key for key in expected if key not in tensors]:
         problems.append(f"lacks {_listed(missing)}")
-    if unexpected := [key for key in decoder if key not in expected]:
+    if unexpected := [key for key in tensors if key not in expected]:
         problems.append(f"has unexpected {_listed(unexpected)}")
     misshapen = [
-        f"{key} {tuple(decoder[key].shape)} instead of {shape}"
+        f"{key} {tuple(tensors[key].shape)} instead of {shape}"
         for key, shape in expected.items()
-        if key in decoder and tuple(decoder[key].shape) != shape
+        if key in tensors and tuple(tensors[key].shape) != shape
     ]
     if misshapen:
         problems.append(f"has misshapen {_listed(misshapen)}")
     if problems:
         raise CheckpointError(f"{named} {'; '.join(problems)}; take the VAE as it was published")
-    odd = [f"{key} {tensor.dtype}" for key, tensor in decoder.items() if tensor.dtype not in _DTYPES]
+    odd = [f"{key} {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]
     if odd:
         raise CheckpointError(
             f"{named} has weights that are no fp32, bf16 or fp16: {_listed(odd)}; take the VAE in one of these"

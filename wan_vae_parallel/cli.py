@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from .architecture import Architecture
 from .checkpoint import read_checkpoint
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
-from .errors import OutputError, WanVAEError
+from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
 from .files import replacing
 from .latents import check_latents, read_latents, save_latents
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
@@ -34,15 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     options = _parser().parse_args(arguments)
+    # So that a polite kill unwinds too, and takes half-written files along.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         options.run(options)
-    except (WanVAEError, ValueError) as error:
+    except WanVAEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was left half-written", file=sys.stderr)
         return 130
     return 0
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("latents", type=Path, help="ComfyUI's .latent, or a safetensors file with one 5-D tensor")
     decode.add_argument("--vae", type=Path, required=True, help="the Wan VAE's safetensors file")
     decode.add_argument("-o", "--output", type=Path, required=True, help="out.mp4, out.safetensors or frames/%%04d.png")
-    decode.add_argument("--fps", type=_positive_number, help="of the video; default: 16 for Wan 2.1, 24 for Wan 2.2")
+    decode.add_argument("--fps", type=_rate, help="of the video; default: 16 for Wan 2.1, 24 for Wan 2.2")
     decode.add_argument(
         "--normalized", action="store_true", help="the latents are as the diffusion model made them (WanVideoWrapper)"
     )
@@ -96,10 +106,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _positive_number(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
+def _rate(text: str) -> float:
+    try:
+        rate = float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        rate = 0.0
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a frame rate such as 16, 23.976 or 30000/1001")
+    return rate
 
 
 def _chunk(text: str) -> int | str:
@@ -117,7 +131,7 @@ def _latent_size(architecture: Architecture, size: tuple[int, int]) -> tuple[int
     """Latent rows and columns of frames of ``size`` (width, height)."""
     ratio = architecture.spatial_ratio
     if size[0] % ratio or size[1] % ratio:
-        raise ValueError(
+        raise ArgumentError(
             f"frames of {architecture.name} have a multiple of {ratio} pixels a side, not {size[0]}x{size[1]}; "
             f"take {max(1, round(size[0] / ratio)) * ratio}x{max(1, round(size[1] / ratio)) * ratio}"
         )
@@ -128,6 +142,12 @@ def _demo(options: argparse.Namespace) -> None:
     folder: Path = options.output
     described = Architecture.published(options.architecture, width=options.width)
     rows, columns = _latent_size(described, options.size)
+    # The latents are drawn at eight times their size, and decode to frames of the size asked for.
+    needed = 4 * described.frame_count(options.latent_frames) * (3 * options.size[0] * options.size[1] + rows * columns)
+    if needed > free_memory(torch.device("cpu")):
+        raise OutOfMemoryError(
+            f"the demo's frames would take {gibibytes(needed)}, more than is free; ask for fewer or smaller ones"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

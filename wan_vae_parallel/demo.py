@@ -14,7 +14,6 @@ of the real architecture does its part to carry a picture:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from .architecture import Architecture, Family
+from .errors import ArgumentError
 from .files import replacing
 from .model.decoder import WanDecoder
 
@@ -57,13 +57,13 @@ def save_demo_checkpoint(path: str | Path, architecture: Family = "wan2.1", widt
         The architecture of the checkpoint.
 
     Raises:
-        ValueError: the width is too small to hold the signals.
+        ArgumentError: the width is too small to hold the signals.
         OutputError: the file can't be written.
     """
     described = Architecture.published(architecture, width=width)
     smallest = 16 if described.residual else 8
     if described.width < smallest:
-        raise ValueError(f"width is {described.width}; a {described.name} demo checkpoint needs at least {smallest}")
+        raise ArgumentError(f"width is {described.width}; a {described.name} demo checkpoint needs at least {smallest}")
     tensors = {**_decoder_tensors(described), **_encoder_tensors(described)}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -265,41 +265,6 @@ def _split_in_time(wiring: _Wiring, key: str, slots: Slots, kept: int, constants
 
 def _encoder_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
     """Noise of the right shapes, so that the file is complete and core's loaders find nothing missing."""
-    z = architecture.z_dim
+    # Wan 2.2's encoder has a base width of 160 beside the decoder's 256.
     width = max(1, architecture.width * 5 // 8) if architecture.residual else architecture.width
-    widths = [width, width, 2 * width, 4 * width, 4 * width]
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def conv(key: str, in_channels: int, out_channels: int, *kernel: int) -> None:
-        shapes[key + ".weight"], shapes[key + ".bias"] = (out_channels, in_channels, *kernel), (out_channels,)
-
-    def residual_block(prefix: str, in_channels: int, channels: int) -> None:
-        shapes[f"{prefix}.residual.0.gamma"] = (in_channels, 1, 1, 1)
-        conv(f"{prefix}.residual.2", in_channels, channels, 3, 3, 3)
-        shapes[f"{prefix}.residual.3.gamma"] = (channels, 1, 1, 1)
-        conv(f"{prefix}.residual.6", channels, channels, 3, 3, 3)
-        if in_channels != channels:
-            conv(f"{prefix}.shortcut", in_channels, channels, 1, 1, 1)
-
-    conv("encoder.conv1", architecture.output_channels * architecture.patch**2, width, 3, 3, 3)
-    number = 0
-    for index, (entering, channels) in enumerate(itertools.pairwise(widths)):
-        prefix = f"encoder.downsamples.{index}.downsamples" if architecture.residual else "encoder.downsamples"
-        number = 0 if architecture.residual else number
-        residual_block(f"{prefix}.{number}", entering, channels)
-        residual_block(f"{prefix}.{number + 1}", channels, channels)
-        if index < 3:
-            conv(f"{prefix}.{number + 2}.resample.1", channels, channels, 3, 3)
-        if index in (1, 2):
-            conv(f"{prefix}.{number + 2}.time_conv", channels, channels, 3, 1, 1)
-        number += 3
-    last = widths[-1]
-    residual_block("encoder.middle.0", last, last)
-    shapes["encoder.middle.1.norm.gamma"] = (last, 1, 1)
-    conv("encoder.middle.1.to_qkv", last, 3 * last, 1, 1)
-    conv("encoder.middle.1.proj", last, last, 1, 1)
-    residual_block("encoder.middle.2", last, last)
-    shapes["encoder.head.0.gamma"] = (last, 1, 1, 1)
-    conv("encoder.head.2", last, 2 * z, 3, 3, 3)
-    conv("conv1", 2 * z, 2 * z, 1, 1, 1)
-    return _Wiring({key: torch.Size(shape) for key, shape in shapes.items()}).tensors
+    return _Wiring({key: torch.Size(shape) for key, shape in architecture.encoder_shapes(width).items()}).tensors

@@ -37,9 +37,11 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
             the CPU, or several devices where this system can't use them together.
     """
     if isinstance(devices, str):
-        names: list[str | torch.device] = [name.strip() for name in devices.split(",") if name.strip()]
-    else:
+        names: list[str | torch.device] = [name.strip().lower() for name in devices.split(",") if name.strip()]
+    elif isinstance(devices, (list, tuple, torch.device)):
         names = [devices] if isinstance(devices, torch.device) else list(devices)
+    else:
+        raise DeviceError(f"devices are {devices!r}; write 'auto', 'cpu', 'cuda:0', several with commas, or a list")
     there = available_devices()
     if [str(name) for name in names] == ["auto"]:
         gpus = there[1:] or there
@@ -71,10 +73,12 @@ def _parse_device(name: str | torch.device, there: list[torch.device]) -> torch.
     known = ", ".join(str(device) for device in there)
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise DeviceError(f"{name!r} is no device; there are {known}, or write 'auto'") from None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
+    if device.type == "cpu":
+        device = torch.device("cpu")  # "cpu:0" is the same
     if device not in there:
         raise DeviceError(f"device {str(device)!r} is not there; there are {known}, or write 'auto'")
     return device
@@ -90,7 +94,8 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     Raises:
         DeviceError: a dtype that is none of fp32, bf16, fp16 and fp64.
     """
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else _SHORT.get(dtype, dtype)
+    name = str(dtype).removeprefix("torch.")
+    name = _SHORT.get(name, name)
     if name == "auto":
         if device.type != "cuda":
             return torch.float32

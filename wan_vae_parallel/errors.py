@@ -5,6 +5,10 @@ class WanVAEError(Exception):
     """Base of all errors that this package raises on purpose."""
 
 
+class ArgumentError(WanVAEError, ValueError):
+    """An argument that is out of its range."""
+
+
 class CheckpointError(WanVAEError, ValueError):
     """The file or state dict is not a Wan VAE that can be decoded with."""
 

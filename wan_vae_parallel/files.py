@@ -9,8 +9,30 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import OutputError
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import OutputError, WanVAEError
 from .memory import gibibytes
+
+
+def read_safetensors(path: Path, error_class: type[WanVAEError], way_out: str) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, mapped from it rather than copied.
+
+    Raises:
+        error_class: there is no such file, it can't be opened, or it is damaged; the message ends with ``way_out``.
+    """
+    try:
+        if not path.is_file():
+            raise error_class(f"{path} does not exist; {way_out}")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, WanVAEError):
+            raise
+        raise error_class(
+            f"{path} can't be read as safetensors ({error}); it is damaged or not downloaded in full: {way_out}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -26,12 +48,13 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     Raises:
         OutputError: the folder is missing or can't be written to, or the disk is too full.
     """
-    path = Path(path)
     check_writable(path, needed=needed)
+    path = Path(path).resolve()  # a link stays one, and its target is replaced
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent))
     temporary = folder / path.name
     try:
         yield temporary
+        readable_as_usual(temporary)
         temporary.replace(path)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -41,13 +64,27 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def readable_as_usual(path: Path) -> None:
+    """Gives a file the mode that a plain ``open`` would have given it; some writers make theirs private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def check_writable(path: str | Path, *, needed: int = 0) -> None:
     """Raises `OutputError` if a file can't be written at ``path``, or ``needed`` bytes have no room there."""
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path} can't be written: there is no folder {path.parent}; make it, or choose another")
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is a device or a pipe; name a file")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} can't be written: there is no folder {path.parent}; make it, or choose another")
+    except OSError as error:  # a name too long, a folder that can't be looked into
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} can't be written ({error}); choose another name") from error
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path} can't be written: the folder {path.parent} is read-only; choose another")
     free = shutil.disk_usage(path.parent).free

@@ -5,15 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .architecture import Architecture
 from .errors import LatentError
-from .files import replacing
+from .files import read_safetensors, replacing
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The tensors in the files of ComfyUI's SaveLatent.
 _COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
+
+
+def check_fits(latents: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises `LatentError` if finite ``latents`` are beyond what ``dtype`` can hold."""
+    if float(latents.abs().max()) > torch.finfo(dtype).max:
+        raise LatentError(
+            f"latents reach {float(latents.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}; real latents are of the order of 1: look at how they were made"
+        )
 
 
 def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
@@ -38,8 +47,13 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
         raise LatentError(
             f"latents have {len(shape)} axes {shape}; they must have five, [B, C, T, h, w], or four for one frame"
         )
-    if not latents.is_floating_point():
-        raise LatentError(f"latents are {latents.dtype}; they must be floating point, as the sampler made them")
+    if latents.dtype not in _DTYPES:
+        raise LatentError(
+            f"latents are {latents.dtype}; they must be floating point (fp32, fp16, bf16, fp64), as the sampler made them"
+        )
+    if latents.layout != torch.strided or latents.is_meta:
+        kind = "meta" if latents.is_meta else str(latents.layout)
+        raise LatentError(f"latents are a {kind} tensor; they must be an ordinary, dense one")
     if latents.numel() == 0:
         raise LatentError(f"latents are empty, {shape}; every axis must be at least 1")
     if latents.shape[1] != architecture.z_dim:
@@ -93,13 +107,7 @@ def read_latents(path: str | Path) -> torch.Tensor:
         LatentError: no such file, it is damaged, or it is not clear which tensor is meant.
     """
     path = Path(path)
-    if not path.is_file():
-        raise LatentError(f"{path} does not exist; name a .latent or .safetensors file with latents")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise LatentError(f"{path} can't be read as safetensors ({error}); save the latents again") from error
+    tensors = read_safetensors(path, LatentError, "name a .latent or .safetensors file with latents")
     if _COMFYUI_LATENT in tensors:
         if _COMFYUI_VERSION not in tensors:
             raise LatentError(f"{path} is a latent of a ComfyUI from before 2023, which made none of videos")

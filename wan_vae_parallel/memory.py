@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 
 from .architecture import Architecture
+from .model.blocks import UPSAMPLED_ELEMENTS
+from .ops.norm_silu import BLOCK_ELEMENTS
 
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
 # and more frames would only cost memory.
 _ENOUGH_PIXELS = 4 * 720 * 1280
-# The norm's fp32 intermediates, at most (two blocks of ops/norm_silu.py).
-_NORM_BYTES = 2 * 2**25 * 4
+# The norm's fp32 intermediates, at most: two blocks.
+_NORM_BYTES = 2 * BLOCK_ELEMENTS * 4
 # Share of the free memory that is planned with; the rest is for fragmentation and the libraries' own buffers.
 _USABLE = 0.9
+# What a system that does not tell its free memory is taken to have.
+UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +53,12 @@ def decode_memory(
     batch, latent_frames, rows, columns = shape
     chunk = max(1, min(chunk, latent_frames - 1))
     cached = _cached_elements(architecture, rows, columns) if latent_frames > 1 else 0
-    frames = architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
+    frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
     return DecodeMemory(
         weights=parameter_count(architecture) * dtype.itemsize,
         caches=batch * cached * dtype.itemsize,
         # Frames: the step's own, one step's in flight to the host, both at least fp32.
-        step=_step_elements(architecture, rows, columns, chunk) * dtype.itemsize
+        step=_step_elements(architecture, batch, rows, columns, chunk) * dtype.itemsize
         + min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * architecture.stages[-1].scale ** 2 * architecture.width)
         + 2 * frames * max(4, dtype.itemsize),
     )
@@ -116,7 +120,7 @@ def free_memory(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return 2**62
+        return UNLIMITED
     available = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line) * 1024
     # A container's limit may be lower than what the machine has left.
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -156,15 +160,14 @@ def _cached_elements(architecture: Architecture, rows: int, columns: int) -> int
     return 2 * count
 
 
-def _step_elements(architecture: Architecture, rows: int, columns: int, chunk: int) -> int:
+def _step_elements(architecture: Architecture, batch: int, rows: int, columns: int, chunk: int) -> int:
     """The largest sum of live activations: what waits between stages, one module's own, the shared workspace."""
     waiting, live, workspace = [0], [], [_padded(rows, columns) * (chunk + 2) * architecture.first_channels]
     for stage in architecture.stages:
         height, width = rows * stage.scale, columns * stage.scale
-        frames = min(chunk, chunk * stage.time_scale)
-        position = height * width * frames
+        position = height * width * chunk
         widest = max(stage.in_channels, stage.channels)
-        workspace.append(_padded(height, width) * (frames + 2) * widest)
+        workspace.append(_padded(height, width) * (chunk + 2) * widest)
         # A residual block: its input, the first convolution's output, the second's.
         blocks = position * (widest + 2 * stage.channels)
         kept = position * stage.in_channels if architecture.residual else 0
@@ -173,8 +176,11 @@ def _step_elements(architecture: Architecture, rows: int, columns: int, chunk: i
         # An upsampling: its input, the time convolution's output, the result.
         upsampling = position * stage.channels * (1 + (2 if factor == 2 else 0)) + leaving if stage.upsample else 0
         if stage.upsample:
-            workspace.append(min(2**27, 4 * factor * position * stage.channels) + 4 * height * width * stage.channels)
+            workspace.append(
+                min(UPSAMPLED_ELEMENTS, 4 * factor * position * stage.channels) + 4 * height * width * stage.channels
+            )
         live.append(kept + max(blocks, upsampling))
         waiting.append(leaving)
     before = itertools.accumulate(waiting[:-1])
-    return max(own + queued for own, queued in zip(live, before, strict=True)) + max(workspace)
+    # Videos take turns within a step, but what waits between stages waits for each of them.
+    return max(own + batch * queued for own, queued in zip(live, before, strict=True)) + max(workspace)

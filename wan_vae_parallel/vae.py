@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 
 from .architecture import Architecture
-from .checkpoint import Checkpoint, checkpoint_from_state_dict, read_checkpoint
+from .checkpoint import Checkpoint, checkpoint_file, checkpoint_from_state_dict, read_checkpoint
 from .devices import parse_devices, parse_dtype
-from .errors import OutOfMemoryError, WanVAEError
-from .latents import check_latents, denormalize
-from .memory import decode_memory, free_memory, gibibytes, largest_chunk, parameter_count
+from .errors import ArgumentError, CheckpointError, OutOfMemoryError, WanVAEError
+from .latents import check_fits, check_latents, denormalize
+from .memory import UNLIMITED, decode_memory, free_memory, gibibytes, largest_chunk, parameter_count
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine
 from .runtime.pool import WorkerPool
@@ -27,13 +27,11 @@ OnChunk = Callable[[int, int, torch.Tensor], None]
 Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
 
-_UNLIMITED = 2**62
 _IDLE_SECONDS = 600.0
 
 
 def load_vae(
     path: str | Path,
-    *,
     devices: Devices = "auto",
     dtype: str | torch.dtype = "auto",
     chunk: Chunk = "auto",
@@ -54,28 +52,51 @@ def load_vae(
         CheckpointError: the file is not a Wan VAE that can be decoded with.
         DeviceError: a device or dtype that is not there.
     """
-
-    def weights() -> Checkpoint:
-        return read_checkpoint(path)
-
-    return VAE(weights, path=Path(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
+    path = Path(path)
+    return VAE(FileWeights(path), path=path, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
 
 
 def vae_from_state_dict(
     state_dict: Mapping[str, torch.Tensor],
-    *,
-    name: str = "the state dict",
     devices: Devices = "auto",
     dtype: str | torch.dtype = "auto",
     chunk: Chunk = "auto",
+    *,
+    name: str = "the state dict",
     idle_seconds: float = _IDLE_SECONDS,
 ) -> VAE:
-    """Like `load_vae`, from tensors that are loaded already; ``name`` is what errors call them."""
+    """Like `load_vae`, from tensors that are loaded already; ``name`` is what errors call them.
+
+    The tensors are not copied before they go to a device: leave them as they are while the VAE is in use.
+    """
+    checkpoint = checkpoint_from_state_dict(state_dict, source=name)
 
     def weights() -> Checkpoint:
-        return checkpoint_from_state_dict(state_dict, source=name)
+        return checkpoint
 
     return VAE(weights, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
+
+
+class FileWeights:
+    """Reads a checkpoint's file whenever it is called, and sees to it that it is the same file each time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._version: tuple[int, int] | None = None
+
+    def __call__(self) -> Checkpoint:
+        """The checkpoint.
+
+        Raises:
+            CheckpointError: it can't be read, or it is another file than the first time.
+        """
+        checkpoint = read_checkpoint(self.path)
+        stat = checkpoint_file(self.path).stat()
+        version = stat.st_mtime_ns, stat.st_size
+        if self._version not in (None, version):
+            raise CheckpointError(f"{self.path} was replaced since it was loaded; load the VAE again")
+        self._version = version
+        return checkpoint
 
 
 class VAE:
@@ -105,11 +126,14 @@ class VAE:
         self.chunk = chunk
         self._weights = weights
         self._closed = False
-        self.architecture: Architecture = weights().architecture
+        # Kept until the first decode has loaded it: what was checked is what decodes.
+        self._first: Checkpoint | None = weights()
+        self.architecture: Architecture = self._first.architecture
         self._engine: LocalEngine | WorkerPool
         if len(self.devices) == 1:
             self._engine = LocalEngine(self._unchanged, self.devices[0], self.dtype)
         else:
+            self._first = None  # workers read the file themselves: whether it is the same one is looked up then
             self._engine = WorkerPool(self._unchanged, self.devices, self.dtype, path=path, idle_seconds=idle_seconds)
 
     @property
@@ -119,8 +143,8 @@ class VAE:
 
     @chunk.setter
     def chunk(self, chunk: Chunk) -> None:
-        if chunk != "auto" and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise ValueError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of latent frames, at least 1")
+        if chunk != "auto" and (isinstance(chunk, (bool, str)) or not hasattr(chunk, "__index__") or int(chunk) < 1):
+            raise ArgumentError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of latent frames, at least 1")
         self._chunk: Chunk = chunk
 
     def __enter__(self) -> VAE:
@@ -131,9 +155,7 @@ class VAE:
     ) -> None:
         self.close()
 
-    def decode(
-        self, latents: torch.Tensor, *, normalized: bool = False, on_chunk: OnChunk | None = None
-    ) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, normalized: bool = False, on_chunk: OnChunk | None = None) -> torch.Tensor:
         """Decodes latents to frames.
 
         Args:
@@ -164,6 +186,7 @@ class VAE:
         with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
             out = torch.empty(shape, dtype=dtype) if run.video is None else run.video
             for frames in run:
+                self._check_frames(frames, first=done == 0)
                 newest = out[:, done : done + frames.shape[1]]
                 if run.video is None:
                     newest.copy_(frames)
@@ -172,7 +195,7 @@ class VAE:
                     on_chunk(done, total, newest)
         return out
 
-    def decode_stream(self, latents: torch.Tensor, *, normalized: bool = False) -> Iterator[torch.Tensor]:
+    def decode_stream(self, latents: torch.Tensor, normalized: bool = False) -> Iterator[torch.Tensor]:
         """Like `decode`, but hands out frames as soon as they are final, and holds no whole video.
 
         Closing the iterator, or dropping it, ends the decode and frees its memory.
@@ -203,7 +226,7 @@ class VAE:
         if len(self.devices) > 1:
             plan = plan_shards(rows, columns, len(self.devices))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        chunk = self._chunk_number or largest_chunk(self.architecture, size, dtype=self.dtype, free=_UNLIMITED)
+        chunk = self._chunk_number or largest_chunk(self.architecture, size, dtype=self.dtype, free=UNLIMITED)
         return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype).total
 
     def release(self) -> None:
@@ -227,11 +250,11 @@ class VAE:
 
     @property
     def _chunk_number(self) -> int:
-        return 0 if self._chunk == "auto" else self._chunk
+        return 0 if self._chunk == "auto" else int(self._chunk)
 
     def _unchanged(self) -> Checkpoint:
         """The weights, read again; they must be what they were."""
-        checkpoint = self._weights()
+        checkpoint, self._first = self._first or self._weights(), None
         if checkpoint.architecture != self.architecture:
             raise WanVAEError(
                 f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
@@ -243,12 +266,28 @@ class VAE:
         if self._closed:
             raise WanVAEError("this VAE is closed; load it again")
         latents = check_latents(latents, self.architecture).detach()
-        return denormalize(latents, self.architecture) if normalized else latents
+        if normalized:
+            latents = denormalize(latents, self.architecture)
+        check_fits(latents, self.dtype)
+        return latents
+
+    def _check_frames(self, frames: torch.Tensor, first: bool) -> None:
+        if self._closed:
+            raise WanVAEError("this VAE was closed while it decoded; load it again")
+        # Weights or activations that a dtype can't hold spoil all frames, so the first one tells.
+        if first and not frames[:, 0].isfinite().all():
+            raise WanVAEError(
+                f"the frames are NaN: in {str(self.dtype).removeprefix('torch.')} the activations overflow, or the "
+                f"weights are damaged; try dtype bfloat16 or float32, or fetch the VAE again"
+            )
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
         with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+            first = True
             for frames in run:
+                self._check_frames(frames, first)
+                first = False
                 # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
                 # outside it.
                 yield frames.clone()

@@ -16,8 +16,9 @@ import imageio_ffmpeg
 import torch
 from safetensors.torch import save_file
 
-from .errors import OutputError
+from .errors import OutOfMemoryError, OutputError
 from .files import check_writable, replacing
+from .memory import free_memory, gibibytes
 from .pictures import to_bytes, to_picture
 
 Write = Callable[[torch.Tensor], None]
@@ -25,6 +26,7 @@ Write = Callable[[torch.Tensor], None]
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 # Visually lossless for x264; frames that must be exact go to .safetensors or .png.
 _CRF = 14
+_MOST_FPS = 1000
 
 
 def check_output(path: str | Path, shape: Sequence[int]) -> None:
@@ -35,9 +37,21 @@ def check_output(path: str | Path, shape: Sequence[int]) -> None:
     """
     path = Path(path)
     if _is_sequence(path):
-        check_writable(path.parent / (path.name % 0))
+        # The folder of a sequence is made when it is written; what it would lie in must be there.
+        if path.parent.is_dir():
+            for file in output_files(path, shape):
+                check_writable(file)
+        else:
+            check_writable(path.parent)
     elif path.suffix.lower() == ".safetensors":
-        check_writable(path, needed=4 * torch.Size(shape).numel())
+        size = 4 * torch.Size(shape).numel()
+        check_writable(path, needed=size)
+        free = free_memory(torch.device("cpu"))
+        if size > free:
+            raise OutOfMemoryError(
+                f"{path} takes {gibibytes(size)} of memory to be written, and {gibibytes(free)} are free; "
+                f"write a video or pictures, which take one step's frames"
+            )
     elif path.suffix.lower() in VIDEO_SUFFIXES:
         check_writable(path)
     else:
@@ -96,6 +110,9 @@ def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write
     _, total, height, width, colours = shape
     if colours < 3:
         raise OutputError(f"{path} can't hold frames of {colours} colours; write .safetensors")
+    if not 0 < fps <= _MOST_FPS:
+        raise OutputError(f"{path} can't have {fps} frames a second; name a rate of up to {_MOST_FPS}")
+    done = 0
     try:
         with contextlib.ExitStack() as stack:
             temporaries = [stack.enter_context(replacing(file)) for file in output_files(path, shape)]
@@ -116,11 +133,14 @@ def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write
                 writers.append(writer)
 
             def write(frames: torch.Tensor) -> None:
+                nonlocal done
+                done += frames.shape[1]
                 for writer, video in zip(writers, to_bytes(frames[..., :3]), strict=True):
                     for frame in video:
                         writer.send(frame.contiguous().numpy())
 
             yield write
+            _check_count(path, done, total)
             for writer, temporary in zip(writers, temporaries, strict=True):
                 writer.close()
                 _check_video(temporary, total / fps)
@@ -143,21 +163,26 @@ def _check_video(path: Path, seconds: float) -> None:
 
 @contextlib.contextmanager
 def _open_tensor(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write]:
-    frames, done = torch.empty(tuple(shape)), 0
+    frames, done = torch.empty(0), 0
 
     def write(newest: torch.Tensor) -> None:
-        nonlocal done
+        nonlocal frames, done
+        if not done:
+            frames = torch.empty(tuple(shape), dtype=newest.dtype)
         frames[:, done : done + newest.shape[1]] = newest
         done += newest.shape[1]
 
-    with replacing(path, needed=frames.nbytes) as temporary:
+    with replacing(path) as temporary:
         yield write
+        _check_count(path, done, shape[1])
         save_file({"frames": frames}, temporary, metadata={"fps": str(fps)})
 
 
 @contextlib.contextmanager
 def _open_pictures(path: Path, shape: Sequence[int]) -> Iterator[Write]:
     total, done = shape[1], 0
+    made = not path.parent.exists()
+    path.parent.mkdir(exist_ok=True)
     # Beside the final place, so that moving them there is only a new name.
     folder = Path(tempfile.mkdtemp(prefix=".frames.", suffix=".partial", dir=path.parent))
 
@@ -168,11 +193,24 @@ def _open_pictures(path: Path, shape: Sequence[int]) -> Iterator[Write]:
                 to_picture(frame).save(folder / (path.name % (index * total + done + step)))
         done += newest.shape[1]
 
+    moved: list[Path] = []
     try:
         yield write
-        for file in sorted(folder.iterdir()):
-            file.replace(path.parent / file.name)
+        _check_count(path, done, total)
+        for file in output_files(path, shape):
+            (folder / file.name).replace(file)
+            moved.append(file)
+        moved.clear()
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error}; free some room or choose another place") from error
     finally:
+        for file in moved:  # not all of them: none
+            file.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
+def _check_count(path: Path, done: int, total: int) -> None:
+    if done != total:
+        raise OutputError(f"{path} would have {done} of {total} frames, so it is not written")

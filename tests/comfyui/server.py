@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -97,6 +96,12 @@ class Server:
             raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from None
         return json.loads(text) if text else {}
 
+    def children(self) -> list[str]:
+        """Command lines of the server's child processes."""
+        listing = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        pids = " ".join(path.read_text() for path in listing).split()
+        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in pids]
+
     def stop(self) -> None:
         self.process.terminate()
         try:
@@ -167,7 +172,3 @@ class Run:
 
 def node(class_type: str, **inputs) -> dict:
     return {"class_type": class_type, "inputs": inputs}
-
-
-if __name__ == "__main__":
-    print(find_comfyui(), file=sys.stderr)

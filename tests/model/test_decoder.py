@@ -237,7 +237,7 @@ def test_upsampling_some_frames_at_a_time_changes_nothing(model, checkpoint, mon
     whole = decode(model, video, 5)
     at_once = len(convolved)
     # Two latent frames' at the first stage (width 8, so 32 channels there), one step's at the finer ones.
-    monkeypatch.setattr("wan_vae_parallel.model.blocks._UPSAMPLED_ELEMENTS", 2 * 2 * 4 * 3 * 4 * 32)
+    monkeypatch.setattr("wan_vae_parallel.model.blocks.UPSAMPLED_ELEMENTS", 2 * 2 * 4 * 3 * 4 * 32)
     torch.testing.assert_close(decode(model, video, 5), whole, atol=1e-5, rtol=1e-5)
     assert sum(convolved) % 2 == 0
     assert len(convolved) - at_once > at_once

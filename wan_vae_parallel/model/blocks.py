@@ -17,7 +17,7 @@ from .state import DecodeState
 
 # An upsampled frame is four times its source: as many frames are upsampled at once as fit this many elements, so
 # that the largest buffer of a decode is a convolution's, not this one's.
-_UPSAMPLED_ELEMENTS = 2**27
+UPSAMPLED_ELEMENTS = 2**27
 
 
 class ResidualBlock(nn.Module):
@@ -82,7 +82,7 @@ class Resample(nn.Module):
         """``[T, P, H, W, C]`` to ``[T * P, 2H, 2W, O]``."""
         (conv,) = self._conv
         steps, phases, rows, columns, channels = x.shape
-        at_once = min(steps, max(1, _UPSAMPLED_ELEMENTS // (phases * 4 * rows * columns * channels)))
+        at_once = min(steps, max(1, UPSAMPLED_ELEMENTS // (phases * 4 * rows * columns * channels)))
 
         def convolved(part: torch.Tensor) -> torch.Tensor:
             frames = len(part) * phases

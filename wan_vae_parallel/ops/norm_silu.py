@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 # The wide intermediates live for this many elements at a time: 128 MiB of fp32, whatever the frame's size.
-_BLOCK_ELEMENTS = 2**25
+BLOCK_ELEMENTS = 2**25
 # Norms below this count as this (torch.nn.functional.normalize's eps, which Wan was trained with).
 _MIN_NORM = 1e-12
 
@@ -47,7 +47,7 @@ def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, out: torch.Tensor) -> Non
     if out.shape != x.shape or gamma.numel() != x.shape[-1]:
         raise ValueError(f"norm_silu takes x {tuple(x.shape)}, out {tuple(out.shape)} and gamma {tuple(gamma.shape)}")
     _, rows, columns, channels = x.shape
-    rows_at_once = max(1, _BLOCK_ELEMENTS // (columns * channels))
+    rows_at_once = max(1, BLOCK_ELEMENTS // (columns * channels))
     frames_at_once = max(1, rows_at_once // rows)
     for x_frames, out_frames in zip(x.split(frames_at_once), out.split(frames_at_once), strict=True):
         x_blocks, out_blocks = x_frames.split(rows_at_once, dim=1), out_frames.split(rows_at_once, dim=1)

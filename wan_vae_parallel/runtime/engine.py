@@ -88,7 +88,7 @@ class LocalRun:
         """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""
         engine, latents = self._engine, self._latents
         size = (latents.shape[0], latents.shape[2], latents.shape[3], latents.shape[4])
-        chunk, sent = self._first_chunk(size), 0
+        chunk, sent, said = self._first_chunk(size), 0, False
         while True:
             skip = sent
             try:
@@ -107,9 +107,13 @@ class LocalRun:
             engine._free_cached()
             if chunk == 1:
                 raise OutOfMemoryError(self._does_not_fit(size, reason))
-            logger.warning(
-                "%s ran out of memory with chunk %d; going on with %d, same frames", engine.device, chunk, chunk // 2
-            )
+            if not said:
+                logger.warning(
+                    "%s ran out of memory with chunk %d; going on with smaller chunks, same frames",
+                    engine.device,
+                    chunk,
+                )
+                said = True
             chunk //= 2
 
     def _first_chunk(self, size: tuple[int, int, int, int]) -> int:
@@ -120,13 +124,13 @@ class LocalRun:
         return largest_chunk(architecture, size, dtype=engine.dtype, free=free_memory(engine.device))
 
     def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
-        engine, (batch, frames, rows, columns) = self._engine, size
+        engine, (batch, _, rows, columns) = self._engine, size
         architecture = engine.decoder().architecture
         height, width = architecture.frame_size(rows, columns)
         needed = decode_memory(architecture, size, chunk=1, dtype=engine.dtype)
         free = free_memory(engine.device) + needed.weights
         ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free)} would fit"]
-        if batch > 1 and frames > 1:
+        if batch > 1:
             ways.append(f"or decode the batch of {batch} one by one")
         return (
             f"{width}x{height} does not fit on {engine.device} even one latent frame at a time: it takes about "

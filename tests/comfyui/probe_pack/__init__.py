@@ -3,7 +3,6 @@
 import os
 
 import folder_paths
-import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file, save_file
 
@@ -50,7 +49,7 @@ class SaveTensor(io.ComfyNode):
 
 
 class EngineState(io.ComfyNode):
-    """Tells what a parallel VAE's engine holds, and what the server's process has done."""
+    """Tells whether a parallel VAE's engine holds memory."""
 
     @classmethod
     def define_schema(cls):
@@ -68,11 +67,7 @@ class EngineState(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, call):  # noqa: ARG003 (only there to make prompts differ)
-        state = {
-            "loaded": [vae._engine.loaded],
-            "cuda": [torch.cuda.is_initialized()],
-        }
-        return io.NodeOutput(ui=state)
+        return io.NodeOutput(ui={"loaded": [vae._engine.loaded]})
 
 
 class ProbeExtension(ComfyExtension):
