@@ -303,3 +303,48 @@ def test_a_head_that_makes_no_whole_patches_is_refused():
     tensors["decoder.head.2.weight"] = tensors["decoder.head.2.weight"][:11]
     with pytest.raises(CheckpointError, match=r"makes 11 channels; a Wan 2\.2 VAE's are a multiple of 4"):
         read(tensors)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        # two names of one layer: which one is meant?
+        ("conv2.weight", "which are the same layer"),
+        # a block that there is not, whose number would run into the next stage
+        ("decoder.up_blocks.0.resnets.4.conv1.weight", "unexpected decoder.up_blocks.0.resnets.4"),
+        ("encoder.bogus", "unexpected encoder.bogus"),
+        ("quant_conv.scale", "unexpected conv1.scale"),
+    ],
+)
+def test_no_key_is_dropped_or_overwrites_another(extra, words):
+    tensors = oracle_vae("wan2.1").state_dict()
+    like = tensors.get("post_quant_conv.weight") if extra == "conv2.weight" else torch.zeros(3)
+    with pytest.raises(CheckpointError, match=words):
+        read({**tensors, extra: like})
+
+
+def test_an_encoder_comes_whole_or_not_at_all(plain):
+    some = {key: tensor for key, tensor in plain.items() if not key.startswith("encoder.middle.")}
+    with pytest.raises(CheckpointError, match=r"lacks encoder\.middle\.0.* and \d+ more"):
+        read(some)
+    with pytest.raises(CheckpointError, match=r"misshapen encoder\.conv1\.bias"):
+        read({**plain, "encoder.conv1.bias": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("key", ["decoder.head.0.gamma", "decoder.head.2.weight"])
+def test_a_telling_key_that_is_missing_is_named(plain, key):
+    with pytest.raises(CheckpointError, match=f"lacks {key}"):
+        read({k: tensor for k, tensor in plain.items() if k != key})
+    with pytest.raises(CheckpointError, match=f"its {key} has the shape"):
+        read({**plain, key: plain[key][:0]})
+
+
+@pytest.mark.parametrize("nonsense", [None, [1, 2], {"a": 1}, {3: torch.zeros(1)}])
+def test_what_is_no_state_dict_is_refused(nonsense):
+    with pytest.raises(CheckpointError, match="no mapping of names to tensors"):
+        read(nonsense)
+
+
+def test_a_name_that_is_too_long_is_told_in_words(tmp_path):
+    with pytest.raises(CheckpointError, match="can't be opened"):
+        read_checkpoint(tmp_path / ("x" * 300))

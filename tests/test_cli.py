@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -129,3 +130,44 @@ def test_a_latent_of_the_wrong_model_names_the_way_out(files, tmp_path, capsys):
     arguments = ["decode", tmp_path / "other.latent", "--vae", files[0] / "vae.safetensors", "-o", tmp_path / "o.mp4"]
     assert main([*map(str, arguments), "--devices", "cpu"]) == 1
     assert "Wan 2.2 5B" in capsys.readouterr().err
+
+
+def test_a_polite_kill_leaves_nothing_half_written(files, tmp_path):
+    folder = files[0]
+    big = tmp_path / "big.latent"
+    save_latents(big, torch.randn(1, 16, 41, 16, 16))
+    (tmp_path / "out").mkdir()
+    arguments = [
+        "decode",
+        big,
+        "--vae",
+        folder / "vae.safetensors",
+        "-o",
+        tmp_path / "out" / "v.mp4",
+        "--devices",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wan_vae_parallel", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing was left half-written" in errors
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_rates_may_be_fractions(files, tmp_path, capsys):
+    folder = files[0]
+    arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", tmp_path / "out.mp4"]
+    assert main([*map(str, arguments), "--devices", "cpu", "--fps", "30000/1001"]) == 0
+    assert "written" in capsys.readouterr().out
+
+
+def test_a_demo_larger_than_memory_is_refused(capsys):
+    assert main(["demo", "--size", "8000000x8000000"]) == 1
+    assert "more than is free" in capsys.readouterr().err

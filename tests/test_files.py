@@ -119,3 +119,27 @@ def test_a_name_as_long_as_the_system_allows(tmp_path):
     with replacing(path) as temporary:
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+
+
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_devices_and_pipes_are_not_replaced(tmp_path, refuse):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="is a device or a pipe"):
+        refuse(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_files_have_the_usual_mode(tmp_path):
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "ours") as temporary:
+        temporary.touch(mode=0o600)  # as safetensors makes them
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -489,3 +489,64 @@ def test_frames_that_the_host_can_not_hold_are_refused_before_decoding(vae, late
     assert "decode_stream" in str(raised.value)
     # Which is true: the stream needs no whole video.
     assert sum(frames.shape[1] for frames in vae.decode_stream(latents)) == 21
+
+
+# What a first user does to it.
+
+
+def test_arguments_may_be_positional(oracle, tmp_path, latents):
+    save_file(oracle.state_dict(), tmp_path / "vae.safetensors")
+    with wvp.load_vae(tmp_path / "vae.safetensors", "cpu", "float32", 2) as vae:
+        assert torch.equal(vae.decode(latents, True), vae.decode(denormalize(latents, vae.architecture)))
+
+
+def test_the_weights_that_were_checked_are_those_that_decode(oracle, tmp_path, latents):
+    path = tmp_path / "vae.safetensors"
+    save_file(oracle.state_dict(), path)
+    vae = wvp.load_vae(path, devices="cpu", chunk=2)
+    expected = load(oracle, chunk=2).decode(latents)
+    # Replaced before the first decode: what was loaded is decoded with, not what lies there now.
+    path.unlink()
+    save_file({key: tensor * 2 for key, tensor in oracle.state_dict().items()}, path)
+    assert torch.equal(vae.decode(latents), expected)
+    vae.release()
+    with pytest.raises(wvp.CheckpointError, match="was replaced since it was loaded"):
+        vae.decode(latents)
+
+
+def test_a_state_dict_may_be_emptied_after_loading(oracle, latents):
+    tensors = dict(oracle.state_dict())
+    vae = wvp.vae_from_state_dict(tensors, devices="cpu", chunk=2)
+    tensors.clear()
+    assert torch.equal(vae.decode(latents), load(oracle, chunk=2).decode(latents))
+
+
+def test_a_stream_ends_with_its_vae(vae, latents):
+    begun, not_begun = vae.decode_stream(latents), vae.decode_stream(latents)
+    next(begun)
+    vae.close()
+    for stream in (begun, not_begun):
+        with pytest.raises(wvp.WanVAEError, match="closed"):
+            next(stream)
+
+
+def test_latents_beyond_the_dtype_are_refused(oracle, latents):
+    with pytest.raises(wvp.LatentError, match=r"reach 1e\+06, and float16 ends at"):
+        load(oracle, dtype="float16").decode(torch.full_like(latents, 1e6))
+
+
+def test_weights_that_make_nan_are_told(oracle, latents):
+    tensors = {key: tensor.clone() for key, tensor in oracle.state_dict().items()}
+    tensors["decoder.conv_out.bias"].fill_(float("nan"))
+    with pytest.raises(wvp.WanVAEError, match="the frames are NaN"):
+        wvp.vae_from_state_dict(tensors, devices="cpu").decode(latents)
+
+
+def test_a_larger_batch_needs_more_memory(vae):
+    assert vae.memory_needed((64, 16, 1, 90, 160)) > 2 * vae.memory_needed((1, 16, 1, 90, 160))
+
+
+def test_sparse_and_meta_latents_are_refused(vae):
+    for strange in (torch.zeros(1, 16, 1, 2, 2).to_sparse(), torch.zeros(1, 16, 1, 2, 2, device="meta")):
+        with pytest.raises(wvp.LatentError, match="ordinary, dense"):
+            vae.decode(strange)

@@ -139,3 +139,36 @@ def test_the_contact_sheet_shows_first_and_last():
 
 def test_a_grey_frame_is_a_picture_too():
     assert to_picture(torch.rand(4, 4, 1)).mode == "L"
+
+
+def test_the_folder_of_a_sequence_is_made(tmp_path):
+    write(tmp_path / "frames" / "%04d.png", FRAMES)
+    assert len(list((tmp_path / "frames").iterdir())) == 9
+
+
+def test_a_sequence_that_can_not_be_moved_leaves_nothing(tmp_path):
+    def doomed():
+        with open_output(tmp_path / "frames" / "%04d.png", shape=FRAMES.shape, fps=16.0) as put:
+            put(FRAMES)
+            (tmp_path / "frames" / "0003.png").mkdir()  # in the way of the fourth picture
+
+    with pytest.raises(OutputError, match="could not be written"):
+        doomed()
+    assert [path.name for path in (tmp_path / "frames").iterdir()] == ["0003.png"]
+    with pytest.raises(OutputError, match="is a folder"):  # seen beforehand the next time
+        check_output(tmp_path / "frames" / "%04d.png", FRAMES.shape)
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "%04d.png"])
+def test_frames_that_never_come_are_an_error(tmp_path, name):
+    with (
+        pytest.raises(OutputError, match="4 of 9 frames"),
+        open_output(tmp_path / name, shape=FRAMES.shape, fps=16.0) as put,
+    ):
+        put(FRAMES[:, :4])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_double_precision_tensor_stays_one(tmp_path):
+    write(tmp_path / "out.safetensors", FRAMES.double())
+    assert load_file(tmp_path / "out.safetensors")["frames"].dtype == torch.float64

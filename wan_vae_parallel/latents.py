@@ -48,9 +48,7 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
             f"latents have {len(shape)} axes {shape}; they must have five, [B, C, T, h, w], or four for one frame"
         )
     if latents.dtype not in _DTYPES:
-        raise LatentError(
-            f"latents are {latents.dtype}; they must be floating point (fp32, fp16, bf16, fp64), as the sampler made them"
-        )
+        raise LatentError(f"latents are {latents.dtype}; they must be floating point: fp32, fp16, bf16 or fp64")
     if latents.layout != torch.strided or latents.is_meta:
         kind = "meta" if latents.is_meta else str(latents.layout)
         raise LatentError(f"latents are a {kind} tensor; they must be an ordinary, dense one")

@@ -96,11 +96,11 @@ class Server:
             raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from None
         return json.loads(text) if text else {}
 
-    def children(self) -> list[str]:
-        """Command lines of the server's child processes."""
+    def children(self) -> list[tuple[int, str]]:
+        """Ids and command lines of the server's child processes."""
         listing = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         pids = " ".join(path.read_text() for path in listing).split()
-        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in pids]
+        return [(int(pid), Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")) for pid in pids]
 
     def stop(self) -> None:
         self.process.terminate()

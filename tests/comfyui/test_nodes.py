@@ -1,11 +1,17 @@
 """The nodes in a real ComfyUI server, by POST /prompt. The version is in ComfyUI's comfyui_version.py."""
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.comfyui.server import node
+from tests.comfyui.conftest import random_checkpoint
+from tests.comfyui.server import Server, node
+from tests.oracle import oracle_frames, oracle_vae
 from wan_vae_parallel.architecture import Architecture
 from wan_vae_parallel.latents import denormalize
 
@@ -13,8 +19,25 @@ from wan_vae_parallel.latents import denormalize
 LATENTS = torch.randn(1, 16, 5, 6, 10, generator=torch.Generator().manual_seed(1))
 
 
-def parallel_loader(name="wan21.safetensors", devices="auto", dtype="auto", chunk=0):
-    return node("WanVAEParallelLoader", vae_name=name, devices=devices, dtype=dtype, chunk=chunk)
+class Devices:
+    """What the nodes are asked to decode on, in the test that runs."""
+
+    asked = "cpu"
+
+
+@pytest.fixture(params=["cpu", "cpu,cpu"], autouse=True)
+def devices(request):
+    """Every check on one device in the server's process, and on two workers."""
+    Devices.asked = request.param
+    return request.param
+
+
+def parallel_loader(name="wan21.safetensors", devices=None, dtype="auto", chunk=0):
+    return node("WanVAEParallelLoader", vae_name=name, devices=devices or Devices.asked, dtype=dtype, chunk=chunk)
+
+
+def apply(vae, chunk=0):
+    return node("WanVAEParallelApply", vae=[vae, 0], devices=Devices.asked, dtype="auto", chunk=chunk)
 
 
 def decode(samples="latent", vae="vae", normalized=False):
@@ -37,7 +60,7 @@ def test_every_way_to_decode_equals_cores_vae_decode(server, send, received):
         "latent": send("latent", LATENTS),
         "core": node("VAELoader", vae_name="wan21.safetensors"),
         "parallel": parallel_loader(),
-        "applied": node("WanVAEParallelApply", vae=["core", 0], devices="auto", dtype="auto", chunk=2),
+        "applied": apply("core", chunk=2),
         # 0: what all others are compared with
         "decode0": node("VAEDecode", samples=["latent", 0], vae=["core", 0]),
         "decode1": decode(vae="parallel"),
@@ -55,13 +78,16 @@ def test_every_way_to_decode_equals_cores_vae_decode(server, send, received):
         ),
         # a VAE that was never made parallel
         "decode5": decode(vae="core"),
+        # one that was, twice
+        "twice": apply("applied", chunk=1),
+        "decode6": decode(vae="twice"),
     }
-    for i in range(6):
+    for i in range(7):
         graph[f"save{i}"] = save(f"frames{i}", f"decode{i}")
     server.run(graph).check()
     core = received("frames0")
     assert core.shape == (17, 48, 80, 3)
-    for i in range(1, 6):
+    for i in range(1, 7):
         close_to_core(received(f"frames{i}"), core)
 
 
@@ -116,7 +142,7 @@ def test_encoding_is_cores(server, send, received):
         "pictures": send("pictures", pictures),
         "core": node("VAELoader", vae_name="wan21.safetensors"),
         "vae": parallel_loader(),
-        "applied": node("WanVAEParallelApply", vae=["core", 0], devices="auto", dtype="auto", chunk=0),
+        "applied": apply("core"),
     }
     for i, vae in enumerate(("core", "vae", "applied")):
         graph[f"encode{i}"] = node("VAEEncode", pixels=["pictures", 1], vae=[vae, 0])
@@ -175,7 +201,8 @@ def test_progress_and_previews_come_with_each_chunk(server, send, decoder):
     assert any(b"\xff\xd8\xff" in preview for preview in run.previews)  # a JPEG
 
 
-def test_interrupt_ends_within_one_chunk_and_the_next_prompt_works(server, send, received):
+@pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
+def test_interrupt_ends_within_one_chunk_and_the_next_prompt_works(server, send, received, decoder):
     big = torch.randn(1, 16, 21, 24, 32, generator=torch.Generator().manual_seed(5))
     asked_at, seen_after = [], []
 
@@ -191,7 +218,9 @@ def test_interrupt_ends_within_one_chunk_and_the_next_prompt_works(server, send,
     graph = {
         "latent": send("big", big),
         "vae": parallel_loader(chunk=4),
-        "decode": decode(),
+        "decode": decode()
+        if decoder == "WanVAEParallelDecode"
+        else node(decoder, samples=["latent", 0], vae=["vae", 0]),
         "save": save("interrupted", "decode"),
     }
     run = server.run(graph, on_message=interrupt_at_the_third_chunk)
@@ -265,6 +294,81 @@ def test_a_device_that_is_none_is_an_error(server, send):
     assert "'tpu7' is no device" in run.detail["exception_message"]
 
 
+def running(pid):
+    """Whether the process lives; one that nobody has reaped yet does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def workers(server):
+    return [pid for pid, command in server.children() if "spawn_main" in command]
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu"], indirect=True)
+def test_a_killed_worker_is_an_error_and_the_next_prompt_works(server, send, received):
+    big = torch.randn(1, 16, 21, 16, 24, generator=torch.Generator().manual_seed(6))
+    killed = []
+
+    def kill_at_the_second_chunk(message):
+        if message["type"] == "progress" and message["data"]["value"] >= 5 and not killed:
+            killed.append(workers(server)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    # Other tests' workers may be warm still: with them gone, those that are there are this decode's.
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 30
+    while workers(server):
+        assert time.monotonic() < deadline, "/free did not end the workers"
+        time.sleep(0.2)
+    graph = {"latent": send("doomed", big), "vae": parallel_loader(chunk=4), "decode": decode()}
+    graph["save"] = save("doomed", "decode")
+    started = time.monotonic()
+    run = server.run(graph, on_message=kill_at_the_second_chunk)
+    assert run.ended == "execution_error"
+    assert "died with exit code -9" in run.detail["exception_message"]
+    assert time.monotonic() - started < 60
+    assert not workers(server)
+    test_a_latent_without_a_time_axis_is_one_frame(server, send, received)
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu"], indirect=True)
+def test_workers_end_with_a_server_that_is_killed(comfyui, tmp_path):
+    (tmp_path / "models" / "vae").mkdir(parents=True)
+    random_checkpoint(tmp_path / "models" / "vae" / "wan21.safetensors", width=8)
+    doomed = Server(*comfyui, tmp_path, "--cpu")
+    try:
+        save_file({"tensor": LATENTS}, doomed.input / "latent")
+        latent = {"class_type": "ProbeLoadTensor", "inputs": {"name": "latent"}}
+        graph = {"latent": latent, "vae": parallel_loader(), "decode": decode(), "save": save("x", "decode")}
+        doomed.run(graph).check()
+        living = workers(doomed)
+        assert len(living) == 2
+    finally:
+        doomed.process.kill()
+        doomed.process.wait()
+    deadline = time.monotonic() + 5
+    while any(running(pid) for pid in living):
+        assert time.monotonic() < deadline, "workers live on without their server"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)
+def test_other_peoples_files(server, send, received):
+    """Diffusers' layout and a prefix, which core's own loader can't read."""
+    frames = {}
+    folder = server.folder / "models" / "vae"
+    oracle = oracle_vae("wan2.1").state_dict()
+    save_file(oracle, folder / "diffusers.safetensors")
+    save_file({f"vae.{key}": tensor for key, tensor in oracle.items()}, folder / "prefixed.safetensors")
+    for name in ("diffusers", "prefixed"):
+        graph = {"latent": send("others", LATENTS), "vae": parallel_loader(f"{name}.safetensors"), "decode": decode()}
+        server.run({**graph, "save": save(name, "decode")}).check()
+        frames[name] = received(name)
+    expected = oracle_frames(oracle_vae("wan2.1"), LATENTS).flatten(0, 1)
+    for decoded in frames.values():
+        assert (decoded - expected).abs().max() <= 1e-4
+
+
 def test_nodes_describe_themselves(server):
     info = server.get("/object_info")
     for name in ("WanVAEParallelLoader", "WanVAEParallelApply", "WanVAEParallelDecode"):
@@ -281,8 +385,11 @@ def test_nodes_describe_themselves(server):
     assert loader["chunk"][1]["advanced"]
 
 
-def test_the_pack_is_quiet_on_import(server):
-    log = server.log()
+def test_the_pack_is_quiet_on_import(comfyui, tmp_path):
+    quiet = Server(*comfyui, tmp_path, "--cpu")
+    children, log = quiet.children(), quiet.log()
+    quiet.stop()
+    assert not children  # importing starts no process
     lines = [line for line in log[: log.index("To see the GUI")].splitlines() if "wan" in line.lower()]
     # only ComfyUI's own line with the import time
     assert len(lines) == 1, lines

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
@@ -263,17 +264,24 @@ class WorkerPool:
         return WorkerError(f"{worker} failed: {text}{hint}{worker.last_lines()}")
 
     def _end_when_idle(self) -> None:
+        weak = weakref.ref(self)  # the timer alone does not keep a pool that nobody uses
+
         def end() -> None:
-            if self._decoding.acquire(blocking=False):
+            pool = weak()
+            if pool and pool._decoding.acquire(blocking=False):
                 try:
-                    logger.info("workers idle for %.0f s: ending them", self._idle_seconds)
-                    self._stop()
+                    logger.info("workers idle for %.0f s: ending them", pool._idle_seconds)
+                    pool._stop()
                 finally:
-                    self._decoding.release()
+                    pool._decoding.release()
 
         self._idle_timer = threading.Timer(self._idle_seconds, end)
         self._idle_timer.daemon = True
         self._idle_timer.start()
+
+    def __del__(self) -> None:
+        if self._workers:
+            self._stop()
 
 
 class _StepOutOfMemory(WanVAEError):

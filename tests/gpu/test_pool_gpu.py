@@ -1,0 +1,281 @@
+"""Decoding on several CUDA devices: frames, layouts, and what breaks otherwise than on the CPU.
+
+Frames of different numbers of devices are close, not equal: cuDNN picks its algorithms by shape.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import wan_vae_parallel as wvp
+from tests.oracle import FAMILIES, load, max_error, oracle_vae, random_latents
+from tests.parallel import launch, test_edges
+from tests.processes import gone, shared_files, shared_maps, wait_until, worker_processes
+from wan_vae_parallel.parallel.plan import plan_shards
+
+COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.multigpu,
+    pytest.mark.skipif(COUNT < 2, reason=f"needs two CUDA devices, there are {COUNT}"),
+]
+
+GIB = 2**30
+# Columns divide by 2 and 4, rows don't; and the other way round.
+SIZES = [(31, 52), (52, 31)]
+
+
+def named(count):
+    return ",".join(f"cuda:{i}" for i in range(count))
+
+
+def counts():
+    return sorted({2, COUNT})
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def oracle(family):
+    return oracle_vae(family, width=96)
+
+
+@pytest.fixture(scope="module")
+def wan21():
+    return oracle_vae("wan2.1", width=96)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return random_latents("wan2.1", frames=6, rows=31, columns=52)
+
+
+@pytest.fixture(scope="module")
+def warm(wan21):
+    """All devices, for the tests that leave the pool usable."""
+    with load(wan21, devices=named(COUNT), dtype="float32", chunk=1) as vae:
+        yield vae
+
+
+@pytest.fixture(scope="module")
+def expected(wan21, latents):
+    with load(wan21, devices="cuda:0", dtype="float32", chunk=1) as alone:
+        return alone.decode(latents)
+
+
+@pytest.fixture
+def vae(warm, latents, expected):
+    """The warm pool with living workers; after the test it must decode right, whatever was done to it."""
+    if not warm.loaded:
+        assert max_error(warm.decode(latents), expected) <= 1e-4
+    yield warm
+    assert max_error(warm.decode(latents), expected) <= 1e-4
+
+
+def pids(vae):
+    return [worker.process.pid for worker in vae._engine._workers]
+
+
+# Frames.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_frames_of_one_two_and_all_devices(family, oracle, dtype):
+    frames = {}
+    for count in (1, *counts()):
+        with load(oracle, devices=named(count), dtype=dtype, chunk=2) as vae:
+            frames[count] = [
+                vae.decode(random_latents(family, frames=6, rows=rows, columns=columns)) for rows, columns in SIZES
+            ]
+    for count in counts():
+        axes = {plan_shards(*size, count).transposed for size in SIZES}
+        assert axes == {False, True}
+        for size, one, several in zip(SIZES, frames[1], frames[count], strict=True):
+            difference = (several - one).abs()
+            print(
+                f"\n{family} {dtype} {size}: {count} devices against 1: max {difference.max():.2e}, "
+                f"mean {difference.mean():.2e}, {(difference > 0).sum()} of {difference.numel()} values differ"
+            )
+            assert several.isfinite().all()
+            assert difference.max() < (5e-2 if dtype == "bfloat16" else 1e-4)
+            assert difference.mean() < (2e-3 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, "auto"])
+def test_fp32_is_fp32_on_all_devices_whatever_the_chunk(vae, latents, expected, chunk):
+    try:
+        vae.chunk = chunk
+        assert max_error(vae.decode(latents), expected) <= 1e-4
+    finally:
+        vae.chunk = 1
+
+
+def test_few_rows_leave_devices_idle(vae, wan21):
+    latents = random_latents("wan2.1", frames=3, rows=1, columns=1)
+    with load(wan21, devices="cuda:0", dtype="float32", chunk=1) as alone:
+        assert max_error(vae.decode(latents), alone.decode(latents)) <= 1e-4
+
+
+def arranged(state_dict, interleaved):
+    """The same weights, convolutions' in channels-last order or not."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if interleaved else {}
+    return {
+        key: tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
+        for key, tensor in state_dict.items()
+    }
+
+
+def test_frames_do_not_depend_on_the_format_that_weights_and_latents_come_in(family, oracle):
+    # Channels-last weights with planar shards, or the reverse, garbled peers' videos.
+    latents = random_latents(family, frames=3, rows=31, columns=52)
+    frames = []
+    for interleaved in (False, True):
+        weights = arranged(oracle.state_dict(), interleaved)
+        with wvp.vae_from_state_dict(weights, devices=named(COUNT), dtype="bfloat16", chunk=2) as vae:
+            frames.append(vae.decode(latents))
+            frames.append(vae.decode(latents.contiguous(memory_format=torch.channels_last_3d)))
+    assert all(torch.equal(one, frames[0]) for one in frames[1:])
+    with load(oracle, devices="cuda:0", dtype="bfloat16", chunk=2) as alone:
+        assert max_error(frames[0], alone.decode(latents)) < 5e-2
+
+
+def test_latents_on_any_device(vae, latents):
+    decoded = vae.decode(latents)
+    for device in (0, COUNT - 1):
+        assert torch.equal(vae.decode(latents.to(f"cuda:{device}")), decoded)
+
+
+def test_the_whole_decode_is_what_the_stream_hands_out(vae, latents):
+    decoded = vae.decode(latents)
+    parts = list(vae.decode_stream(latents))
+    assert torch.equal(torch.cat(parts, dim=1), decoded)
+    seen = []
+    assert torch.equal(vae.decode(latents, on_chunk=lambda *call: seen.append(call[2].clone())), decoded)
+    assert torch.equal(torch.cat(seen, dim=1), decoded)
+
+
+# The exchange itself, exact as on the CPU.
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with launch.Ranks(COUNT, tmp_path_factory.mktemp("ranks"), backend="nccl") as ranks:
+        yield ranks
+
+
+def test_halos_and_gathers_over_nccl_are_exact(ranks):
+    for count in counts():
+        for dtype in (torch.float32, torch.bfloat16):
+            sent = ranks.run(test_edges.check_halo, dtype, 2, members=count)
+            assert sent == [3 * ((rank > 0) + (rank < count - 1)) for rank in range(count)]
+            ranks.run(test_edges.check_all_rows, dtype, 2, members=count)
+        ranks.run(test_edges.check_own_rows, 7, 6, 2, members=count)
+        ranks.run(test_edges.check_reuse, members=count)
+
+
+def test_an_outer_edge_copies_and_sends_nothing(ranks):
+    for count in counts():
+        ranks.run(test_edges.check_copies, members=count)
+
+
+@pytest.mark.skipif(COUNT < 3, reason=f"needs three CUDA devices, there are {COUNT}")
+def test_groups_need_not_begin_at_global_rank_0(ranks):
+    ranks.run(test_edges.check_halo, torch.float32, 1, members=(1, 2))
+    ranks.run(test_edges.check_all_rows, torch.float32, 1, members=(1, 2))
+    ranks.run(test_edges.check_own_rows, 6, 7, 2, members=(1, 2))
+
+
+# When things break.
+
+
+@pytest.mark.parametrize(
+    ("send", "message"),
+    [(signal.SIGKILL, "worker 1 on cuda:1 died with exit code -9"), (signal.SIGSTOP, "worker 1 on cuda:1 is not answ")],
+)
+def test_a_worker_that_dies_or_stops_is_named_and_all_are_gone(vae, latents, send, message):
+    # The others wait in a kernel for rows that never come.
+    before, struck = pids(vae), []
+
+    def strike(done, *_):
+        if done >= 5 and not struck:
+            struck.append(time.monotonic())
+            os.kill(before[1], send)
+
+    with pytest.raises(wvp.WorkerError, match=message):
+        vae.decode(latents, on_chunk=strike)
+    assert time.monotonic() - struck[0] < 12
+    assert wait_until(lambda: all(map(gone, before)), 2)
+
+
+def test_a_stream_may_be_closed_at_any_chunk(vae, latents, expected):
+    before = pids(vae)
+    steps = sum(1 for _ in vae.decode_stream(latents))
+    for taken in range(steps + 1):
+        stream = vae.decode_stream(latents)
+        parts = [next(stream) for _ in range(taken)]
+        stream.close()
+        if parts:
+            got = torch.cat(parts, dim=1)
+            assert max_error(got, expected[:, : got.shape[1]]) <= 1e-4
+    assert pids(vae) == before
+
+
+def free():
+    """Free bytes of each device. Asking makes contexts in this process, so ask once before comparing."""
+    return [torch.cuda.mem_get_info(device)[0] for device in range(COUNT)]
+
+
+def test_release_gives_all_devices_their_memory_back(wan21, latents):
+    free()
+    before = free()
+    vae = load(wan21, devices=named(COUNT), dtype="bfloat16")
+    for _ in range(2):
+        frames = vae.decode(latents)
+        held = free()
+        assert all(was - now > vae.weights_size for was, now in zip(before, held, strict=True))
+        vae.release()
+        assert wait_until(
+            lambda: all(abs(was - now) < 64 * 2**20 for was, now in zip(before, free(), strict=True)), 10
+        ), (before, free())
+    vae.close()
+    gc.collect()
+    assert frames.isfinite().all()
+
+
+def test_a_device_with_less_memory_makes_all_chunks_smaller_with_the_same_frames(wan21):
+    latents = random_latents("wan2.1", frames=9, rows=60, columns=104)
+    with load(wan21, devices=named(2), dtype="bfloat16", chunk=1) as vae:
+        expected = vae.decode(latents)
+        needed = vae.memory_needed(latents.shape)
+        vae.chunk = 8
+        assert vae.memory_needed(latents.shape) > 2 * needed
+        vae.release()
+        free()
+        # What one latent frame at a time takes, and some for CUDA's and NCCL's own.
+        spare = int(1.3 * needed) + 2 * GIB
+        hold = torch.empty(free()[1] - spare, dtype=torch.uint8, device="cuda:1")
+        try:
+            decoded = vae.decode(latents)
+        finally:
+            del hold
+            torch.cuda.empty_cache()
+    assert max_error(decoded, expected) < 5e-2
+    assert (decoded - expected).abs().mean() < 2e-3
+
+
+def test_nothing_is_left(warm):
+    warm.release()
+    gc.collect()
+    assert worker_processes() == []
+    assert shared_files() == 0
+    assert shared_maps() == 0

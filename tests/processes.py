@@ -1,0 +1,104 @@
+"""What processes leave on a Linux machine, read from /proc: children, open ports, shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LISTEN = "0A"
+
+
+def worker_processes() -> list[multiprocessing.Process]:
+    """The engine's living workers of this process, by rank; of all VAEs that have some."""
+    living = [child for child in multiprocessing.active_children() if child.name.startswith("wan-vae-worker")]
+    return sorted(living, key=lambda child: int(child.name.rpartition("-")[2]))
+
+
+def state(pid: int) -> str:
+    """The process's state letter (R, S, T, Z...), or nothing if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ended; one that only waits to be reaped has."""
+    return state(pid) in ("", "Z")
+
+
+def children() -> dict[int, str]:
+    """Command lines of this process's children by pid, without multiprocessing's own helper."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if parent == os.getpid() and "resource_tracker" not in command:
+                found[int(entry.name)] = command
+    return found
+
+
+def open_files(pid: int | str = "self") -> list[str]:
+    """What the process's descriptors lead to."""
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(link))
+    return links
+
+
+def listening(pid: int | str = "self") -> list[str]:
+    """Local addresses, as the kernel writes them, that the process listens on."""
+    sockets = {link[8:-1] for link in open_files(pid) if link.startswith("socket:[")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTEN and fields[9] in sockets:
+                    found.append(fields[1])
+    return found
+
+
+def shared_maps() -> int:
+    """Mappings of the engine's anonymous shared memory in this process."""
+    return Path("/proc/self/maps").read_text().count("memfd:wan-vae-parallel")
+
+
+def shared_files() -> int:
+    """Open descriptors of the engine's anonymous shared memory in this process."""
+    return sum("memfd:wan-vae-parallel" in link for link in open_files())
+
+
+def shared_names() -> set[str]:
+    """Files in /dev/shm."""
+    return set(os.listdir("/dev/shm"))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether ``condition()`` comes true within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextlib.contextmanager
+def nothing_left(folder: Path):
+    """Asserts at its end that this process is as it was: children, ports, shared memory, files in ``folder``."""
+    names, ports = shared_names(), listening()
+    yield
+    # Other programs on this machine come and go in /dev/shm, so theirs get some time to go.
+    wait_until(lambda: not children() and not shared_names() - names, 5)
+    assert children() == {}
+    assert shared_names() - names == set()
+    assert sorted(listening()) == sorted(ports)
+    assert os.listdir(folder) == []
