@@ -42,7 +42,7 @@ from wan_vae_parallel.parallel.plan import plan_shards
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"atol": 1e-5, "rtol": 0}
 FRAMES = 21
-ROOM = 16 * 2**20
+ROOM = 6 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,10 @@ def test_a_worker_killed_between_decodes_costs_at_most_one_error(vae, latents, e
     assert all(map(gone, before))
 
 
-def test_a_file_that_vanished_or_broke_is_an_error_and_its_return_is_none(path, tmp_path, latents, expected):
+def test_a_file_that_vanished_or_broke_is_an_error_and_its_return_is_none(
+    path, tmp_path, latents, expected, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # see the next test
     copy = tmp_path / "vae.safetensors"
     shutil.copy2(path, copy)
     with wvp.load_vae(copy, devices="cpu,cpu", chunk=1) as vae:
@@ -184,6 +187,21 @@ def test_a_file_that_vanished_or_broke_is_an_error_and_its_return_is_none(path, 
         copy.unlink()
         shutil.copy2(path, copy)
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="WorkerPool._start makes the folder before it reads the weights, outside its try"
+)
+def test_a_start_that_fails_leaves_no_folder(path, tmp_path, latents, monkeypatch):
+    copy, temporary = tmp_path / "vae.safetensors", tmp_path / "temporary"
+    shutil.copy2(path, copy)
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with wvp.load_vae(copy, devices="cpu,cpu", chunk=1) as vae:
+        copy.unlink()
+        with pytest.raises(wvp.CheckpointError):
+            vae.decode(latents)
+    assert os.listdir(temporary) == []
 
 
 def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_path, latents, monkeypatch):
@@ -218,7 +236,9 @@ def starve(vae, latents, chunk):
     needed = decode_memory(vae.architecture, shard, chunk=chunk, dtype=torch.float32).step
     status = Path(f"/proc/{pids(vae)[1]}/status").read_text()
     size = int(re.search(r"VmSize:\s+(\d+) kB", status)[1]) * 1024
-    limit = size + ROOM
+    # The latents and the whole video, which are mapped there, and then little more.
+    mapped = 4 * vae.output_shape(latents.shape).numel() + latents.nbytes
+    limit = size + mapped + ROOM
     assert needed > 2.5 * ROOM, f"{needed / 2**20:.0f} MiB are no shortage"
     resource.prlimit(pids(vae)[1], resource.RLIMIT_AS, (limit, limit))
     vae.chunk = chunk
@@ -226,7 +246,7 @@ def starve(vae, latents, chunk):
 
 @pytest.fixture(scope="module")
 def large():
-    return torch.randn((1, 16, 5, 40, 32), generator=torch.Generator().manual_seed(2))
+    return torch.randn((1, 16, 5, 24, 20), generator=torch.Generator().manual_seed(2))
 
 
 def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_frames(path, vae, large, caplog):
@@ -248,12 +268,26 @@ def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_fra
 
 
 def test_out_of_memory_with_chunk_1_is_an_error_that_names_the_device(vae, large):
-    wide = torch.cat([large, large, large], dim=3)
+    wide = torch.cat([large, large, large], dim=3)[:, :, :2]
     starve(vae, wide, 1)
     before = pids(vae)
     with pytest.raises(wvp.OutOfMemoryError, match="worker 1 on cpu ran out of memory"):
         vae.decode(wide)
     assert all(map(gone, before))
+
+
+@pytest.mark.xfail(strict=True, reason="PoolRun.__iter__ reads _begun, which is not set before workers told their room")
+def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(vae, latents, monkeypatch):
+    # As when weights don't fit on a device that another program fills.
+    vae.release()
+    monkeypatch.setattr("wan_vae_parallel.runtime.pool.PoolRun._open", _out_of_memory)
+    with pytest.raises(wvp.OutOfMemoryError, match="worker 1 on cpu ran out of memory"):
+        vae.decode(latents)
+    monkeypatch.undo()
+
+
+def _out_of_memory(run, chunk):  # noqa: ARG001
+    raise run._pool._failure(run._pool._workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
 
 
 # The caller's own errors, and leaving off.
@@ -344,19 +378,18 @@ def test_frames_stay_when_others_are_decoded_and_the_vae_is_closed(path, latents
     assert all(map(gone, workers))  # closing is the end of them
     before = frames.clone()
     gc.collect()
-    assert shared_files() == 0  # mapped, but nobody can be handed it any more
     assert torch.equal(frames, before)
     frames.mul_(2)  # the caller's own
     # Gone with the tensor, and not before: a view is enough to keep it.
-    assert shared_maps() == 2
+    assert shared_maps() == shared_files() == 2  # Python's mmap keeps a descriptor of its own
     view = frames[:, 3]
     del frames, others
     gc.collect()
-    assert shared_maps() == 1
+    assert shared_maps() == shared_files() == 1
     assert torch.equal(view, before[:, 3] * 2)
     del view
     gc.collect()
-    assert shared_maps() == 0
+    assert shared_maps() == shared_files() == 0
 
 
 def test_decodes_leave_no_descriptors_and_no_memory(vae, latents):
@@ -586,7 +619,8 @@ def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert wait_until(lambda: all(map(gone, workers)), 5)
+    # A worker that imports torch looks up when it is done with that, which takes a while on a busy machine.
+    assert wait_until(lambda: all(map(gone, workers)), 20 if when == "starting" else 5)
     assert wait_until(lambda: os.listdir(tmp_path / "temporary") == [], 1)
     assert set(os.listdir("/dev/shm")) <= names
 
