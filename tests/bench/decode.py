@@ -89,7 +89,7 @@ def main() -> None:
     for chunk in dict.fromkeys((default, 1, 2)):
         with vae_from_state_dict(weights, devices="cuda:0", dtype="bfloat16", chunk=chunk) as vae:
             vae.decode(latents[:, :, :2])
-            stream = vae._decoder.stream
+            stream = vae._engine.decoder().stream
 
             def on_device(stream=stream, chunk=chunk):
                 for _ in stream(latents, chunk):

@@ -270,7 +270,8 @@ def test_released_and_closed_memory_is_free(wan21):
     assert torch.cuda.memory_allocated(CUDA) > held
     stream.close()
     clear()
-    assert torch.cuda.memory_allocated(CUDA) == held
+    left = [tuple(o.shape) for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_cuda]
+    assert torch.cuda.memory_allocated(CUDA) == held, f"beside the weights there are {left}"
     vae.release()
     clear()
     assert torch.cuda.memory_allocated(CUDA) == 0
