@@ -131,7 +131,7 @@ def test_a_worker_killed_in_the_middle_is_named_and_the_next_decode_works(vae, l
     assert not vae.loaded
 
 
-@pytest.mark.xfail(strict=True, reason="WorkerPool._gather takes the first death or failure it sees for the cause")
+@pytest.mark.xfail(strict=True, reason="WorkerPool takes the first death or failure it sees for the cause")
 def test_a_death_that_is_noticed_late_still_names_the_one_that_died(vae, latents):
     # The others fail for want of their neighbour, and may have told so before the parent looks.
     before = pids(vae)
@@ -155,7 +155,7 @@ def test_a_worker_that_is_stopped_is_not_answering(vae, latents):
 
     with pytest.raises(wvp.WorkerError, match=rf"worker 1 on cpu is not answering .*process {before[1]}"):
         vae.decode(latents, on_chunk=at(5, stop))
-    assert time.monotonic() - stopped[0] < 12
+    assert time.monotonic() - stopped[0] < 12  # 8 s of silence, then 2 for the others to end
     assert all(map(gone, before))
 
 
@@ -199,8 +199,9 @@ def test_a_start_that_fails_leaves_no_folder(path, tmp_path, latents, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     with wvp.load_vae(copy, devices="cpu,cpu", chunk=1) as vae:
         copy.unlink()
-        with pytest.raises(wvp.CheckpointError):
-            vae.decode(latents)
+        for _ in range(2):
+            with pytest.raises(wvp.CheckpointError):
+                vae.decode(latents)
     assert os.listdir(temporary) == []
 
 
@@ -249,14 +250,18 @@ def large():
     return torch.randn((1, 16, 5, 24, 20), generator=torch.Generator().manual_seed(2))
 
 
-def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_frames(path, vae, large, caplog):
+@pytest.fixture(scope="module")
+def large_expected(path, large):
     with wvp.load_vae(path, devices="cpu", chunk=2) as alone:
-        right = alone.decode(large)
+        return alone.decode(large)
+
+
+def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_frames(vae, large, large_expected, caplog):
     starve(vae, large, 4)
     before, done = pids(vae), []
     with caplog.at_level(logging.WARNING):
         frames = vae.decode(large, on_chunk=lambda count, _total, newest: done.append((count, newest.clone())))
-    torch.testing.assert_close(frames, right, **CLOSE)
+    torch.testing.assert_close(frames, large_expected, **CLOSE)
     # Each frame once, in order, though the decode began anew.
     assert [count for count, _ in done] == sorted({count for count, _ in done})
     assert torch.equal(torch.cat([newest for _, newest in done], dim=1), frames)
@@ -265,6 +270,14 @@ def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_fra
     assert "worker 1 on cpu ran out of memory" in warnings[0]
     assert "same frames" in warnings[0]
     assert all(map(gone, before))
+
+
+@pytest.mark.xfail(strict=True, reason="WorkerPool takes the first death or failure it sees for the cause")
+def test_out_of_memory_that_is_noticed_late_goes_on_too(vae, large, large_expected):
+    # Behind a callback that takes its time: the others have failed as well by then, for want of their neighbour.
+    starve(vae, large, 4)
+    frames = vae.decode(large, on_chunk=at(1, lambda: time.sleep(4)))
+    torch.testing.assert_close(frames, large_expected, **CLOSE)
 
 
 def test_out_of_memory_with_chunk_1_is_an_error_that_names_the_device(vae, large):
@@ -416,15 +429,15 @@ def test_nothing_goes_to_dev_shm(vae, latents):
     assert not any(sizes)
 
 
-@pytest.mark.xfail(strict=True, reason="the idle timer, which close() leaves running, holds the pool and its weights")
-def test_a_closed_and_dropped_vae_is_not_kept_by_its_idle_timer(path, latents):
+def test_a_dropped_vae_is_not_kept_by_its_idle_timer_and_ends_its_workers(path, latents):
     vae = wvp.load_vae(path, devices="cpu,cpu", chunk=1)
     vae.decode(latents)
-    vae.close()
+    workers = pids(vae)
     engine = weakref.ref(vae._engine)
     del vae
     gc.collect()
     assert engine() is None
+    assert wait_until(lambda: all(map(gone, workers)), 5)
 
 
 # Ends.
@@ -596,7 +609,11 @@ def test_releasing_during_a_decode_ends_it_with_an_error(program, action):
     assert output.splitlines() == ["program runs", "told", f"{FRAMES} frames"]
 
 
-@pytest.mark.parametrize("when", ["starting", "decoding", "idle"])
+# Not strict: it is a race, lost about once in six.
+RACE = "a worker that finds the rendezvous folder gone hangs in FileStore's constructor, which keeps the GIL"
+
+
+@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.xfail(reason=RACE)), "decoding", "idle"])
 def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     names = set(os.listdir("/dev/shm"))
     wait = "lambda *_: (print('now', flush=True), time.sleep(60))" if when == "decoding" else "None"
@@ -619,8 +636,13 @@ def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # A worker that imports torch looks up when it is done with that, which takes a while on a busy machine.
-    assert wait_until(lambda: all(map(gone, workers)), 20 if when == "starting" else 5)
+    try:
+        # A worker that imports torch looks up when it is done with that, which takes a while on a busy machine.
+        assert wait_until(lambda: all(map(gone, workers)), 15 if when == "starting" else 5)
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: os.listdir(tmp_path / "temporary") == [], 1)
     assert set(os.listdir("/dev/shm")) <= names
 
