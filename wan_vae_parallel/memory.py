@@ -5,6 +5,7 @@ h latent rows, w latent columns
 
 from __future__ import annotations
 
+import errno
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,10 @@ def free_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the host had no memory left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     # torch's CPU allocator has no error class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 

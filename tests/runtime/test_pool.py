@@ -131,7 +131,6 @@ def test_a_worker_killed_in_the_middle_is_named_and_the_next_decode_works(vae, l
     assert not vae.loaded
 
 
-@pytest.mark.xfail(strict=True, reason="WorkerPool takes the first death or failure it sees for the cause")
 def test_a_death_that_is_noticed_late_still_names_the_one_that_died(vae, latents):
     # The others fail for want of their neighbour, and may have told so before the parent looks.
     before = pids(vae)
@@ -155,7 +154,7 @@ def test_a_worker_that_is_stopped_is_not_answering(vae, latents):
 
     with pytest.raises(wvp.WorkerError, match=rf"worker 1 on cpu is not answering .*process {before[1]}"):
         vae.decode(latents, on_chunk=at(5, stop))
-    assert time.monotonic() - stopped[0] < 12  # 8 s of silence, then 2 for the others to end
+    assert time.monotonic() - stopped[0] < 10
     assert all(map(gone, before))
 
 
@@ -189,9 +188,6 @@ def test_a_file_that_vanished_or_broke_is_an_error_and_its_return_is_none(
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="WorkerPool._start makes the folder before it reads the weights, outside its try"
-)
 def test_a_start_that_fails_leaves_no_folder(path, tmp_path, latents, monkeypatch):
     copy, temporary = tmp_path / "vae.safetensors", tmp_path / "temporary"
     shutil.copy2(path, copy)
@@ -272,7 +268,6 @@ def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_fra
     assert all(map(gone, before))
 
 
-@pytest.mark.xfail(strict=True, reason="WorkerPool takes the first death or failure it sees for the cause")
 def test_out_of_memory_that_is_noticed_late_goes_on_too(vae, large, large_expected):
     # Behind a callback that takes its time: the others have failed as well by then, for want of their neighbour.
     starve(vae, large, 4)
@@ -289,7 +284,6 @@ def test_out_of_memory_with_chunk_1_is_an_error_that_names_the_device(vae, large
     assert all(map(gone, before))
 
 
-@pytest.mark.xfail(strict=True, reason="PoolRun.__iter__ reads _begun, which is not set before workers told their room")
 def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(vae, latents, monkeypatch):
     # As when weights don't fit on a device that another program fills.
     vae.release()
@@ -489,8 +483,6 @@ def test_ports_are_open_to_this_machine_alone(vae):
     addresses = [address for pid in pids(vae) for address in listening(pid)]
     assert addresses, "gloo connects its ranks through sockets, so there is something to look at"
     assert {address.split(":")[0] for address in addresses} == {"0100007F"}  # 127.0.0.1
-    rendezvous = Path(vae._engine._rendezvous)
-    assert rendezvous.stat().st_mode & 0o077 == 0
 
 
 def test_logs_name_devices_and_rows(vae, latents, caplog):
@@ -589,7 +581,6 @@ def test_workers_do_not_run_the_program_again_nor_import_what_it_imports(program
     assert os.listdir(tmp_path / "temporary") == []
 
 
-@pytest.mark.xfail(strict=True, reason="WorkerPool._gather waits for ever when _stop has taken its workers away")
 @pytest.mark.parametrize("action", ["vae.release()", "threading.Thread(target=vae.release).start()"])
 def test_releasing_during_a_decode_ends_it_with_an_error(program, action):
     # In a process of its own, since a thread that hangs can't be ended.
@@ -601,7 +592,7 @@ def test_releasing_during_a_decode_ends_it_with_an_error(program, action):
         "print(vae.decode(latents).shape[1], 'frames', flush=True)",
         "vae.close()",
     ]
-    process = program("\n    ".join(lines))
+    process = program("\n".join(lines))
     try:
         output, _ = process.communicate(timeout=15)
     except subprocess.TimeoutExpired:
@@ -609,11 +600,7 @@ def test_releasing_during_a_decode_ends_it_with_an_error(program, action):
     assert output.splitlines() == ["program runs", "told", f"{FRAMES} frames"]
 
 
-# Not strict: it is a race, lost about once in six.
-RACE = "a worker that finds the rendezvous folder gone hangs in FileStore's constructor, which keeps the GIL"
-
-
-@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.xfail(reason=RACE)), "decoding", "idle"])
+@pytest.mark.parametrize("when", ["starting", "decoding", "idle"])
 def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     names = set(os.listdir("/dev/shm"))
     wait = "lambda *_: (print('now', flush=True), time.sleep(60))" if when == "decoding" else "None"

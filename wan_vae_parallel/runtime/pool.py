@@ -13,9 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
-import shutil
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -40,9 +38,11 @@ logger = logging.getLogger(__name__)
 # Steps that are commanded before the first of them is done: the devices never wait for the parent.
 _AHEAD = 3
 # A worker that says nothing for so long is stopped or stuck; it says something every second.
-_SILENCE_SECONDS = 8.0
+_SILENCE_SECONDS = 7.0
 # Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
 _START_SECONDS = 300.0
+# What the others of a worker that died still say within this time tells whose fault it was.
+_CAUSE_SECONDS = 1.0
 _LOG_LINES = 20
 _COPY_THREADS = 4
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
@@ -127,7 +127,6 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._decoding = threading.Lock()
         self._decoder_thread: int | None = None
-        self._rendezvous = ""
         self._idle_timer: threading.Timer | None = None
 
     @property
@@ -152,7 +151,6 @@ class WorkerPool:
     def _start(self) -> None:
         if self._workers:
             return
-        self._rendezvous = tempfile.mkdtemp(prefix="wan-vae-")  # for this user only
         cuda = self.devices[0].type == "cuda"
         checkpoint, memory = self._weights(), None
         path = self._path
@@ -169,7 +167,6 @@ class WorkerPool:
             "dtype": self.dtype,
             "backend": "nccl" if cuda else "gloo",
             "weights": str(path.absolute()),
-            "rendezvous": self._rendezvous,
             # On GPUs the host only copies frames: more threads than these would only be in each other's way.
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }
@@ -177,67 +174,78 @@ class WorkerPool:
         interfaces = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         environment = {**dict.fromkeys(_ALLOCATOR_VARIABLES), **interfaces}
         started = time.monotonic()
+        store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
         try:
             for rank, device in enumerate(self.devices):
                 self._workers.append(_Worker(rank, device, options, environment))
+            for worker in self._workers:
+                worker.connection.send(("store",))
+                send_handle(worker.connection, store, worker.process.pid)
             self._gather("ready", len(self._workers), patience=_START_SECONDS)
         except BaseException:
             self._stop()
             raise
         finally:
+            os.close(store)
             if memory:
                 memory.close()
         names = ", ".join(map(str, self.devices))
         logger.info("%d workers on %s started in %.1f s", len(self._workers), names, time.monotonic() - started)
 
-    def _stop(self) -> None:
-        """Ends all workers, however they are: asked, then killed."""
+    def _stop(self, grace: float = 2.0) -> None:
+        """Ends all workers, however they are: asked, then after ``grace`` seconds killed."""
         workers, self._workers = self._workers, []
         for worker in workers:
             with contextlib.suppress(OSError):
                 worker.connection.send(("close",))
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + grace
         for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
             worker.connection.close()
-        if self._rendezvous:
-            shutil.rmtree(self._rendezvous, ignore_errors=True)
-            self._rendezvous = ""
 
     def _tell(self, *message: object) -> None:
-        for worker in self._workers:
+        workers = self._living()
+        for worker in workers:
             try:
                 worker.connection.send(message)
             except OSError:
-                raise self._death(worker) from None
+                raise self._cause(workers) from None
+
+    def _living(self) -> list[_Worker]:
+        """The workers; another thread, or a callback, may have ended them."""
+        if not self._workers:
+            raise WorkerError("the workers were ended while they decoded; the next decode starts new ones")
+        return list(self._workers)
 
     def _gather(self, kind: str, count: int, *, patience: float = _SILENCE_SECONDS) -> list[tuple[Any, ...]]:
-        """Waits for one message of ``kind`` (or ``"end"``) from each of the first ``count`` workers."""
+        """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers."""
         answers: dict[int, tuple[Any, ...]] = {}
-        waiting: dict[object, _Worker] = {worker.connection: worker for worker in self._workers}
+        workers = self._living()
+        waiting: dict[object, _Worker] = {worker.connection: worker for worker in workers}
         since = time.monotonic()
-        for worker in self._workers:
+        for worker in workers:
             worker.heard = since
         while len([rank for rank in answers if rank < count]) < count:
-            pending = [w.connection for w in self._workers if w.rank not in answers or w.rank >= count]
-            for ready in multiprocessing.connection.wait(pending, timeout=0.5):
-                worker = waiting[ready]
-                try:
+            pending = [w.connection for w in workers if w.rank not in answers or w.rank >= count]
+            try:
+                for ready in multiprocessing.connection.wait(pending, timeout=0.5):
+                    worker = waiting[ready]
                     message = worker.connection.recv()
-                except (EOFError, OSError):
-                    raise self._death(worker) from None
-                worker.heard = time.monotonic()
-                if message[0] == "failed":
-                    raise self._failure(worker, *message[1:])
-                if message[0] == kind or (message[0] == "end" and kind == "done"):
-                    answers[worker.rank] = message
-            for worker in self._workers:
-                # What a worker said last may still lie in its pipe when it is dead.
-                if not worker.process.is_alive() and not worker.connection.poll():
-                    raise self._death(worker)
+                    worker.heard = time.monotonic()
+                    if message[0] == "failed":
+                        raise self._cause(workers, {worker.rank: message[1:]})
+                    if message[0] == kind or (message[0] == "end" and kind == "done"):
+                        answers[worker.rank] = message
+            except (EOFError, OSError):
+                raise self._cause(workers) from None
+            self._living()
+            # What a worker said last may still lie in its pipe when it is dead.
+            if any(not w.process.is_alive() and not w.connection.poll() for w in workers):
+                raise self._cause(workers)
+            for worker in workers:
                 if worker.connection in pending and time.monotonic() - worker.heard > patience:
                     raise WorkerError(
                         f"{worker} is not answering for {patience:.0f} s (process {worker.process.pid}); it and the "
@@ -245,8 +253,31 @@ class WorkerPool:
                     )
         return [answers[rank] for rank in range(count)]
 
+    def _cause(self, workers: list[_Worker], heard: dict[int, tuple[Any, ...]] | None = None) -> WanVAEError:
+        """Why the workers end, once one has: the first to fall takes others along, which then say so too."""
+        self._living()
+        failed = dict(heard or {})
+        deadline = time.monotonic() + _CAUSE_SECONDS
+        while time.monotonic() < deadline and any(w.process.is_alive() for w in workers):
+            time.sleep(0.05)
+        for worker in workers:
+            with contextlib.suppress(EOFError, OSError):
+                while worker.connection.poll():
+                    message = worker.connection.recv()
+                    if message[0] == "failed":
+                        failed[worker.rank] = message[1:]
+        codes = {worker.rank: worker.process.exitcode for worker in workers}
+        for rank, (kind, text) in failed.items():
+            if kind == "memory":
+                return self._failure(workers[rank], kind, text)
+        for worker in workers:
+            if (codes[worker.rank] or 0) < 0:  # killed from outside
+                return self._death(worker)
+        for rank, (kind, text) in failed.items():
+            return self._failure(workers[rank], kind, text)
+        return self._death(next((w for w in workers if codes[w.rank] is not None), workers[0]))
+
     def _death(self, worker: _Worker) -> WorkerError:
-        worker.process.join(1)
         return WorkerError(
             f"{worker} died with exit code {worker.process.exitcode}; the others were ended, the next decode starts "
             f"new ones{worker.last_lines()}"
@@ -294,6 +325,7 @@ class PoolRun:
     def __init__(self, pool: WorkerPool, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> None:
         self._pool = pool
         self._chunk = chunk
+        self._begun = 0
         if pool._decoder_thread == threading.get_ident():
             raise WanVAEError(
                 "another decode of this VAE is open in this very thread; finish or close its stream first"
@@ -334,12 +366,12 @@ class PoolRun:
                 return
             except _StepOutOfMemory as error:
                 self._pool._stop()
-                if self._begun == 1:
+                if self._begun <= 1:
                     raise OutOfMemoryError(f"{error}; not even one latent frame at a time fits") from error
                 chunk = self._begun // 2
                 logger.warning("%s; going on with chunk %d, same frames", error, chunk)
             except WorkerError:
-                self._pool._stop()
+                self._pool._stop(grace=0.5)
                 raise
 
     def _attempt(self, chunk: int) -> Iterator[int]:

@@ -4,7 +4,8 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 
 | parent | worker |
 | --- | --- |
-| | ``("alive",)`` about once a second, whatever else goes on |
+| ``("store",)``, then a file descriptor | nothing; the file is where the ranks find one another |
+| | ``("alive",)`` about once a second while it starts or decodes, whatever else goes on |
 | | ``("ready",)`` once, when the group stands and the weights are there |
 | ``("open", request)``, then two file descriptors | ``("room", chunk)``: most latent frames at once that fit, or 0 |
 | ``("begin", chunk)`` | nothing |
@@ -19,7 +20,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import shutil
 import threading
 import traceback
 from collections.abc import Iterator
@@ -68,6 +68,10 @@ class _Worker:
         self.dtype: torch.dtype = options["dtype"]
         self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._sending = threading.Lock()
+        # Whether the parent listens; it does not between decodes.
+        self._heard = True
+        connection.recv()
+        self._store = recv_handle(connection)
         self._decoder: LocalDecoder | None = None
         self._groups: dict[int, dist.ProcessGroup] = {}
         threading.Thread(target=self._listen, daemon=True).start()
@@ -82,7 +86,6 @@ class _Worker:
 
     def end(self, code: int) -> None:
         """Ends the process at once, whatever its threads or the device wait for."""
-        shutil.rmtree(self.options["rendezvous"], ignore_errors=True)
         os._exit(code)
 
     def _listen(self) -> None:
@@ -90,10 +93,12 @@ class _Worker:
         while True:
             try:
                 if not self.connection.poll(_HEARTBEAT_SECONDS):
-                    self.send("alive")
+                    if self._heard:
+                        self.send("alive")
                     continue
                 message = self.connection.recv()
                 if message[0] == "open":
+                    self._heard = True
                     # The descriptors follow their message, and must be taken before the next one.
                     message = (*message, recv_handle(self.connection), recv_handle(self.connection))
             except (EOFError, OSError):
@@ -111,6 +116,7 @@ class _Worker:
         self.architecture: Architecture = checkpoint.architecture
         self._weights = checkpoint.decoder
         dist.barrier(self._groups[dist.get_world_size()])
+        self._heard = False
         self.send("ready")
         while True:
             command, *arguments = self._commands.get()
@@ -120,7 +126,8 @@ class _Worker:
 
     def _join_group(self) -> None:
         size = self.options["world_size"]
-        store = FileStore(os.path.join(self.options["rendezvous"], "store"), size)
+        # A file without a name: closed to other users, and gone with the last rank.
+        store = FileStore(f"/proc/self/fd/{self._store}", size)
         device_id = self.device if self.device.type == "cuda" else None
         backend = self.options["backend"]
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=device_id)
@@ -158,6 +165,7 @@ class _Worker:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
+        self._heard = False
         self.send("finished")
 
     def _steps(
