@@ -136,6 +136,7 @@ def test_normalized_latents_get_the_published_mean_and_deviation(server, send, r
     close_to_core(received("normalized1"), received("normalized0"))
 
 
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_encoding_is_cores(server, send, received):
     pictures = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(3))
     graph = {
@@ -271,6 +272,7 @@ def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, re
     test_a_latent_without_a_time_axis_is_one_frame(server, send, received)
 
 
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_a_workflow_made_with_four_gpus_runs_here_and_says_where(server, send):
     graph = {
         "latent": send("four", LATENTS[:, :, :1]),
@@ -282,6 +284,7 @@ def test_a_workflow_made_with_four_gpus_runs_here_and_says_where(server, send):
     assert "cuda:0,cuda:1,cuda:2,cuda:3 were asked for; decoding on cpu" in server.log()
 
 
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_a_device_that_is_none_is_an_error(server, send):
     graph = {
         "latent": send("tpu", LATENTS[:, :, :1]),
@@ -369,6 +372,7 @@ def test_other_peoples_files(server, send, received):
         assert (decoded - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_nodes_describe_themselves(server):
     info = server.get("/object_info")
     for name in ("WanVAEParallelLoader", "WanVAEParallelApply", "WanVAEParallelDecode"):
@@ -385,6 +389,7 @@ def test_nodes_describe_themselves(server):
     assert loader["chunk"][1]["advanced"]
 
 
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_the_pack_is_quiet_on_import(comfyui, tmp_path):
     quiet = Server(*comfyui, tmp_path, "--cpu")
     children, log = quiet.children(), quiet.log()
