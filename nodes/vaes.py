@@ -36,7 +36,11 @@ class ParallelVAE:
     _chunk: int
     output_device: torch.device
 
-    def decode(self, samples_in: torch.Tensor, vae_options: Mapping[str, Any] | None = None) -> torch.Tensor:  # noqa: ARG002
+    def decode(
+        self,
+        samples_in: torch.Tensor,
+        vae_options: Mapping[str, Any] | None = None,  # noqa: ARG002 (core's signature)
+    ) -> torch.Tensor:
         """``[B, z, T, h, w]`` to ``[B, T', H, W, C]``, exact; in the place of core's ``VAE.decode``."""
         return self.decode_latents(samples_in)
 

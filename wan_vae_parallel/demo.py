@@ -136,10 +136,10 @@ class _Wiring:
             tensor = torch.randn(shape, generator=generator) * (_NOISE / math.sqrt(fan_in))
             self.tensors[key] = tensor + 1 if key.endswith("gamma") else tensor
 
-    def carry(self, key: str, into: Slots, out: Slots, constants: Iterable[int], *, gain: float = 1.0) -> None:
+    def carry(self, key: str, into: Slots, out: Slots, constants: Iterable[int]) -> None:
         """Wires a convolution's centre (and present) to copy each signal of ``out`` from its place in ``into``."""
         for signal, to in out.items():
-            self._tap(key, into[signal], to, "centre", gain)
+            self._tap(key, into[signal], to, "centre")
         weight = self.tensors[key + ".weight"]
         for constant in constants:
             self._centre(weight)[constant, constant] = 1.0
@@ -147,7 +147,7 @@ class _Wiring:
     def blur(self, key: str, into: Slots, out: Slots, constants: Iterable[int]) -> None:
         """The same with a 3x3 blur, which makes nearest upsampling linear."""
         for signal, to in out.items():
-            self._tap(key, into[signal], to, "blur", 1.0)
+            self._tap(key, into[signal], to, "blur")
         for constant in constants:
             self._centre(self.tensors[key + ".weight"])[constant, constant] = 1.0
 
@@ -180,9 +180,9 @@ class _Wiring:
                 self._spread(key, into[signal], row, kernel, sign * gain)
                 self._spread(key, into[signal] + 1, row, kernel, -sign * gain)
 
-    def _tap(self, key: str, source: int, to: int, kernel: str, gain: float) -> None:
+    def _tap(self, key: str, source: int, to: int, kernel: str) -> None:
         for half in (0, 1):
-            self._spread(key, source + half, to + half, kernel, gain)
+            self._spread(key, source + half, to + half, kernel, 1.0)
 
     def _spread(self, key: str, source: int, to: int, kernel: str, gain: float) -> None:
         weight = self.tensors[key + ".weight"]

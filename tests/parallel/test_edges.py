@@ -225,7 +225,7 @@ def test_groups_need_not_begin_at_global_rank_0(ranks, members):
     ranks.run(check_own_rows, 6, 7, 2, members=members)
 
 
-def check_refusal(rank, world_size):  # noqa: ARG001
+def check_refusal(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
     messages = []
     for shards in (world_size - 1, world_size + 1):
         try:
@@ -308,18 +308,18 @@ def test_one_latent_row_of_more_shards_than_frame_rows(ranks, size, ratio):
 # The launcher itself: tests are worth nothing if it swallows a failure.
 
 
-def check_failure(rank, world_size):  # noqa: ARG001
+def check_failure(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
     if rank == 1:
         raise ValueError("of rank 1")
     dist.barrier(launch.group())  # waits for the one that failed
 
 
-def check_hang(rank, world_size):  # noqa: ARG001
+def check_hang(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
     if rank == 0:
         dist.recv(torch.zeros(1), src=1)
 
 
-def check_death(rank, world_size):  # noqa: ARG001
+def check_death(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
     if rank == 1:
         import os
 

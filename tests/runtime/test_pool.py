@@ -293,7 +293,7 @@ def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(v
     monkeypatch.undo()
 
 
-def _out_of_memory(run, chunk):  # noqa: ARG001
+def _out_of_memory(run, chunk):  # noqa: ARG001 (stands for a method)
     raise run._pool._failure(run._pool._workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
 
 

@@ -40,7 +40,12 @@ class LocalEngine:
         """Whether the weights are on the device now."""
         return self._decoder is not None
 
-    def run(self, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> LocalRun:  # noqa: ARG002
+    def run(
+        self,
+        latents: torch.Tensor,
+        video_shape: torch.Size,  # noqa: ARG002 (the pool's signature)
+        chunk: int,
+    ) -> LocalRun:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
         return LocalRun(self, latents, chunk)
 
