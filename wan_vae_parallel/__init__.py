@@ -5,6 +5,7 @@
 ...     frames = vae.decode(latents)  # [B, 16, T, h, w] -> [B, 4 * (T - 1) + 1, 8h, 8w, 3] in [0, 1]
 """
 
+from ._version import __version__
 from .architecture import Architecture
 from .demo import demo_latents, save_demo_checkpoint
 from .errors import (
@@ -30,9 +31,9 @@ __all__ = [
     "OutputError",
     "WanVAEError",
     "WorkerError",
+    "__version__",
     "demo_latents",
     "load_vae",
     "save_demo_checkpoint",
     "vae_from_state_dict",
 ]
-__version__ = "0.1.0"

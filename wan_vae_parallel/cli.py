@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 import signal
@@ -14,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from .architecture import Architecture
 from .checkpoint import read_checkpoint
@@ -22,6 +24,7 @@ from .devices import DTYPES, parse_devices, parse_dtype
 from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
 from .files import replacing
 from .latents import check_latents, read_latents, save_latents
+from .launched import launched, torchrun_group
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
 from .parallel.plan import describe_plan, plan_shards
 from .pictures import contact_sheet
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     try:
+        if launched() and options.run is not _decode:
+            raise ArgumentError("torchrun's processes decode together; run demo and info without it")
         options.run(options)
     except WanVAEError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -173,27 +178,41 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    latents = read_latents(options.latents)
-    with load_vae(options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk) as vae:
-        shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
-        check_output(options.output, shape)
-        started = time.perf_counter()
-        bar, done = _Progress(), 0
-        fps = options.fps or _FPS[vae.architecture.family]
-        with open_output(options.output, shape=shape, fps=fps) as write:
-            for frames in vae.decode_stream(latents, normalized=options.normalized):
-                write(frames)
-                done += frames.shape[1]
-                bar.show(done, shape[1])
-        bar.close()
-        _report(vae, shape, time.perf_counter() - started)
+    with torchrun_group(options.devices) if launched() else contextlib.nullcontext() as group:
+        latents = read_latents(options.latents)
+        first = group is None or dist.get_rank(group) == 0
+        if not first:
+            logging.getLogger().setLevel(logging.WARNING)
+        with load_vae(
+            options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
+        ) as vae:
+            if first:
+                _decode_to_file(vae, latents, options)
+            else:
+                for _ in vae.decode_stream(latents, normalized=options.normalized):
+                    pass
+
+
+def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace) -> None:
+    shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
+    check_output(options.output, shape)
+    started = time.perf_counter()
+    bar, done = _Progress(), 0
+    fps = options.fps or _FPS[vae.architecture.family]
+    with open_output(options.output, shape=shape, fps=fps) as write:
+        for frames in vae.decode_stream(latents, normalized=options.normalized):
+            write(frames)
+            done += frames.shape[1]
+            bar.show(done, shape[1])
+    bar.close()
+    _report(vae, shape, time.perf_counter() - started)
     files = output_files(options.output, shape)
     print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
 
 
 def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
     batch, total, height, width = shape[:4]
-    places = ", ".join(map(str, vae.devices))
+    places = ", ".join(vae.places)
     videos = f"{batch} x " if batch > 1 else ""
     print(
         f"decoded {videos}{total} frames of {width}x{height} in {seconds:.2f} s "

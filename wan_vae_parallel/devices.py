@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 
 from .errors import DeviceError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -45,7 +49,10 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
     there = available_devices()
     if [str(name) for name in names] == ["auto"]:
         gpus = there[1:] or there
-        return gpus if len(gpus) == 1 or not _why_alone(gpus) else gpus[:1]
+        if len(gpus) > 1 and (reason := _why_alone(gpus)):
+            _say_once(f"decoding on {gpus[0]} alone, though there are {len(gpus)} GPUs: {reason}")
+            return gpus[:1]
+        return gpus
     if not names:
         raise DeviceError("no device is named; write 'auto', 'cpu', 'cuda:0' or several with commas between them")
     parsed = [_parse_device(name, there) for name in names]
@@ -59,12 +66,41 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
     return parsed
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def parse_rank_device(
+    devices: str | torch.device | Sequence[str | torch.device], group: dist.ProcessGroup
+) -> torch.device:
+    """The one device of this rank of ``group``.
+
+    Args:
+        devices: ``"auto"`` (the current CUDA device if the group joins GPUs, else the CPU) or one device.
+        group: joins GPUs with NCCL, or CPUs with gloo.
+
+    Raises:
+        DeviceError: several devices, one that is not there, or one that the group can't join.
+    """
+    gpus = "nccl" in str(dist.get_backend(group))
+    if devices in ("auto", ["auto"]):
+        return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+    parsed = parse_devices(devices)
+    if len(parsed) > 1:
+        raise DeviceError(f"{devices!r} are {len(parsed)} devices, but each rank of a group has one; write 'auto'")
+    if (parsed[0].type == "cuda") != gpus:
+        kind = "GPUs (nccl)" if gpus else "CPUs (gloo)"
+        raise DeviceError(f"the group joins {kind}, and {str(parsed[0])!r} is none; write 'auto'")
+    return parsed[0]
+
+
 def _why_alone(devices: list[torch.device]) -> str:
     """Why this system can't decode on several of ``devices`` at once; empty if it can."""
     if not hasattr(os, "memfd_create"):
         return "workers need Linux's shared memory"
     backend = "nccl" if devices[0].type == "cuda" else "gloo"
-    if not torch.distributed.is_available() or not torch.distributed.is_backend_available(backend):
+    if not dist.is_available() or not dist.is_backend_available(backend):
         return f"this torch has no {backend}"
     return ""
 

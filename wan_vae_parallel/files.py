@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from .errors import OutputError, WanVAEError
 from .memory import gibibytes
 
+_unfinished: set[Path] = set()
+
 
 def read_safetensors(path: Path, error_class: type[WanVAEError], way_out: str) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, mapped from it rather than copied.
@@ -50,17 +52,33 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """
     check_writable(path, needed=needed)
     path = Path(path).resolve()  # a link stays one, and its target is replaced
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent))
-    temporary = folder / path.name
     try:
-        yield temporary
-        readable_as_usual(temporary)
-        temporary.replace(path)
+        with unfinished_folder(path.parent, path.name) as folder:
+            temporary = folder / path.name
+            yield temporary
+            readable_as_usual(temporary)
+            temporary.replace(path)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{path} could not be written ({error}); free some room or choose another place") from error
+
+
+@contextlib.contextmanager
+def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{name[:100]}.", suffix=".partial", dir=parent))
+    _unfinished.add(folder)
+    try:
+        yield folder
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unfinished.discard(folder)
+
+
+def remove_unfinished() -> None:
+    """Removes what blocks that are still open have begun to write, for a process that ends without unwinding."""
+    for folder in list(_unfinished):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,15 +12,17 @@ from types import TracebackType
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from .architecture import Architecture
 from .checkpoint import Checkpoint, checkpoint_file, checkpoint_from_state_dict, read_checkpoint
-from .devices import parse_devices, parse_dtype
+from .devices import parse_devices, parse_dtype, parse_rank_device
 from .errors import ArgumentError, CheckpointError, OutOfMemoryError, WanVAEError
 from .latents import check_fits, check_latents, denormalize
 from .memory import UNLIMITED, decode_memory, free_memory, gibibytes, largest_chunk, parameter_count
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine
+from .runtime.group import GroupEngine
 from .runtime.pool import WorkerPool
 
 OnChunk = Callable[[int, int, torch.Tensor], None]
@@ -36,6 +38,7 @@ def load_vae(
     dtype: str | torch.dtype = "auto",
     chunk: Chunk = "auto",
     idle_seconds: float = _IDLE_SECONDS,
+    group: dist.ProcessGroup | None = None,
 ) -> VAE:
     """Loads a Wan VAE's decoder.
 
@@ -47,13 +50,18 @@ def load_vae(
             ``"float16"`` or ``"float64"``.
         chunk: latent frames that are decoded at once, or ``"auto"``. It trades memory for speed, not pixels.
         idle_seconds: workers that had no decode for so long end; the next decode starts new ones.
+        group: decode in this process group instead, with its ranks as workers, which may be on several machines.
+            Each rank makes the same calls; ``devices`` is its own one. The frames come to the group's first rank:
+            on the others `VAE.decode` returns none and `VAE.decode_stream` yields nothing.
 
     Raises:
         CheckpointError: the file is not a Wan VAE that can be decoded with.
         DeviceError: a device or dtype that is not there.
     """
     path = Path(path)
-    return VAE(FileWeights(path), path=path, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
+    return VAE(
+        FileWeights(path), path=path, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group
+    )
 
 
 def vae_from_state_dict(
@@ -107,7 +115,7 @@ class VAE:
 
     Attributes:
         architecture: what the weights are.
-        devices: where it decodes.
+        devices: where this process, or its workers, decode.
         dtype: what it computes in.
     """
 
@@ -120,8 +128,9 @@ class VAE:
         chunk: Chunk,
         path: Path | None = None,
         idle_seconds: float = _IDLE_SECONDS,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.devices = tuple(parse_devices(devices))
+        self.devices = tuple(parse_devices(devices) if group is None else [parse_rank_device(devices, group)])
         self.dtype = parse_dtype(dtype, self.devices[0])
         self.chunk = chunk
         self._weights = weights
@@ -129,8 +138,11 @@ class VAE:
         # Kept until the first decode has loaded it: what was checked is what decodes.
         self._first: Checkpoint | None = weights()
         self.architecture: Architecture = self._first.architecture
-        self._engine: LocalEngine | WorkerPool
-        if len(self.devices) == 1:
+        self._engine: LocalEngine | WorkerPool | GroupEngine
+        self._group = group
+        if group is not None:
+            self._engine = GroupEngine(self._unchanged, self.devices[0], self.dtype, group)
+        elif len(self.devices) == 1:
             self._engine = LocalEngine(self._unchanged, self.devices[0], self.dtype)
         else:
             self._first = None  # workers read the file themselves: whether it is the same one is looked up then
@@ -167,7 +179,7 @@ class VAE:
 
         Returns:
             ``[B, 4 * (T - 1) + 1, H, W, C]`` in [0, 1], float32 (float64 for a float64 VAE), contiguous, on the
-            host.
+            host. Of a group's ranks only the first gets them, the others ``[B, 0, H, W, C]``.
 
         Raises:
             LatentError: the latents don't belong to this VAE, or hold NaN.
@@ -175,6 +187,8 @@ class VAE:
         """
         latents = self._checked(latents, normalized)
         shape = self.output_shape(latents.shape)
+        if self._group is not None and dist.get_rank(self._group):
+            shape = torch.Size((shape[0], 0, *shape[2:]))
         total, done = shape[1], 0
         dtype = torch.promote_types(self.dtype, torch.float32)
         needed, free = dtype.itemsize * shape.numel(), free_memory(torch.device("cpu"))
@@ -216,6 +230,11 @@ class VAE:
             (batch, self.architecture.frame_count(frames), height, width, self.architecture.output_channels)
         )
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of all devices that work together; of a group's, with their hosts."""
+        return self._engine.names if isinstance(self._engine, GroupEngine) else tuple(map(str, self.devices))
+
     def memory_needed(self, shape: Sequence[int]) -> int:
         """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on each device, weights included.
 
@@ -223,8 +242,8 @@ class VAE:
         """
         batch, _, frames, rows, columns = shape
         size = (batch, frames, rows, columns)
-        if len(self.devices) > 1:
-            plan = plan_shards(rows, columns, len(self.devices))
+        if len(self.places) > 1:
+            plan = plan_shards(rows, columns, len(self.places))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
         chunk = self._chunk_number or largest_chunk(self.architecture, size, dtype=self.dtype, free=UNLIMITED)
         return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype).total

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import OutOfMemoryError, OutputError
-from .files import check_writable, replacing
+from .files import check_writable, replacing, unfinished_folder
 from .memory import free_memory, gibibytes
 from .pictures import to_bytes, to_picture
 
@@ -183,30 +181,29 @@ def _open_pictures(path: Path, shape: Sequence[int]) -> Iterator[Write]:
     total, done = shape[1], 0
     made = not path.parent.exists()
     path.parent.mkdir(exist_ok=True)
-    # Beside the final place, so that moving them there is only a new name.
-    folder = Path(tempfile.mkdtemp(prefix=".frames.", suffix=".partial", dir=path.parent))
-
-    def write(newest: torch.Tensor) -> None:
-        nonlocal done
-        for index, video in enumerate(newest):
-            for step, frame in enumerate(video):
-                to_picture(frame).save(folder / (path.name % (index * total + done + step)))
-        done += newest.shape[1]
-
     moved: list[Path] = []
     try:
-        yield write
-        _check_count(path, done, total)
-        for file in output_files(path, shape):
-            (folder / file.name).replace(file)
-            moved.append(file)
-        moved.clear()
+        # Beside the final place, so that moving them there is only a new name.
+        with unfinished_folder(path.parent, "frames") as folder:
+
+            def write(newest: torch.Tensor) -> None:
+                nonlocal done
+                for index, video in enumerate(newest):
+                    for step, frame in enumerate(video):
+                        to_picture(frame).save(folder / (path.name % (index * total + done + step)))
+                done += newest.shape[1]
+
+            yield write
+            _check_count(path, done, total)
+            for file in output_files(path, shape):
+                (folder / file.name).replace(file)
+                moved.append(file)
+            moved.clear()
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error}; free some room or choose another place") from error
     finally:
         for file in moved:  # not all of them: none
             file.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
         if made and not any(path.parent.iterdir()):
             path.parent.rmdir()
 

@@ -83,7 +83,7 @@ def vae(warm, latents, expected):
 
 
 def pids(vae):
-    return [worker.process.pid for worker in vae._engine._workers]
+    return [worker.process.pid for worker in vae._engine.workers]
 
 
 # Frames.

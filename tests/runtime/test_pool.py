@@ -95,7 +95,7 @@ def vae(warm, latents, expected):
 
 
 def pids(vae):
-    return [worker.process.pid for worker in vae._engine._workers]
+    return [worker.process.pid for worker in vae._engine.workers]
 
 
 def at(frame, action):
@@ -294,7 +294,7 @@ def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(v
 
 
 def _out_of_memory(run, chunk):  # noqa: ARG001 (stands for a method)
-    raise run._pool._failure(run._pool._workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
+    raise run._pool._failure(run._pool.workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
 
 
 # The caller's own errors, and leaving off.

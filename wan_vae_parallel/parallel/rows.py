@@ -57,3 +57,34 @@ def to_own_rows(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup,
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
     return torch.cat(pieces, dim=3)
+
+
+def to_first_rank(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, ratio: int) -> torch.Tensor | None:
+    """Puts the shards' frames together on the group's first rank.
+
+    Args:
+        frames: ``[B, t, rows, W, C]`` of this shard, or of a transposed plan ``[B, t, H, columns, C]``.
+        plan: the split.
+        group: its ranks; all must call.
+        ratio: frame rows (and columns) per latent row.
+
+    Returns:
+        ``[B, t, H, W, C]``, contiguous, on the first rank; None on the others.
+    """
+    # Contiguous: a message is bytes, and knows no strides.
+    if dist.get_rank(group):
+        # Batched as its counterpart is: alone it would take another communicator than that.
+        operation = dist.P2POp(dist.isend, frames.contiguous(), dist.get_global_rank(group, 0), group)
+        for work in dist.batch_isend_irecv([operation]):
+            work.wait()
+        return None
+    axis = 3 if plan.transposed else 2
+    pieces, operations = [frames], []
+    for shard in range(1, plan.shards):
+        shape = list(frames.shape)
+        shape[axis] = plan.height(shard) * ratio
+        pieces.append(frames.new_empty(shape))
+        operations.append(dist.P2POp(dist.irecv, pieces[-1], dist.get_global_rank(group, shard), group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return torch.cat(pieces, dim=axis)

@@ -31,14 +31,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from ..architecture import Architecture
 from ..checkpoint import read_checkpoint
-from ..memory import decode_memory, free_memory, is_out_of_memory, largest_chunk
-from ..parallel.edges import ShardEdges
+from ..memory import is_out_of_memory
+from ..parallel.agree import check_agreement
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
-from .local import LocalDecoder
+from .shard import ShardDecoder
 from .shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class _Worker:
         self._heard = True
         connection.recv()
         self._store = recv_handle(connection)
-        self._decoder: LocalDecoder | None = None
+        self._decoder: ShardDecoder
         self._groups: dict[int, dist.ProcessGroup] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -112,10 +111,8 @@ class _Worker:
             torch.cuda.set_device(self.device)
         torch.set_num_threads(self.options["threads"])
         self._join_group()
-        checkpoint = read_checkpoint(self.options["weights"])
-        self.architecture: Architecture = checkpoint.architecture
-        self._weights = checkpoint.decoder
-        dist.barrier(self._groups[dist.get_world_size()])
+        self._decoder = ShardDecoder(read_checkpoint(self.options["weights"]), self.device, self.dtype)
+        check_agreement(self._decoder.facts(), self._groups[dist.get_world_size()])
         self._heard = False
         self.send("ready")
         while True:
@@ -150,7 +147,9 @@ class _Worker:
         plan = plan_shards(latents.shape[3], latents.shape[4], dist.get_world_size())
         group = self._group(plan.shards)
         idle = self.rank >= plan.shards
-        self.send("room", request["chunk"] if idle else self._room(plan, latents.shape, request["chunk"]))
+        self.send(
+            "room", request["chunk"] if idle else self._decoder.room(plan, self.rank, latents.shape, request["chunk"])
+        )
         steps: Iterator[int] | None = None
         while True:
             command, *arguments = self._commands.get()
@@ -172,12 +171,8 @@ class _Worker:
         self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, chunk: int
     ) -> Iterator[int]:
         """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
-        if plan.transposed:
-            latents = latents.transpose(-1, -2)
-        rows = latents[:, :, :, plan.bounds[self.rank] : plan.bounds[self.rank + 1]]
-        ratio = self.architecture.spatial_ratio
-        decoder = self._oriented(plan.transposed)
-        shards = decoder.stream(rows, chunk, ShardEdges(plan, group))
+        ratio = self._decoder.architecture.spatial_ratio
+        shards = self._decoder.steps(latents, plan, group, chunk)
         own = (to_own_rows(frames, plan, group, ratio) for frames in shards)
         start, stop = frame_rows(plan, self.rank, ratio)
         done = 0
@@ -189,30 +184,3 @@ class _Worker:
                     frame_into.copy_(frame)
             done += count
             yield count
-
-    def _oriented(self, transposed: bool) -> LocalDecoder:
-        if self._decoder is None or self._decoder.transposed != transposed:
-            self._decoder = None
-            self._decoder = LocalDecoder(
-                self.architecture, self._weights, device=self.device, dtype=self.dtype, transposed=transposed
-            )
-        return self._decoder
-
-    def _room(self, plan: ShardPlan, shape: torch.Size, asked: int) -> int:
-        """The largest chunk of at most ``asked`` (0: as many as pay) that this rank has the memory for; 0 for none."""
-        self._oriented(plan.transposed)
-        size = (shape[0], shape[2], plan.height(self.rank) + 2, plan.columns)
-        free = free_memory(self.device)
-        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
-        if self.device.type != "cuda":
-            return chunk
-        while chunk:
-            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype)
-            try:
-                # Taken now, while no other rank waits for this one; torch keeps it for the steps.
-                torch.empty(needed.caches + needed.step, dtype=torch.uint8, device=self.device)
-            except torch.OutOfMemoryError:
-                chunk //= 2
-                continue
-            return chunk
-        return 0

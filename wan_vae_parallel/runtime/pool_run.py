@@ -1,0 +1,137 @@
+"""One decode of a pool of workers: steps commanded a few ahead, chunks made smaller where memory is short."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from multiprocessing.reduction import send_handle
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError
+from ..parallel.plan import describe_plan, plan_shards
+from .shared_memory import SharedMemory
+
+if TYPE_CHECKING:
+    from .pool import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+# Steps that are commanded before the first of them is done: the devices never wait for the parent.
+_AHEAD = 3
+# Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
+START_SECONDS = 300.0
+
+
+class StepOutOfMemory(WanVAEError):
+    """A worker ran out of memory in the middle of a step, where the others wait for it."""
+
+
+class PoolRun:
+    """One decode of a pool: iterate for the frames as they become final; close it in any case."""
+
+    def __init__(self, pool: WorkerPool, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> None:
+        self._pool = pool
+        self._chunk = chunk
+        self._begun = 0
+        pool.enter()
+        try:
+            self._latents_shape = latents.shape
+            # In shared memory once, for all workers.
+            source = latents.detach().to("cpu").contiguous()
+            self._latents_memory = SharedMemory.create(max(1, source.nbytes))
+            self._latents_memory.tensor(source.shape, source.dtype).copy_(source)
+            self._latents_dtype = source.dtype
+            dtype = torch.promote_types(pool.dtype, torch.float32)
+            self._video_memory = SharedMemory.create(video_shape.numel() * dtype.itemsize)
+            self.video = self._video_memory.tensor(video_shape, dtype)
+            plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
+            self._shards = plan.shards
+            logger.info("decoding on %s", describe_plan(plan, pool.devices))
+        except BaseException:
+            pool.leave()
+            raise
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields ``[B, t, H, W, C]``, views of `video`."""
+        chunk, sent = self._chunk, 0
+        while True:
+            done = 0
+            try:
+                for count in self._attempt(chunk):
+                    fresh = self.video[:, max(done, sent) : done + count]
+                    done += count
+                    if fresh.shape[1]:
+                        sent = done
+                        yield fresh
+                return
+            except StepOutOfMemory as error:
+                self._pool.stop()
+                if self._begun <= 1:
+                    raise OutOfMemoryError(f"{error}; not even one latent frame at a time fits") from error
+                chunk = self._begun // 2
+                logger.warning("%s; going on with chunk %d, same frames", error, chunk)
+            except WorkerError:
+                self._pool.stop(grace=0.5)
+                raise
+
+    def _attempt(self, chunk: int) -> Iterator[int]:
+        """Decodes from the beginning; yields the number of new frames of each step."""
+        pool = self._pool
+        pool.start()
+        self._open(chunk)
+        room = [answer[1] for answer in pool.gather("room", self._shards, patience=START_SECONDS)]
+        self._begun = min(room)
+        if self._begun == 0:
+            pool.tell("finish")
+            short = [str(pool.devices[rank]) for rank, most in enumerate(room) if most == 0]
+            raise OutOfMemoryError(
+                f"{', '.join(short)} has not the memory for its rows, even one latent frame at a time; use more "
+                f"devices, free some of its memory, or decode smaller frames"
+            )
+        pool.tell("begin", self._begun)
+        ahead = 0
+        while True:
+            while ahead < _AHEAD:
+                pool.tell("step")
+                ahead += 1
+            answers = pool.gather("done", self._shards)
+            ahead -= 1
+            counts = {answer[1] if answer[0] == "done" else 0 for answer in answers}
+            if len(counts) != 1:
+                raise WorkerError(f"workers disagree on the frames of a step: {sorted(counts)}")
+            if counts == {0}:
+                return
+            yield counts.pop()
+
+    def _open(self, chunk: int) -> None:
+        request = {
+            "latents_shape": self._latents_shape,
+            "latents_dtype": self._latents_dtype,
+            "latents_size": self._latents_memory.size,
+            "frames_shape": self.video.shape,
+            "frames_dtype": self.video.dtype,
+            "frames_size": self._video_memory.size,
+            "chunk": chunk,
+        }
+        self._pool.tell("open", request)
+        for worker in self._pool.workers:
+            for memory in (self._latents_memory, self._video_memory):
+                send_handle(worker.connection, memory.descriptor, worker.process.pid)
+
+    def close(self) -> None:
+        """Ends the decode where it is; the workers free its memory and stay, `video` stays the caller's."""
+        pool = self._pool
+        try:
+            if pool.workers:
+                pool.tell("finish")
+                pool.gather("finished", len(pool.workers), patience=START_SECONDS)
+        except WanVAEError as error:
+            # The decode is over either way; the next one starts new workers.
+            logger.warning("%s", error)
+            pool.stop()
+        finally:
+            self._latents_memory.close()
+            self._video_memory.close()
+            pool.leave()

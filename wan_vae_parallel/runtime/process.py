@@ -1,0 +1,98 @@
+"""The parent's side of one worker process: how it starts, what it says, what it printed last."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import runpy
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from . import bootstrap
+
+logger = logging.getLogger(__name__)
+
+_LOG_LINES = 20
+
+_start_lock = threading.Lock()
+
+
+class WorkerProcess:
+    """A worker that starts now.
+
+    Args:
+        rank: in the world of all workers.
+        device: where it computes.
+        options: what `worker.main` gets, beside these two.
+        environment: variables that are its own; None unsets one.
+
+    Attributes:
+        connection: the pipe to it.
+        heard: when it said something last, by the monotonic clock.
+    """
+
+    def __init__(self, rank: int, device: torch.device, options: dict[str, Any], environment: dict[str, Any]) -> None:
+        self.rank = rank
+        self.device = device
+        self.lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+        self.heard = time.monotonic()
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        log, their_log = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=runpy.run_path,
+            args=(bootstrap.__file__,),
+            kwargs={
+                "init_globals": {
+                    "connection": theirs,
+                    "log": their_log,
+                    "environment": environment,
+                    "options": {**options, "rank": rank, "device": str(device)},
+                },
+                "run_name": "__wan_vae_worker__",
+            },
+            name=f"wan-vae-worker-{rank}",
+            daemon=True,
+        )
+        with _hidden_main():
+            self.process.start()
+        theirs.close()
+        their_log.close()
+        self._reader = threading.Thread(target=self._read_log, args=(log,), daemon=True)
+        self._reader.start()
+
+    def __str__(self) -> str:
+        return f"worker {self.rank} on {self.device}"
+
+    def last_lines(self) -> str:
+        """What it printed last, for a message."""
+        self._reader.join(0.5)  # a dead worker's pipe ends; a living one's goes on
+        return "; its last lines:\n" + "\n".join(self.lines) if self.lines else ""
+
+    def _read_log(self, log: Connection) -> None:
+        with log, open(log.fileno(), errors="replace", closefd=False) as stream:
+            for line in stream:
+                self.lines.append(line.rstrip())
+                logger.debug("%s: %s", self, self.lines[-1])
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Lets a process be spawned without its running the parent's main program again, which may be ComfyUI's."""
+    with _start_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main

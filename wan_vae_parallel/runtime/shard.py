@@ -1,0 +1,103 @@
+"""One rank's part of a decode: its rows of the video, on its device.
+
+B videos, T latent frames, h x w latent rows and columns, z channels; frames [B, t, rows, W, C]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from .._version import __version__
+from ..checkpoint import Checkpoint
+from ..memory import decode_memory, free_memory, largest_chunk
+from ..parallel.agree import fingerprint
+from ..parallel.edges import ShardEdges
+from ..parallel.plan import ShardPlan
+from .local import LocalDecoder
+
+# How every rank lays out activations, and so the bytes that neighbours exchange.
+_LAYOUT = "[T, H, W, C] contiguous"
+
+
+class ShardDecoder:
+    """A decoder that takes any rank's rows of any video, transposed ones too.
+
+    Args:
+        checkpoint: the weights; both orientations are made of them, one at a time.
+        device: where to decode.
+        dtype: in what.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.architecture = checkpoint.architecture
+        self.device = device
+        self.dtype = dtype
+        self._weights = checkpoint.decoder
+        self._decoder: LocalDecoder | None = None
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks of a decode must have in common, for `parallel.agree.check_agreement`."""
+        return {
+            "version": __version__,
+            "memory format": _LAYOUT,
+            "dtype": str(self.dtype),
+            "architecture": str(self.architecture),
+            "weights": fingerprint(self._weights),
+        }
+
+    def room(self, plan: ShardPlan, shard: int, shape: torch.Size, asked: int) -> int:
+        """The largest chunk of at most ``asked`` that ``shard`` has the memory for; 0 for none.
+
+        Args:
+            plan: the split.
+            shard: which rows.
+            shape: of the whole video's latents, ``[B, z, T, h, w]``.
+            asked: latent frames at once; 0 for as many as pay.
+        """
+        self._oriented(plan.transposed)
+        size = (shape[0], shape[2], plan.height(shard) + 2, plan.columns)
+        free = free_memory(self.device)
+        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
+        if self.device.type != "cuda":
+            return chunk
+        while chunk:
+            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype)
+            try:
+                # Taken now, while no other rank waits for this one; torch keeps it for the steps.
+                torch.empty(needed.caches + needed.step, dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError:
+                chunk //= 2
+                continue
+            return chunk
+        return 0
+
+    def steps(
+        self, latents: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, chunk: int
+    ) -> Iterator[torch.Tensor]:
+        """Decodes this rank's rows.
+
+        Args:
+            latents: the whole video's, ``[B, z, T, h, w]``, de-normalised.
+            plan: the split; rank r of ``group`` has shard r.
+            group: as many ranks as shards; all must take the same steps.
+            chunk: latent frames at once, the same on all.
+
+        Yields:
+            ``[B, t, rows, W, C]`` on the device, of a transposed plan ``[B, t, H, columns, C]``.
+        """
+        shard = dist.get_rank(group)
+        if plan.transposed:
+            latents = latents.transpose(-1, -2)
+        rows = latents[:, :, :, plan.bounds[shard] : plan.bounds[shard + 1]]
+        return self._oriented(plan.transposed).stream(rows, chunk, ShardEdges(plan, group))
+
+    def _oriented(self, transposed: bool) -> LocalDecoder:
+        if self._decoder is None or self._decoder.transposed != transposed:
+            self._decoder = None
+            self._decoder = LocalDecoder(
+                self.architecture, self._weights, device=self.device, dtype=self.dtype, transposed=transposed
+            )
+        return self._decoder
