@@ -225,21 +225,41 @@ def test_groups_need_not_begin_at_global_rank_0(ranks, members):
     ranks.run(check_own_rows, 6, 7, 2, members=members)
 
 
+def check_spare_rank(rank, world_size, size):
+    """The last rank of the group has no shard; the others exchange without it."""
+    plan = uneven_plan(world_size - 1)
+    if rank < plan.shards:
+        check_edges(rank, plan, size)
+        return ""
+    with pytest.raises(ValueError, match="has no part") as raised:
+        ShardEdges(plan, launch.group())
+    return str(raised.value)
+
+
+def check_edges(rank, plan, size):
+    edges = ShardEdges(plan, launch.group())
+    whole = picture(3, plan.rows, 4, size, torch.float32)
+    buffer = poisoned_buffer(whole, plan, rank, 1)
+    edges.fill_halo(buffer)
+    if rank:
+        assert torch.equal(buffer[:, 0, 1:-1], whole[:, plan.bounds[rank] - 1])
+    assert torch.equal(edges.all_rows(whole[:, plan.bounds[rank] : plan.bounds[rank + 1]]), whole)
+
+
+def test_a_group_may_have_ranks_without_a_shard(ranks):
+    answers = ranks.run(check_spare_rank, 5, members=4)
+    assert answers == ["", "", "", "rank 3 of 4 has no part in a plan of 3 shards"]
+
+
 def check_refusal(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
-    messages = []
-    for shards in (world_size - 1, world_size + 1):
-        try:
-            ShardEdges(uneven_plan(shards), launch.group())
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
+    with pytest.raises(ValueError, match="has no part") as raised:
+        ShardEdges(uneven_plan(world_size + 1), launch.group())
+    return str(raised.value)
 
 
-def test_a_plan_for_another_number_of_ranks_is_refused_by_all(ranks):
-    assert (
-        ranks.run(check_refusal, members=3)
-        == [["a plan of 2 shards needs as many ranks, not 3", "a plan of 4 shards needs as many ranks, not 3"]] * 3
-    )
+def test_more_shards_than_ranks_are_refused_by_all(ranks):
+    expected = [f"rank {rank} of 3 has no part in a plan of 4 shards" for rank in range(3)]
+    assert ranks.run(check_refusal, members=3) == expected
 
 
 # From shards to the rows that each writes.

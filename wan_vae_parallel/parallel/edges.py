@@ -14,16 +14,18 @@ from .plan import ShardPlan
 class ShardEdges:
     """`model.state.Edges` of one shard in a process group.
 
-    Ranks here are ranks in ``group``, which need not begin at global rank 0; shard r is rank r's. All ranks with a
-    shard must make the same calls in the same order.
+    Ranks here are ranks in ``group``, which need not begin at global rank 0; shard r is rank r's, and the group may
+    have more ranks than there are shards. All ranks with a shard must make the same calls in the same order.
     """
 
     def __init__(self, plan: ShardPlan, group: dist.ProcessGroup) -> None:
         self.plan = plan
         self.group = group
         self.shard = dist.get_rank(group)
-        if plan.shards != dist.get_world_size(group):
-            raise ValueError(f"a plan of {plan.shards} shards needs as many ranks, not {dist.get_world_size(group)}")
+        if self.shard >= plan.shards or plan.shards > dist.get_world_size(group):
+            raise ValueError(
+                f"rank {self.shard} of {dist.get_world_size(group)} has no part in a plan of {plan.shards} shards"
+            )
         # Buffers for rows on their way, one a direction and neighbour, made anew only when they have to differ.
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self.rows_sent = 0
@@ -61,17 +63,25 @@ class ShardEdges:
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         """Gathers every shard's ``[T, h, W, C]`` to the picture's ``[T, rows, W, C]``, contiguous.
 
-        Shards of fewer rows than the tallest are filled up, since a gather's parts are all alike.
+        By messages and not by a collective, whose parts would all have to be as tall as the tallest and whose group
+        might have ranks without a shard.
         """
-        plan, tallest = self.plan, self.plan.tallest
+        plan = self.plan
         scale = shard.shape[1] // plan.height(self.shard)
-        frames, rows, columns, channels = shard.shape
-        padded = shard.new_zeros((frames, tallest * scale, columns, channels))
-        padded[:, :rows] = shard
-        gathered = list(padded.new_empty((plan.shards, *padded.shape)).unbind())
-        # Contiguous on both sides: a gather moves bytes and knows no strides.
-        dist.all_gather(gathered, padded, group=self.group)
-        return torch.cat([part[:, : plan.height(rank) * scale] for rank, part in enumerate(gathered)], dim=1)
+        frames, _, columns, channels = shard.shape
+        own = shard.contiguous()  # a message is bytes, and knows no strides
+        parts, operations = [], []
+        for peer in range(plan.shards):
+            if peer == self.shard:
+                parts.append(own)
+                continue
+            parts.append(own.new_empty((frames, plan.height(peer) * scale, columns, channels)))
+            global_peer = dist.get_global_rank(self.group, peer)
+            operations.append(dist.P2POp(dist.isend, own, global_peer, self.group))
+            operations.append(dist.P2POp(dist.irecv, parts[-1], global_peer, self.group))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return torch.cat(parts, dim=1)
 
     def _buffer(self, direction: str, peer: int, rows: torch.Tensor) -> torch.Tensor:
         """A contiguous buffer like ``rows``; the last one, unless shape, dtype or device differ from it."""

@@ -28,7 +28,7 @@ def to_own_rows(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup,
     Args:
         frames: ``[B, t, rows, W, C]`` of this shard, or of a transposed plan ``[B, t, H, columns, C]``.
         plan: the split.
-        group: its ranks; all must call.
+        group: its ranks; all with a shard must call.
         ratio: frame rows (and columns) per latent row.
 
     Returns:
@@ -65,7 +65,7 @@ def to_first_rank(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGrou
     Args:
         frames: ``[B, t, rows, W, C]`` of this shard, or of a transposed plan ``[B, t, H, columns, C]``.
         plan: the split.
-        group: its ranks; all must call.
+        group: its ranks; all with a shard must call.
         ratio: frame rows (and columns) per latent row.
 
     Returns:

@@ -1,7 +1,7 @@
 """Decoding in a process group that somebody else made, such as torchrun's, on one host or on several.
 
-Every rank makes the same calls. They agree over a gloo group of their own, so that no device waits for words; frames
-go from device to device.
+Every rank makes the same calls. What they have to say goes through the group's store, so that no device waits for
+words; frames go from device to device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, WanVAEError
-from ..parallel.agree import check_agreement
+from ..parallel.agree import Board, check_agreement
 from ..parallel.plan import describe_plan, plan_shards
 from ..parallel.rows import to_first_rank
 from .download import to_host
@@ -45,12 +45,9 @@ class GroupEngine:
         self.rank = dist.get_rank(group)
         self._weights = weights
         self._decoder: ShardDecoder | None = None
-        self._ranks = dist.get_process_group_ranks(group)
-        self._groups = {len(self._ranks): group}
-        self.control = self._new_group(len(self._ranks), "gloo")
-        names: list[str] = [""] * len(self._ranks)
-        dist.all_gather_object(names, f"{socket.gethostname()}/{device}", group=self.control)
-        self.names = tuple(names)
+        self.group = group
+        self.board = Board(group)
+        self.names = tuple(self.board.exchange(f"{socket.gethostname()}/{device}"))
 
     @property
     def running(self) -> bool:
@@ -76,20 +73,9 @@ class GroupEngine:
         """The decoder, loaded now if it is not; all ranks must have the same."""
         if self._decoder is None:
             decoder = ShardDecoder(self._weights(), self.device, self.dtype)
-            check_agreement(decoder.facts(), self.control)
+            check_agreement(decoder.facts(), self.board)
             self._decoder = decoder
         return self._decoder
-
-    def first_ranks(self, size: int) -> dist.ProcessGroup:
-        """The group of the first ``size`` ranks, for them alone to ask for."""
-        if size not in self._groups:
-            self._groups[size] = self._new_group(size, dist.get_backend(self._groups[len(self._ranks)]))
-        return self._groups[size]
-
-    def _new_group(self, size: int, backend: str) -> dist.ProcessGroup:
-        group = dist.new_group(self._ranks[:size], backend=backend, use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
-        return group
 
 
 class GroupRun:
@@ -103,20 +89,15 @@ class GroupRun:
         self._latents = latents
         self._over = True
         decoder = engine.decoder()
-        check_agreement({"latents": _described(latents)}, engine.control)
+        check_agreement({"latents": _described(latents)}, engine.board)
         self._plan = plan_shards(latents.shape[3], latents.shape[4], len(engine.names))
-        self._working = engine.rank < self._plan.shards
         if engine.rank == 0:
             logger.info("decoding on %s", describe_plan(self._plan, engine.names))
-        room = chunk or 2**31
-        if self._working:
-            room = decoder.room(self._plan, engine.rank, latents.shape, chunk)
-        rooms = torch.zeros(len(engine.names), dtype=torch.int64)
-        rooms[engine.rank] = room
-        dist.all_reduce(rooms, group=engine.control)
-        self._chunk = int(rooms.min())
+        room = decoder.room(self._plan, engine.rank, latents.shape, chunk) if self._working else None
+        rooms = engine.board.exchange(room)
+        self._chunk = min(most for most in rooms if most is not None)
         if not self._chunk:
-            short = [name for name, most in zip(engine.names, rooms.tolist(), strict=True) if not most]
+            short = [name for name, most in zip(engine.names, rooms, strict=True) if most == 0]
             raise OutOfMemoryError(
                 f"{', '.join(short)} has not the memory for its rows, even one latent frame at a time; use more "
                 f"devices, free some of its memory, or decode smaller frames"
@@ -132,35 +113,32 @@ class GroupRun:
     def close(self) -> None:
         """Ends the decode where it is, on all ranks if the first one says so, and frees its memory."""
         if self._engine.rank == 0 and not self._over:
-            self._agreed_to_go_on(False)
+            self._engine.board.from_first(False)
         self._over = True
         del self._latents
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
             torch.cuda.empty_cache()
 
+    @property
+    def _working(self) -> bool:
+        """Whether this rank has rows."""
+        return self._engine.rank < self._plan.shards
+
     def _whole_frames(self) -> Iterator[torch.Tensor]:
         engine, plan = self._engine, self._plan
-        group = engine.first_ranks(plan.shards) if self._working else None
         decoder = engine.decoder()
-        shards = decoder.steps(self._latents, plan, group, self._chunk) if group else iter(())
+        shards = decoder.steps(self._latents, plan, engine.group, self._chunk) if self._working else iter(())
         # The first rank says before each step whether there is one: those without rows know no other end.
         more = True
-        while self._agreed_to_go_on(more):
+        while engine.board.from_first(more):
             shard = next(shards, None)
             more = shard is not None
-            if group and shard is not None:
-                frames = to_first_rank(shard, plan, group, decoder.architecture.spatial_ratio)
+            if shard is not None:
+                frames = to_first_rank(shard, plan, engine.group, decoder.architecture.spatial_ratio)
                 if frames is not None:
                     yield frames
         self._over = True
-
-    def _agreed_to_go_on(self, wish: bool) -> bool:
-        """What the first rank wishes, on all ranks."""
-        wishes = torch.tensor([wish], dtype=torch.uint8)
-        control = self._engine.control
-        dist.broadcast(wishes, dist.get_global_rank(control, 0), group=control)
-        return bool(wishes.item())
 
 
 def _described(latents: torch.Tensor) -> str:

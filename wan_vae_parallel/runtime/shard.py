@@ -82,7 +82,7 @@ class ShardDecoder:
         Args:
             latents: the whole video's, ``[B, z, T, h, w]``, de-normalised.
             plan: the split; rank r of ``group`` has shard r.
-            group: as many ranks as shards; all must take the same steps.
+            group: at least as many ranks as shards; those with one must take the same steps.
             chunk: latent frames at once, the same on all.
 
         Yields:

@@ -33,7 +33,7 @@ from torch._C._distributed_c10d import FileStore
 
 from ..checkpoint import read_checkpoint
 from ..memory import is_out_of_memory
-from ..parallel.agree import check_agreement
+from ..parallel.agree import Board, check_agreement
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
@@ -72,7 +72,7 @@ class _Worker:
         connection.recv()
         self._store = recv_handle(connection)
         self._decoder: ShardDecoder
-        self._groups: dict[int, dist.ProcessGroup] = {}
+        self._group: dist.ProcessGroup
         threading.Thread(target=self._listen, daemon=True).start()
 
     def send(self, *message: object) -> None:
@@ -112,7 +112,7 @@ class _Worker:
         torch.set_num_threads(self.options["threads"])
         self._join_group()
         self._decoder = ShardDecoder(read_checkpoint(self.options["weights"]), self.device, self.dtype)
-        check_agreement(self._decoder.facts(), self._groups[dist.get_world_size()])
+        check_agreement(self._decoder.facts(), Board(self._group))
         self._heard = False
         self.send("ready")
         while True:
@@ -129,13 +129,7 @@ class _Worker:
         backend = self.options["backend"]
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=device_id)
         assert dist.group.WORLD is not None
-        self._groups[size] = dist.group.WORLD
-
-    def _group(self, size: int) -> dist.ProcessGroup:
-        """The first ``size`` ranks; all ranks of the world make it together."""
-        if size not in self._groups:
-            self._groups[size] = dist.new_group(list(range(size)))
-        return self._groups[size]
+        self._group = dist.group.WORLD
 
     def _decode(self, request: dict[str, Any], latents_file: int, frames_file: int) -> None:
         latents_memory = SharedMemory(latents_file, request["latents_size"])
@@ -145,7 +139,6 @@ class _Worker:
         latents = latents_memory.tensor(request["latents_shape"], request["latents_dtype"])
         video = frames_memory.tensor(request["frames_shape"], request["frames_dtype"])
         plan = plan_shards(latents.shape[3], latents.shape[4], dist.get_world_size())
-        group = self._group(plan.shards)
         idle = self.rank >= plan.shards
         self.send(
             "room", request["chunk"] if idle else self._decoder.room(plan, self.rank, latents.shape, request["chunk"])
@@ -154,7 +147,7 @@ class _Worker:
         while True:
             command, *arguments = self._commands.get()
             if command == "begin":
-                steps = iter(()) if idle else self._steps(latents, video, plan, group, *arguments)
+                steps = iter(()) if idle else self._steps(latents, video, plan, *arguments)
             elif command == "step" and steps is not None:
                 frames = next(steps, None)
                 self.send("end") if frames is None else self.send("done", frames)
@@ -167,13 +160,11 @@ class _Worker:
         self._heard = False
         self.send("finished")
 
-    def _steps(
-        self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, chunk: int
-    ) -> Iterator[int]:
+    def _steps(self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int) -> Iterator[int]:
         """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
         ratio = self._decoder.architecture.spatial_ratio
-        shards = self._decoder.steps(latents, plan, group, chunk)
-        own = (to_own_rows(frames, plan, group, ratio) for frames in shards)
+        shards = self._decoder.steps(latents, plan, self._group, chunk)
+        own = (to_own_rows(frames, plan, self._group, ratio) for frames in shards)
         start, stop = frame_rows(plan, self.rank, ratio)
         done = 0
         for frames in to_host(own, self.device):

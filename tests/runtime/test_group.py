@@ -1,0 +1,205 @@
+"""Decodes in a process group that somebody else made: ranks of a launcher, and torchrun's over two nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import wan_vae_parallel as wvp
+from tests.parallel import launch
+from wan_vae_parallel.latents import save_latents
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A small Wan 2.1 VAE."""
+    path = tmp_path_factory.mktemp("weights") / "vae.safetensors"
+    wvp.save_demo_checkpoint(path, "wan2.1", 8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with launch.Ranks(4, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+def latents_of(rows, columns, seed=1):
+    return torch.randn((1, 16, 4, rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def alone(path, latents):
+    with wvp.load_vae(path, devices="cpu", chunk=1) as vae:
+        return vae.decode(latents)
+
+
+def _decode(_rank, _world, path, latents, chunk):
+    with wvp.load_vae(path, chunk=chunk, group=launch.group()) as vae:
+        assert [str(device) for device in vae.devices] == ["cpu"]
+        return vae.decode(latents), vae.places
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "members", "chunk"),
+    [
+        (5, 4, 4, 1),  # rows that don't divide
+        (2, 7, 4, 2),  # columns
+        (1, 3, 4, "auto"),  # a rank without any
+        (3, 2, (1, 3), 1),  # a group that does not begin at global rank 0
+        (3, 2, (2,), 1),  # a group of one
+    ],
+)
+def test_the_first_rank_gets_the_frames_of_one_device(ranks, path, rows, columns, members, chunk):
+    latents = latents_of(rows, columns)
+    (frames, places), *others = ranks.run(_decode, path, latents, chunk, members=members)
+    torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
+    assert all(theirs.shape == (1, 0, *frames.shape[2:]) for theirs, _ in others)
+    assert places == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
+
+
+def _stop_early_and_decode(rank, _world, path, latents):
+    with wvp.load_vae(path, chunk=1, group=launch.group()) as vae:
+        seen = 0
+        with contextlib.closing(vae.decode_stream(latents)) as stream:
+            for frames in stream:
+                seen += frames.shape[1]
+                if rank == 0 and seen > 4:
+                    break
+        return seen, vae.decode(latents)
+
+
+def test_the_first_rank_may_end_a_decode_for_all(ranks, path):
+    latents = latents_of(4, 3)
+    (seen, frames), *others = ranks.run(_stop_early_and_decode, path, latents)
+    assert seen == 5
+    assert [theirs for theirs, _ in others] == [0, 0, 0]
+    torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
+
+
+def _fails(rank, _world, path, what):
+    latents = latents_of(4, 3, seed=rank if what == "latents" else 1)
+    dtype = "float64" if what == "dtype" and rank == 1 else "float32"
+    with pytest.raises(wvp.WorkerError) as raised, wvp.load_vae(path, dtype=dtype, group=launch.group()) as vae:
+        vae.decode(latents)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["latents", "dtype"])
+def test_ranks_that_disagree_say_so_all_of_them(ranks, path, what):
+    for message in ranks.run(_fails, path, what):
+        assert f"ranks disagree on the {what}: rank 0 has" in message
+        assert "rank 1 has" in message
+
+
+def _other_weights(rank, _world, paths):
+    with pytest.raises(wvp.WorkerError) as raised, wvp.load_vae(paths[rank == 1], group=launch.group()) as vae:
+        vae.decode(latents_of(4, 3))
+    return str(raised.value)
+
+
+def test_ranks_with_other_weights_say_so_all_of_them(ranks, path, tmp_path):
+    tensors = load_file(path)
+    wrong = tmp_path / "wrong.safetensors"
+    tensors["decoder.conv1.bias"] += 1
+    save_file(tensors, wrong)
+    for message in ranks.run(_other_weights, (path, wrong)):
+        assert "ranks disagree on the weights" in message
+
+
+def _device_error(_rank, _world, path, devices):
+    with pytest.raises(wvp.DeviceError) as raised:
+        wvp.load_vae(path, devices=devices, group=launch.group())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("devices", "message"), [("cpu,cpu", "each rank of a group has one"), ("cuda:9", "not there")])
+def test_a_rank_has_one_device(ranks, path, devices, message):
+    assert all(message in error for error in ranks.run(_device_error, path, devices))
+
+
+def _short_of_memory(rank, _world, path):
+    # As a GPU that is full would answer.
+    room = "wan_vae_parallel.runtime.shard.ShardDecoder.room"
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
+        if rank == 2:
+            patch.setattr(room, lambda *_: 0)
+        with pytest.raises(wvp.OutOfMemoryError) as raised:
+            vae.decode(latents_of(4, 3))
+        patch.setattr(room, lambda *_: 2 if rank == 2 else 3)
+        frames = vae.decode(latents_of(4, 3))
+    return str(raised.value), frames
+
+
+def test_a_rank_without_memory_is_an_error_on_all_and_less_memory_a_smaller_chunk(ranks, path):
+    answers = ranks.run(_short_of_memory, path)
+    assert all("has not the memory for its rows" in message for message, _ in answers)
+    torch.testing.assert_close(answers[0][1], alone(path, latents_of(4, 3)), **CLOSE)
+
+
+# torchrun.
+
+
+def torchrun(folder, *arguments, nodes=2, ranks=2):
+    """Two launches on this machine, as two machines would; returns exit codes and outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    launches = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *f"--nnodes {nodes} --node-rank {node} --nproc-per-node {ranks}".split(),
+                *f"--master-addr 127.0.0.1 --master-port {port} -m wan_vae_parallel".split(),
+                *map(str, arguments),
+            ],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+    try:
+        outputs = [launch.communicate(timeout=90)[0] for launch in launches]
+    finally:
+        for one in launches:
+            one.kill()
+    return [one.returncode for one in launches], outputs
+
+
+def test_torchrun_on_two_nodes_decodes_one_video_and_the_first_rank_writes(path, tmp_path):
+    latents = latents_of(4, 3)
+    save_latents(tmp_path / "x.latent", latents)
+    codes, outputs = torchrun(tmp_path, "decode", "x.latent", "--vae", path, "-o", "out.safetensors", "--chunk", 1)
+    assert codes == [0, 0], outputs
+    written = load_file(tmp_path / "out.safetensors")["frames"]
+    torch.testing.assert_close(written, alone(path, latents), **CLOSE)
+    assert "decoded 13 frames" in outputs[0]
+    place = f"{socket.gethostname()}/cpu"
+    assert f"decoding on {place}: rows 0-0, {place}: rows 1-1" in outputs[0]
+    assert "decod" not in outputs[1]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "x.latent"]
+
+
+def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_path):
+    save_latents(tmp_path / "x.latent", latents_of(4, 3))
+    codes, outputs = torchrun(tmp_path, "decode", "x.latent", "--vae", path, "-o", "missing/out.mp4", nodes=1)
+    assert codes != [0]
+    assert "there is no folder" in outputs[0]
+    codes, outputs = torchrun(tmp_path, "demo", nodes=1, ranks=1)
+    assert codes != [0]
+    assert "run demo and info without it" in outputs[0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.latent"]
