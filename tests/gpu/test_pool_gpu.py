@@ -12,11 +12,15 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.oracle import FAMILIES, load, max_error, oracle_vae, random_latents
 from tests.parallel import launch, test_edges
 from tests.processes import gone, shared_files, shared_maps, wait_until, worker_processes
+from tests.runtime.test_group import torchrun
+from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.latents import save_latents
 from wan_vae_parallel.parallel.plan import plan_shards
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -236,6 +240,16 @@ def free():
     return [torch.cuda.mem_get_info(device)[0] for device in range(COUNT)]
 
 
+def test_nccl_that_can_not_start_is_an_error_with_its_reason_and_a_way_out(wan21, latents, monkeypatch):
+    with load(wan21, devices=named(2), dtype="bfloat16") as vae:
+        with monkeypatch.context() as patch:
+            patch.setenv("NCCL_SOCKET_IFNAME", "wan0")
+            with pytest.raises(wvp.WorkerError, match=r"NCCL.*unset NCCL_SOCKET_IFNAME.*NCCL_P2P_DISABLE=1"):
+                vae.decode(latents)
+        assert pids(vae) == []
+        assert vae.decode(latents).isfinite().all()
+
+
 def test_release_gives_all_devices_their_memory_back(wan21, latents):
     free()
     before = free()
@@ -280,3 +294,16 @@ def test_nothing_is_left(warm):
     assert worker_processes() == []
     assert shared_files() == 0
     assert shared_maps() == 0
+
+
+def test_torchrun_with_a_gpu_each(wan21, latents, tmp_path):
+    vae = tmp_path / "vae.safetensors"
+    save_file(dict(checkpoint_from_state_dict(wan21.state_dict(), source="the oracle").decoder), vae)
+    save_latents(tmp_path / "x.latent", latents)
+    codes, outputs = torchrun(
+        tmp_path, *("decode", "x.latent", "--vae", vae, "-o", "out.safetensors", "--dtype", "float32"), nodes=1
+    )
+    assert codes == [0], outputs
+    with load(wan21, devices="cuda:0", dtype="float32", chunk=1) as alone:
+        expected = alone.decode(latents)
+    assert max_error(load_file(tmp_path / "out.safetensors")["frames"], expected) <= 1e-4

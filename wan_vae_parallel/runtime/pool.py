@@ -34,6 +34,7 @@ _SILENCE_SECONDS = 7.0
 # What the others of a worker that died still say within this time tells whose fault it was.
 _CAUSE_SECONDS = 1.0
 _COPY_THREADS = 4
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -128,7 +129,7 @@ class WorkerPool:
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }
         # All ranks are on this machine: nothing needs to listen beyond it.
-        interfaces = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        interfaces = {name: os.environ.get(name, "lo") for name in _INTERFACE_VARIABLES}
         environment = {**dict.fromkeys(_ALLOCATOR_VARIABLES), **interfaces}
         started = time.monotonic()
         store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
@@ -245,8 +246,12 @@ class WorkerPool:
         if kind == "memory":
             return StepOutOfMemory(f"{worker} ran out of memory: {text}")
         hint = ""
+        for name in _INTERFACE_VARIABLES:
+            value = os.environ.get(name)
+            if value and (value in text or ("NCCL" in text and name.startswith("NCCL"))):
+                hint += f"; {name} is {value!r}: name an interface of this machine, or unset {name}"
         if "NCCL" in text:
-            hint = (
+            hint += (
                 "; if the GPUs can't reach one another, try NCCL_P2P_DISABLE=1, or give the container more shared "
                 "memory (--shm-size, --ipc=host)"
             )
