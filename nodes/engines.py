@@ -97,8 +97,11 @@ class Engine:
     def _make_room(self, needed: int) -> None:
         extra = needed - self.weights_size()
         model_management.load_models_gpu([self.patcher], memory_required=extra)
+        # Only where ComfyUI has something to free: asking how much is free would make this process a CUDA context
+        # there, half a gigabyte that nothing gives back.
+        held = {loaded.device for loaded in model_management.current_loaded_models}
         for device in self.devices:
-            if device != self.patcher.load_device and device.type != "cpu":
+            if device != self.patcher.load_device and device in held:
                 model_management.free_memory(needed, device)
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
 import torch
 from safetensors.torch import save_file
 
@@ -105,6 +104,8 @@ def _is_sequence(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write]:
+    import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
+
     _, total, height, width, colours = shape
     if colours < 3:
         raise OutputError(f"{path} can't hold frames of {colours} colours; write .safetensors")
@@ -150,6 +151,8 @@ def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write
 
 def _check_video(path: Path, seconds: float) -> None:
     """Raises if ffmpeg stopped early, which it does not always tell."""
+    import imageio_ffmpeg
+
     reader = imageio_ffmpeg.read_frames(str(path))
     try:
         found = next(reader)["duration"]

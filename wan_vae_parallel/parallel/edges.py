@@ -11,6 +11,22 @@ import torch.distributed as dist
 from .plan import ShardPlan
 
 
+def connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Exchanges a byte between all ranks, so that NCCL has its connections and their memory from now on.
+
+    Later the device may be full, and a connection would fail in the middle of a decode. All ranks call.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    received = torch.zeros(size, dtype=torch.uint8, device=device)
+    sent = torch.zeros(1, dtype=torch.uint8, device=device)
+    operations = []
+    for peer in (dist.get_global_rank(group, other) for other in range(size) if other != rank):
+        operations.append(dist.P2POp(dist.isend, sent, peer, group))
+        operations.append(dist.P2POp(dist.irecv, received[len(operations) // 2][None], peer, group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
 class ShardEdges:
     """`model.state.Edges` of one shard in a process group.
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, WanVAEError
 from ..parallel.agree import Board, check_agreement
+from ..parallel.edges import connect
 from ..parallel.plan import describe_plan, plan_shards
 from ..parallel.rows import to_first_rank
 from .download import to_host
@@ -74,6 +75,7 @@ class GroupEngine:
         if self._decoder is None:
             decoder = ShardDecoder(self._weights(), self.device, self.dtype)
             check_agreement(decoder.facts(), self.board)
+            connect(self.group, self.device)
             self._decoder = decoder
         return self._decoder
 

@@ -34,6 +34,7 @@ from torch._C._distributed_c10d import FileStore
 from ..checkpoint import read_checkpoint
 from ..memory import is_out_of_memory
 from ..parallel.agree import Board, check_agreement
+from ..parallel.edges import connect
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
@@ -113,6 +114,7 @@ class _Worker:
         self._join_group()
         self._decoder = ShardDecoder(read_checkpoint(self.options["weights"]), self.device, self.dtype)
         check_agreement(self._decoder.facts(), Board(self._group))
+        connect(self._group, self.device)
         self._heard = False
         self.send("ready")
         while True:
