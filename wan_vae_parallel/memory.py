@@ -6,14 +6,16 @@ h latent rows, w latent columns
 from __future__ import annotations
 
 import errno
-import itertools
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .architecture import Architecture
-from .model.blocks import UPSAMPLED_ELEMENTS
+from .model.decoder import WanDecoder
+from .ops.attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
+from .ops.dispatch import KERNEL_DTYPES
 from .ops.norm_silu import BLOCK_ELEMENTS
 
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
@@ -54,39 +56,23 @@ def decode_memory(
     """What decoding latents of ``shape`` ``(B, T, h, w)`` takes with ``chunk`` latent frames at once."""
     batch, latent_frames, rows, columns = shape
     chunk = max(1, min(chunk, latent_frames - 1))
-    cached = _cached_elements(architecture, rows, columns) if latent_frames > 1 else 0
+    kept, others = _page_elements(architecture, shape, chunk=chunk, dtype=dtype)
+    live = _live_elements(architecture, batch, rows, columns, chunk)
     frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
     return DecodeMemory(
         weights=parameter_count(architecture) * dtype.itemsize,
-        caches=batch * cached * dtype.itemsize,
-        # Frames: the step's own, one step's in flight to the host, both at least fp32.
-        step=_step_elements(architecture, batch, rows, columns, chunk) * dtype.itemsize
+        caches=kept * dtype.itemsize,
+        step=(others + live) * dtype.itemsize
         + min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * architecture.stages[-1].scale ** 2 * architecture.width)
-        + 2 * frames * max(4, dtype.itemsize),
+        # Frames: the step's own, one step's in flight to the host, both at least fp32; and what they are made of.
+        + 2 * frames * max(4, dtype.itemsize)
+        + frames * dtype.itemsize,
     )
 
 
 def parameter_count(architecture: Architecture) -> int:
     """Parameters of the decoder."""
-    z, first, last = architecture.z_dim, architecture.first_channels, architecture.width
-
-    def conv(in_channels: int, out_channels: int, taps: int) -> int:
-        return (in_channels * taps + 1) * out_channels
-
-    def residual_block(in_channels: int, channels: int) -> int:
-        shortcut = conv(in_channels, channels, 1) if in_channels != channels else 0
-        return in_channels + channels + conv(in_channels, channels, 27) + conv(channels, channels, 27) + shortcut
-
-    count = conv(z, z, 1) + conv(z, first, 27) + 2 * residual_block(first, first)
-    count += first + conv(first, 3 * first, 1) + conv(first, first, 1)
-    for stage in architecture.stages:
-        count += residual_block(stage.in_channels, stage.channels)
-        count += (stage.blocks - 1) * residual_block(stage.channels, stage.channels)
-        if stage.upsample:
-            count += conv(stage.channels, stage.out_channels, 9)
-        if stage.upsample == "3d":
-            count += conv(stage.channels, 2 * stage.channels, 3)
-    return count + last + conv(last, architecture.output_channels * architecture.patch**2, 27)
+    return sum(parameter.numel() for parameter in _skeleton(architecture).parameters())
 
 
 def largest_chunk(
@@ -146,45 +132,39 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
-def _padded(rows: int, columns: int) -> int:
-    return (rows + 2) * (columns + 2)
+@functools.cache
+def _skeleton(architecture: Architecture) -> WanDecoder:
+    """The decoder without weights, to count its parts."""
+    with torch.device("meta"):
+        return WanDecoder(architecture)
 
 
-def _cached_elements(architecture: Architecture, rows: int, columns: int) -> int:
-    """Two past frames of every causal convolution's input."""
-    count = _padded(rows, columns) * (architecture.z_dim + 4 * architecture.first_channels)
+def _page_elements(
+    architecture: Architecture, shape: tuple[int, int, int, int], *, chunk: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Elements of all pages: those that keep past frames, and the others."""
+    batch, latent_frames, rows, columns = shape
+    kept, others, gathered = 0, 0, 0
+    for key, need in _skeleton(architecture).page_needs(chunk).items():
+        frame = (rows * key.scale + 2 * key.border) * (columns * key.scale + 2 * key.border) * key.channels
+        if latent_frames > 1:
+            kept += batch * need.kept * frame
+        others += (need.slots(batch) - batch * need.kept) * frame
+        # Without kernels of our own a convolution's frames are gathered, and doubled one by one before it.
+        gathered = max(gathered, (need.passing + 2) * frame, 12 * frame)
+    return kept, others if dtype in KERNEL_DTYPES else others + gathered
+
+
+def _live_elements(architecture: Architecture, batch: int, rows: int, columns: int, chunk: int) -> int:
+    """The largest sum of activations outside the pages: a block's input and result, and what shortcuts wait for."""
+    positions = chunk * rows * columns
+    first = architecture.first_channels
+    # Attention: its input, norm, queries, keys and values, keys and values of all rows, two results.
+    live = [9 * first * positions + (WEIGHTS_AT_ONCE if first > FUSED_CHANNELS else 0)]
+    sources = 0
     for stage in architecture.stages:
-        channels = stage.in_channels + (2 * stage.blocks - 1) * stage.channels
-        height, width = rows * stage.scale, columns * stage.scale
-        count += _padded(height, width) * channels
-        if stage.upsample == "3d":
-            count += height * width * stage.channels
-    last = architecture.stages[-1]
-    count += _padded(rows * last.scale, columns * last.scale) * architecture.width
-    return 2 * count
-
-
-def _step_elements(architecture: Architecture, batch: int, rows: int, columns: int, chunk: int) -> int:
-    """The largest sum of live activations: what waits between stages, one module's own, the shared workspace."""
-    waiting, live, workspace = [0], [], [_padded(rows, columns) * (chunk + 2) * architecture.first_channels]
-    for stage in architecture.stages:
-        height, width = rows * stage.scale, columns * stage.scale
-        position = height * width * chunk
-        widest = max(stage.in_channels, stage.channels)
-        workspace.append(_padded(height, width) * (chunk + 2) * widest)
-        # A residual block: its input, the first convolution's output, the second's.
-        blocks = position * (widest + 2 * stage.channels)
-        kept = position * stage.in_channels if architecture.residual else 0
-        factor = 2 if stage.upsample == "3d" else 1
-        leaving = 4 * factor * position * stage.out_channels if stage.upsample else position * stage.out_channels
-        # An upsampling: its input, the time convolution's output, the result.
-        upsampling = position * stage.channels * (1 + (2 if factor == 2 else 0)) + leaving if stage.upsample else 0
-        if stage.upsample:
-            workspace.append(
-                min(UPSAMPLED_ELEMENTS, 4 * factor * position * stage.channels) + 4 * height * width * stage.channels
-            )
-        live.append(kept + max(blocks, upsampling))
-        waiting.append(leaving)
-    before = itertools.accumulate(waiting[:-1])
-    # Videos take turns within a step, but what waits between stages waits for each of them.
-    return max(own + batch * queued for own, queued in zip(live, before, strict=True)) + max(workspace)
+        at_scale = positions * stage.scale**2
+        kept = at_scale * stage.in_channels if architecture.residual and stage.upsample else 0
+        live.append(sources + kept + at_scale * (max(stage.in_channels, stage.channels) + stage.channels))
+        sources += batch * kept
+    return max(live)

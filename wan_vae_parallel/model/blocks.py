@@ -5,38 +5,60 @@ T frames of this step, H rows of this shard, W columns, C channels; activations 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from ..architecture import Stage
 from ..ops.attention import frame_attention
 from ..ops.norm_silu import rms_norm
-from ..ops.upsample import add_duplicated, interleave_time, upsample_nearest
-from .layers import CausalConv3d, FrameConv2d, PointwiseConv, RMSNorm, norm_silu_conv
-from .state import DecodeState
+from ..ops.shortcut import add_duplicated
+from .layers import CausalConv3d, PointwiseConv, RMSNorm, UpsampleConv, norm_silu_frames
+from .state import DecodeState, Frames, PageKey, PageNeed
 
-# An upsampled frame is four times its source: as many frames are upsampled at once as fit this many elements, so
-# that the largest buffer of a decode is a convolution's, not this one's.
-UPSAMPLED_ELEMENTS = 2**27
+Needs = dict[PageKey, PageNeed]
+
+
+def add_needs(needs: Iterable[Needs]) -> Needs:
+    """All of them together."""
+    total: Needs = {}
+    for one in needs:
+        for key, need in one.items():
+            total[key] = total.get(key, PageNeed()) | need
+    return total
 
 
 class ResidualBlock(nn.Module):
     """Norm, SiLU and causal convolution, twice, added to the input."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
         super().__init__()
         # Tuples of modules, which nn.Module does not register: the published names are given below.
-        self._first = RMSNorm(in_channels), CausalConv3d(in_channels, out_channels)
-        self._second = RMSNorm(out_channels), CausalConv3d(out_channels, out_channels)
+        self._first = RMSNorm(in_channels), CausalConv3d(in_channels, out_channels, scale=scale)
+        self._second = RMSNorm(out_channels), CausalConv3d(out_channels, out_channels, scale=scale)
         # The indices are those of the published nn.Sequential, whose SiLUs and dropout hold nothing.
         names = ("0", "2", "3", "6")
         self.residual = nn.ModuleDict(dict(zip(names, (*self._first, *self._second), strict=True)))
         self.shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        out = norm_silu_conv(x, *self._first, state)
-        out = norm_silu_conv(out, *self._second, state)
-        return out.add_(self.shortcut(x))
+    def needs(self, chunk: int) -> Needs:
+        """The pages that it uses."""
+        return add_needs(conv.needs(chunk) for _, conv in (self._first, self._second))
+
+    def forward(
+        self, x: torch.Tensor, state: DecodeState, *, into: Frames | None = None, keep: bool = False
+    ) -> torch.Tensor:
+        """``[T, H, W, C]`` to ``[T, H, W, O]``, or into frames; writes over ``x`` unless told to ``keep`` it."""
+        norm, conv = self._first
+        out = conv(norm_silu_frames(x, norm, conv, state), state)
+        norm, conv = self._second
+        frames = norm_silu_frames(out, norm, conv, state)
+        del out
+        residual = self.shortcut(x)
+        own = None if into or (keep and residual is x) else residual
+        return conv(frames, state, residual=residual, out=own, into=into)
 
 
 class AttentionBlock(nn.Module):
@@ -48,54 +70,100 @@ class AttentionBlock(nn.Module):
         self.to_qkv = PointwiseConv(channels, 3 * channels, axes=2)
         self.proj = PointwiseConv(channels, channels, axes=2)
 
+    def needs(self, chunk: int) -> Needs:  # noqa: ARG002 (as the other blocks)
+        """The pages that it uses."""
+        return {}
+
     def forward(self, x: torch.Tensor, state: DecodeState) -> torch.Tensor:
+        """``[T, H, W, C]`` to the same."""
         channels = x.shape[-1]
-        query, key_value = self.to_qkv(rms_norm(x, self.norm.gamma).to(x.dtype)).split((channels, 2 * channels), dim=-1)
-        key, value = state.edges.all_rows(key_value).flatten(1, 2).chunk(2, dim=-1)
+        query, key_value = self.to_qkv(rms_norm(x, self.norm.gamma)).split((channels, 2 * channels), dim=-1)
+        key_value = state.edges.all_rows(key_value)
+        if state.transposed:
+            # In the picture's own order: the same sums.
+            key_value = key_value.transpose(1, 2).contiguous()
+        key, value = key_value.flatten(1, 2).chunk(2, dim=-1)
         attended = frame_attention(query.flatten(1, 2), key, value)
-        return self.proj(attended.view(x.shape)).add_(x)
+        return self.proj(attended.view(x.shape), residual=x)
+
+
+Block = ResidualBlock | AttentionBlock
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Frames between two stages, before their rows and columns are doubled.
+
+    Attributes:
+        frames: the frames, written.
+        source: for Wan 2.2's shortcut what the block before them got, ``[T, H, W, C]``; else None.
+        phases: which of the frames that each of ``source`` makes these are: first and last (exclusive).
+    """
+
+    frames: Frames
+    source: torch.Tensor | None = None
+    phases: tuple[int, int] = (0, 1)
+
+    def split(self, count: int) -> list[Waiting]:
+        """Parts of at most ``count`` frames."""
+        first, stop = self.phases
+        if self.source is None:
+            return [Waiting(part) for part in self.frames.split(count)]
+        each = stop - first
+        if count < each:
+            return [
+                Waiting(part, self.source[i // each : i // each + 1], (first + i % each, first + i % each + 1))
+                for i, part in enumerate(self.frames.split(1))
+            ]
+        sources = count // each
+        parts = self.frames.split(sources * each)
+        return [
+            Waiting(part, source, self.phases) for part, source in zip(parts, self.source.split(sources), strict=True)
+        ]
 
 
 class Resample(nn.Module):
-    """Upsampling by two, in space and for ``"3d"`` in time, and the convolution behind it."""
+    """Upsampling by two, in space and for ``"3d"`` in time, and the convolution behind it.
 
-    def __init__(self, channels: int, out_channels: int, *, time: bool) -> None:
+    In two halves, as many more frames leave than come in: `take` and `arrive` end one stage, `upsample` begins the
+    next.
+    """
+
+    def __init__(self, channels: int, out_channels: int, *, scale: int, time: bool) -> None:
         super().__init__()
-        self._conv = (FrameConv2d(channels, out_channels),)
+        self._conv = (UpsampleConv(channels, out_channels, scale=scale),)
         # "1" is the index in the published nn.Sequential, whose upsampling holds nothing.
         self.resample = nn.ModuleDict({"1": self._conv[0]})
-        self.time_conv = CausalConv3d(channels, 2 * channels, kernel=(3, 1, 1)) if time else None
+        self.time_conv = CausalConv3d(channels, 2 * channels, scale=scale, kernel=(3, 1, 1)) if time else None
+        self.time_factor = 2 if time else 1
 
-    def forward(self, x: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        """``[T, H, W, C]`` to ``[T or 2T, 2H, 2W, O]``.
+    def needs(self, chunk: int) -> Needs:
+        """The pages that it uses."""
+        waiting = {self._conv[0].key: PageNeed(waiting=chunk * self.time_factor)}
+        return add_needs([waiting, self.time_conv.needs(chunk) if self.time_conv else {}])
+
+    def take(self, count: int, state: DecodeState) -> Frames:
+        """Where the stage's last block writes ``count`` frames."""
+        if self.time_conv is None or state.first:
+            return state.take(self._conv[0].key, count)
+        return self.time_conv.take(count, state)
+
+    def arrive(self, frames: Frames, state: DecodeState) -> Frames:
+        """Turns what lies in `take`'s frames into those that wait for `upsample`.
 
         The video's first latent frame makes one frame, so it skips the time convolution, and the next latent
         frame's time convolution sees zeros in its place.
         """
         if self.time_conv is None or state.first:
-            return self._upsample(x[:, None], state)
-        buffer = self.time_conv.input_buffer(x.shape, state)
-        self.time_conv.interior(buffer).copy_(x)
-        return self._upsample(interleave_time(self.time_conv(buffer, state)), state)
+            return frames
+        waiting = state.take(self._conv[0].key, 2 * len(frames))
+        self.time_conv(frames, state, into=waiting, halves=2)
+        return waiting
 
-    def _upsample(self, x: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        """``[T, P, H, W, C]`` to ``[T * P, 2H, 2W, O]``."""
+    def upsample(self, frames: Frames, state: DecodeState) -> torch.Tensor:
+        """``[T, 2H, 2W, O]`` of frames that waited."""
         (conv,) = self._conv
-        steps, phases, rows, columns, channels = x.shape
-        at_once = min(steps, max(1, UPSAMPLED_ELEMENTS // (phases * 4 * rows * columns * channels)))
-
-        def convolved(part: torch.Tensor) -> torch.Tensor:
-            frames = len(part) * phases
-            buffer = state.workspace.take(frames, 2 * rows, 2 * columns, channels, border=conv.border)
-            upsample_nearest(part, out=buffer[:, 1:-1, 1:-1])
-            return conv(buffer, state)
-
-        if at_once == steps:
-            return convolved(x)
-        out = x.new_empty((steps * phases, 2 * rows, 2 * columns, conv.weight.shape[0]))
-        for part, out_part in zip(x.split(at_once), out.split(at_once * phases), strict=True):
-            out_part.copy_(convolved(part))
-        return out
+        return conv(frames, state)
 
 
 class UpBlock(nn.Module):
@@ -104,25 +172,76 @@ class UpBlock(nn.Module):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.upsamples = nn.ModuleList(stage_modules(stage))
-        self.time_factor = 2 if stage.upsample == "3d" else 1
-        self.shortcut = stage.upsample is not None
-
-    def forward(self, x: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        out = x
-        for module in self.upsamples:
-            out = module(out, state)
-        if self.shortcut:
-            add_duplicated(
-                x, time_factor=self.time_factor, drop_first=state.first, transposed=state.transposed, out=out
-            )
-        return out
 
 
 def stage_modules(stage: Stage) -> list[nn.Module]:
     """The residual blocks and the upsampling of ``stage``, in order."""
     modules: list[nn.Module] = [
-        ResidualBlock(stage.in_channels if i == 0 else stage.channels, stage.channels) for i in range(stage.blocks)
+        ResidualBlock(stage.in_channels if i == 0 else stage.channels, stage.channels, scale=stage.scale)
+        for i in range(stage.blocks)
     ]
     if stage.upsample:
-        modules.append(Resample(stage.channels, stage.out_channels, time=stage.upsample == "3d"))
+        modules.append(Resample(stage.channels, stage.out_channels, scale=stage.scale, time=stage.upsample == "3d"))
     return modules
+
+
+class StageRun:
+    """One stage as the decoder runs it: how its frames come in, what they pass, how they leave.
+
+    Args:
+        entry: the upsampling that the stage before ends with; None for the first stage.
+        lead: blocks before those that the shortcut goes around.
+        blocks: residual blocks.
+        exit: the upsampling that this stage ends with; None for the last stage.
+        shortcut: whether what comes in is added to what the next stage's upsampling makes of it (Wan 2.2).
+    """
+
+    def __init__(
+        self,
+        entry: Resample | None,
+        lead: list[Block],
+        blocks: list[ResidualBlock],
+        exit: Resample | None,
+        *,
+        shortcut: bool,
+    ) -> None:
+        self.entry = entry
+        self.lead = lead
+        self.blocks = blocks
+        self.exit = exit
+        self.shortcut = shortcut
+
+    def needs(self, chunk: int) -> Needs:
+        """The pages that it uses."""
+        modules: list[Block | Resample] = [*self.lead, *self.blocks, *([self.exit] if self.exit else [])]
+        return add_needs(module.needs(chunk) for module in modules)
+
+    def enter(self, waiting: Waiting, state: DecodeState) -> torch.Tensor:
+        """Doubles rows and columns of frames that waited; ``[T, H, W, C]``."""
+        assert self.entry
+        x = self.entry.upsample(waiting.frames, state)
+        if waiting.source is not None:
+            add_duplicated(
+                waiting.source,
+                time_factor=self.entry.time_factor,
+                phases=waiting.phases,
+                transposed=state.transposed,
+                out=x,
+            )
+        return x
+
+    def run(self, x: torch.Tensor, state: DecodeState) -> Waiting | torch.Tensor:
+        """From what comes in to what waits for the next stage; the last stage's result is ``[T, H, W, C]``."""
+        for block in self.lead:
+            x = block(x, state)
+        source = x if self.shortcut else None
+        *others, last = self.blocks
+        for i, block in enumerate(others):
+            x = block(x, state, keep=True) if self.shortcut and i == 0 else block(x, state)
+        if self.exit is None:
+            return last(x, state)
+        frames = self.exit.take(len(x), state)
+        last(x, state, into=frames)
+        del x
+        phases = (self.exit.time_factor - 1 if state.first else 0, self.exit.time_factor)
+        return Waiting(self.exit.arrive(frames, state), source, phases)

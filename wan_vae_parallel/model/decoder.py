@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..architecture import Architecture
-from .blocks import AttentionBlock, ResidualBlock, UpBlock, stage_modules
-from .layers import CausalConv3d, PointwiseConv, RMSNorm, norm_silu_conv
-from .state import DecodeState
+from .blocks import AttentionBlock, Needs, Resample, ResidualBlock, StageRun, UpBlock, Waiting, add_needs, stage_modules
+from .layers import CausalConv3d, HeadConv, PointwiseConv, RMSNorm, norm_silu_frames
+from .state import DecodeState, PageKey, Pages
 
 
 class _Decoder(nn.Module):
@@ -23,14 +25,17 @@ class _Decoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         first, last = architecture.first_channels, architecture.width
-        self.conv1 = CausalConv3d(architecture.z_dim, first)
-        self.middle = nn.ModuleList([ResidualBlock(first, first), AttentionBlock(first), ResidualBlock(first, first)])
+        self.conv1 = CausalConv3d(architecture.z_dim, first, scale=1)
+        self.middle = nn.ModuleList(
+            [ResidualBlock(first, first, scale=1), AttentionBlock(first), ResidualBlock(first, first, scale=1)]
+        )
         if architecture.residual:
             self.upsamples = nn.ModuleList([UpBlock(stage) for stage in architecture.stages])
         else:
             self.upsamples = nn.ModuleList([m for stage in architecture.stages for m in stage_modules(stage)])
         out_channels = architecture.output_channels * architecture.patch**2
-        self.output = RMSNorm(last), CausalConv3d(last, out_channels)  # a tuple, so not registered twice
+        scale = architecture.stages[-1].scale
+        self.output = RMSNorm(last), HeadConv(last, out_channels, scale=scale)  # a tuple, so not registered twice
         # "0" and "2" are the indices of the published nn.Sequential.
         self.head = nn.ModuleDict(dict(zip(("0", "2"), self.output, strict=True)))
 
@@ -44,26 +49,59 @@ class WanDecoder(nn.Module):
         self.conv2 = PointwiseConv(architecture.z_dim, architecture.z_dim)
         self.decoder = _Decoder(architecture)
 
-    def stages(self) -> list[list[nn.Module]]:
-        """The modules of each stage, coarse to fine; the middle block belongs to the first."""
-        modules = list(self.decoder.upsamples)
-        if self.architecture.residual:
-            stages = [[module] for module in modules]
-        else:
-            lengths = [stage.blocks + (stage.upsample is not None) for stage in self.architecture.stages]
-            stages = [[modules.pop(0) for _ in range(length)] for length in lengths]
-        return [[*self.decoder.middle, *stages[0]], *stages[1:]]
+    def stages(self) -> list[StageRun]:
+        """The stages, coarse to fine; the middle block belongs to the first."""
+        residual = self.architecture.residual
+        modules: list[Any] = list(self.decoder.upsamples)
+        runs: list[StageRun] = []
+        lead: list[Any] = list(self.decoder.middle)
+        entry: Resample | None = None
+        for stage in self.architecture.stages:
+            if residual:
+                own = list(modules.pop(0).upsamples)
+            else:
+                own = [modules.pop(0) for _ in range(stage.blocks + (stage.upsample is not None))]
+            exit = own.pop() if stage.upsample else None
+            runs.append(StageRun(entry, lead, own, exit, shortcut=residual and exit is not None))
+            lead, entry = [], exit
+        return runs
+
+    def page_needs(self, chunk: int) -> Needs:
+        """The pages that a decode of ``chunk`` latent frames at once writes its convolutions' inputs to."""
+        return add_needs(
+            [
+                self.decoder.conv1.needs(chunk),
+                *(stage.needs(chunk) for stage in self.stages()),
+                self.decoder.output[1].needs(chunk),
+            ]
+        )
+
+    def pages(
+        self, rows: int, columns: int, *, chunk: int, videos: int, keeps: bool, dtype: torch.dtype, device: torch.device
+    ) -> dict[PageKey, Pages]:
+        """Pages for videos of ``rows`` x ``columns`` latents that take turns."""
+        return {
+            key: Pages(
+                (need if keeps else replace(need, kept=0)).slots(videos),
+                rows * key.scale,
+                columns * key.scale,
+                key,
+                dtype=dtype,
+                device=device,
+            )
+            for key, need in self.page_needs(chunk).items()
+        }
 
     def stream(self, latents: torch.Tensor, state: DecodeState, chunk: int) -> Iterator[torch.Tensor]:
         """Decodes one video, step by step.
 
         The first latent frame goes alone, the others ``chunk`` at a time; and no stage takes more than ``chunk``
         frames at once, however many the stages before it have made of them. As all that passes from one step to
-        the next lies in feature caches, the result does not depend on ``chunk``.
+        the next lies in past frames, the result does not depend on ``chunk``.
 
         Args:
             latents: ``[T, h, w, z]``, contiguous, in the weights' dtype and on their device.
-            state: a fresh one.
+            state: a fresh one, with pages for this ``chunk``.
             chunk: latent frames at once, >= 1.
 
         Yields:
@@ -72,26 +110,26 @@ class WanDecoder(nn.Module):
         stages = self.stages()
         # What waits in front of each stage. The finest stage that has work goes first: little waits anywhere, and
         # the video's first frame has left before the second latent frame enters.
-        queues: list[deque[torch.Tensor]] = [deque() for _ in range(len(stages) + 1)]
-        queues[0].extend((latents[:1], *(latents[1:].split(chunk) if len(latents) > 1 else ())))
-        while any(queues):
-            finest = max(i for i, queue in enumerate(queues) if queue)
-            x = queues[finest].popleft()
-            state.last = not any(queues[: finest + 1])
-            if finest == len(stages):
-                yield norm_silu_conv(x, *self.decoder.output, state)
-                del x
-                state.first = False
-                continue
-            if finest == 0:
-                x = self._enter(x, state)
-            for module in stages[finest]:
-                x = module(x, state)
-            queues[finest + 1].extend(x.split(chunk))
+        entering = deque((latents[:1], *(latents[1:].split(chunk) if len(latents) > 1 else ())))
+        queues: list[deque[Waiting]] = [deque() for _ in stages]
+        while entering or any(queues):
+            finest = max((i for i, queue in enumerate(queues) if queue), default=0)
+            stage = stages[finest]
+            x = stage.enter(queues[finest].popleft(), state) if finest else self._enter(entering.popleft(), state)
+            left = stage.run(x, state)
             del x
+            if isinstance(left, Waiting):
+                queues[finest + 1].extend(left.split(chunk))
+                del left
+                continue
+            norm, conv = self.decoder.output
+            frames = norm_silu_frames(left, norm, conv, state)
+            del left
+            yield conv(frames, state)
+            state.first = False
 
     def _enter(self, latents: torch.Tensor, state: DecodeState) -> torch.Tensor:
         conv = self.decoder.conv1
-        buffer = conv.input_buffer(latents.shape, state)
-        conv.interior(buffer).copy_(self.conv2(latents))
-        return conv(buffer, state)
+        frames = conv.take(len(latents), state)
+        self.conv2(latents, into=frames)
+        return conv(frames, state)

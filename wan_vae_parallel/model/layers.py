@@ -1,6 +1,6 @@
 """The decoder's layers, with their parameters named and shaped as Wan published them.
 
-T frames, H rows, W columns, C channels; activations are contiguous ``[T, H, W, C]``.
+T frames, H rows, W columns, C channels; activations are contiguous ``[T, H, W, C]``, inputs of convolutions `Frames`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.conv import causal_conv3d, frame_conv2d, pointwise_conv
+from ..ops.conv import (
+    PreparedHead,
+    conv,
+    fold_upsample_weight,
+    head_conv,
+    pointwise_conv,
+    prepare_head,
+    upsample_conv,
+)
+from ..ops.dispatch import kernels_run
 from ..ops.norm_silu import norm_silu
-from .state import DecodeState
+from .state import DecodeState, Frames, PageKey, PageNeed
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -48,60 +57,130 @@ class RMSNorm(nn.Module):
 class CausalConv3d(_Weights):
     """A convolution that sees the present and the past, never the future.
 
-    Its input is a buffer: ``kernel[0] - 1`` past frames, then the new ones, with a border as wide as the kernel
-    reaches. Take it with `input_buffer`, write the new frames to its `interior`, then call the layer.
+    Its input are frames in pages: `take` some, write them, call the layer. It remembers those that it will want to
+    have seen.
     """
 
     memory_format = torch.channels_last_3d
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, scale: int, kernel: tuple[int, int, int] = (3, 3, 3)
+    ) -> None:
         super().__init__()
         self.weight = _empty(out_channels, in_channels, *kernel)
         self.bias = _empty(out_channels)
         self.past_frames = kernel[0] - 1
-        self.border = kernel[1] // 2
+        self.key = PageKey(scale, in_channels, kernel[1] // 2)
 
-    def input_buffer(self, shape: torch.Size, state: DecodeState) -> torch.Tensor:
-        """For an input of ``shape`` ``[T, H, W, C]``, a buffer with past frames and zero borders in place.
+    def needs(self, chunk: int) -> dict[PageKey, PageNeed]:
+        """The pages that it uses, for ``chunk`` frames at once."""
+        return {self.key: PageNeed(kept=self.past_frames, passing=chunk)}
 
-        It is ``[T + past, H + 2 * border, W + 2 * border, C]``.
+    def take(self, count: int, state: DecodeState) -> Frames:
+        """Where to write ``count`` input frames."""
+        return state.take(self.key, count)
+
+    def forward(
+        self,
+        frames: Frames,
+        state: DecodeState,
+        *,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        into: Frames | None = None,
+        halves: int = 1,
+    ) -> torch.Tensor:
+        """Convolves frames that `take` gave and a producer wrote.
+
+        Args:
+            frames: T of them; they belong to the layer from now on.
+            state: the decode's.
+            residual: ``[T, H, W, O]``, added.
+            out: ``[T, H, W, O]`` to write to, such as ``residual``.
+            into: frames to write to instead.
+            halves: 2 makes two frames of half the channels of each.
+
+        Returns:
+            ``[T * halves, H, W, O / halves]``, or the arena of ``into``.
         """
-        frames, rows, columns, channels = shape
-        buffer = state.workspace.take(frames + self.past_frames, rows, columns, channels, border=self.border)
-        state.load_past(self, buffer[: self.past_frames])
-        return buffer
+        seen = self.see(frames, state)
+        result = conv(
+            seen.arena,
+            seen.index,
+            self.weight,
+            self.bias,
+            residual=residual,
+            out=into.arena if into else out,
+            out_slots=into.index if into else None,
+            halves=halves,
+            transposed=state.transposed,
+        )
+        state.keep_past(self, seen, self.past_frames)
+        return result
 
-    def interior(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The ``[T, H, W, C]`` of ``buffer`` that its producer writes."""
-        if not self.border:
-            return buffer[self.past_frames :]
-        return buffer[self.past_frames :, self.border : -self.border, self.border : -self.border]
-
-    def forward(self, buffer: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        """Convolves ``buffer`` to ``[T, H, W, O]`` and keeps its last frames for the next step."""
-        if self.border:
+    def see(self, frames: Frames, state: DecodeState) -> Frames:
+        """``frames`` with their halo, behind the past ones."""
+        if self.key.border:
             # Past frames kept the halo that they got when they were new.
-            state.edges.fill_halo(buffer[self.past_frames :])
-        out = causal_conv3d(buffer, self.weight, self.bias)
-        state.keep_past(self, buffer[-self.past_frames :])
-        return out
+            state.edges.fill_halo(frames)
+        return state.with_past(self, frames, self.past_frames)
 
 
-class FrameConv2d(_Weights):
-    """The 3x3 convolution behind a spatial upsampling, frame by frame."""
+class HeadConv(CausalConv3d):
+    """The last convolution, to a few channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
+        super().__init__(in_channels, out_channels, scale=scale)
+        self._prepared: dict[tuple[int, bool], PreparedHead | None] = {}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._prepared = {}
+
+    def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:  # type: ignore[override]  # writes nowhere else
+        """Convolves frames that `take` gave and a producer wrote, to ``[T, H, W, O]``."""
+        seen = self.see(frames, state)
+        key = min(len(frames), 4), state.transposed
+        if key not in self._prepared:
+            self._prepared[key] = prepare_head(self.weight, key[0], transposed=state.transposed)
+        result = head_conv(
+            seen.arena,
+            seen.index,
+            self.weight,
+            self.bias,
+            prepared=self._prepared[key],
+            transposed=state.transposed,
+        )
+        state.keep_past(self, seen, self.past_frames)
+        return result
+
+
+class UpsampleConv(_Weights):
+    """The 3x3 convolution behind the doubling of rows and columns, frame by frame."""
 
     memory_format = torch.channels_last
-    border = 1
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
         super().__init__()
         self.weight = _empty(out_channels, in_channels, 3, 3)
         self.bias = _empty(out_channels)
+        self.key = PageKey(scale, in_channels, 1)
+        self._folded: torch.Tensor | None = None
 
-    def forward(self, buffer: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        """Convolves ``[T, H + 2, W + 2, C]`` to ``[T, H, W, O]``."""
-        state.edges.fill_halo(buffer)
-        return frame_conv2d(buffer, self.weight, self.bias)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._folded = None
+
+    def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:
+        """Upsamples frames of its key to ``[T, 2H, 2W, O]``; they belong to the layer from now on."""
+        state.edges.fill_halo(frames)
+        if self._folded is None and kernels_run(self.weight):
+            self._folded = fold_upsample_weight(self.weight)
+        result = upsample_conv(
+            frames.arena, frames.index, self.weight, self.bias, folded=self._folded, transposed=state.transposed
+        )
+        frames.pages.give(frames.slots)
+        return result
 
 
 class PointwiseConv(nn.Module):
@@ -112,12 +191,22 @@ class PointwiseConv(nn.Module):
         self.weight = _empty(out_channels, in_channels, *(1,) * axes)
         self.bias = _empty(out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return pointwise_conv(x, self.weight, self.bias)
+    def forward(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, into: Frames | None = None
+    ) -> torch.Tensor:
+        """``[T, H, W, C]`` to ``[T, H, W, O]``, plus ``residual``; or into frames, whose arena it returns."""
+        return pointwise_conv(
+            x,
+            self.weight,
+            self.bias,
+            residual=residual,
+            out=into.arena if into else None,
+            out_slots=into.index if into else None,
+        )
 
 
-def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, state: DecodeState) -> torch.Tensor:
-    """``conv(silu(norm(x)))`` for ``x`` ``[T, H, W, C]``; the norm's output exists only as the conv's input."""
-    buffer = conv.input_buffer(x.shape, state)
-    norm_silu(x, norm.gamma, out=conv.interior(buffer))
-    return conv(buffer, state)
+def norm_silu_frames(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, state: DecodeState) -> Frames:
+    """``silu(norm(x))`` as ``conv`` reads it; it exists nowhere else."""
+    frames = conv.take(len(x), state)
+    norm_silu(x, norm.gamma, arena=frames.arena, slots=frames.index)
+    return frames

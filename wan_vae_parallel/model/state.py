@@ -1,20 +1,130 @@
-"""What a decode carries along: feature caches, the buffer that convolutions read, and the picture's edges.
+"""What a decode carries along: pages of frames that convolutions read, past ones among them, and the picture's edges.
 
-T frames of this step, H rows of this shard, W columns, C channels
+T frames of this step, H rows of this shard, W columns, C channels, S slots of an arena
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
+
+
+class PageKey(NamedTuple):
+    """What frames must have in common to share an arena.
+
+    Attributes:
+        scale: rows (and columns) per latent row.
+        channels: C.
+        border: rows and columns of zeros, or of a neighbour's values, around the picture.
+    """
+
+    scale: int
+    channels: int
+    border: int
+
+
+@dataclass(frozen=True)
+class PageNeed:
+    """How many slots an arena needs.
+
+    Attributes:
+        kept: for past frames, of each video.
+        waiting: for frames between two stages, of each video.
+        passing: for frames within a step.
+    """
+
+    kept: int = 0
+    waiting: int = 0
+    passing: int = 0
+
+    def __or__(self, other: PageNeed) -> PageNeed:
+        """Both: what is kept adds up, the rest takes turns."""
+        return PageNeed(self.kept + other.kept, max(self.waiting, other.waiting), max(self.passing, other.passing))
+
+    def slots(self, videos: int) -> int:
+        """All slots for so many videos that take turns."""
+        return Pages.BLANK + videos * (self.kept + self.waiting) + self.passing
+
+
+class Pages:
+    """An arena of frames of one size; a frame lies in a slot of it and never moves.
+
+    Outer borders are zero and stay so, since producers write only what lies inside and halos only rows that
+    neighbours own. The first slots stay zero altogether: the past of a video that has none.
+
+    Args:
+        slots: how many.
+        rows: H.
+        columns: W.
+        key: the rest of a frame's size.
+        dtype: of the values.
+        device: where.
+    """
+
+    BLANK = 2
+
+    def __init__(
+        self, slots: int, rows: int, columns: int, key: PageKey, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        border = key.border
+        self.border = border
+        self.arena = torch.zeros(
+            (slots, rows + 2 * border, columns + 2 * border, key.channels), dtype=dtype, device=device
+        )
+        self._free = list(range(slots - 1, self.BLANK - 1, -1))
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def take(self, count: int) -> Frames:
+        """Slots for ``count`` frames; what lies in them is old."""
+        assert len(self._free) >= count, "an arena was made too small"
+        return Frames(self, tuple(self._free.pop() for _ in range(count)))
+
+    def give(self, slots: Sequence[int]) -> None:
+        """Takes slots back that nobody will read any more."""
+        self._free.extend(slot for slot in slots if slot >= self.BLANK)
+
+    def index(self, slots: tuple[int, ...]) -> torch.Tensor:
+        """``slots`` on the device, int32. They come again and again, so they are kept there."""
+        found = self._indices.get(slots)
+        if found is None:
+            found = torch.tensor(slots, dtype=torch.int32).to(self.arena.device)
+            self._indices[slots] = found
+        return found
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames in slots of an arena."""
+
+    pages: Pages
+    slots: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def arena(self) -> torch.Tensor:
+        """``[S, H + 2 * border, W + 2 * border, C]``."""
+        return self.pages.arena
+
+    @property
+    def index(self) -> torch.Tensor:
+        """The slots on the device, ``[T]`` int32."""
+        return self.pages.index(self.slots)
+
+    def split(self, count: int) -> list[Frames]:
+        """Parts of at most ``count`` frames."""
+        return [Frames(self.pages, self.slots[i : i + count]) for i in range(0, len(self.slots), count)]
 
 
 class Edges(Protocol):
     """All that the model asks of the world outside its rows."""
 
-    def fill_halo(self, buffer: torch.Tensor) -> None:
-        """Fills the border rows of ``buffer`` ``[T, H + 2, W + 2, C]`` with the neighbours' rows.
+    def fill_halo(self, frames: Frames) -> None:
+        """Fills the border rows of ``frames``, whose border is 1, with the neighbours' rows.
 
         What no neighbour owns lies outside the picture and stays zero.
         """
@@ -28,45 +138,11 @@ class Edges(Protocol):
 class WholePicture:
     """The edges of a picture that one device holds whole: zeros outside, nothing to gather."""
 
-    def fill_halo(self, buffer: torch.Tensor) -> None:
+    def fill_halo(self, frames: Frames) -> None:
         pass
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         return shard
-
-
-class Workspace:
-    """The one buffer that a convolution's input is written into, reused by all of them.
-
-    At any time just one convolution's input is alive, so all share the memory. Borders are zeroed when the shape
-    changes, and stay zero, since producers write only the interior and halos only rows that neighbours own.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._storage = torch.empty(0, dtype=dtype, device=device)
-        self._zeroed: tuple[int, int, int, int] | None = None  # padded rows and columns, channels, frames
-
-    def take(self, frames: int, rows: int, columns: int, channels: int, *, border: int) -> torch.Tensor:
-        """A contiguous ``[frames, rows + 2 * border, columns + 2 * border, channels]`` with zeros in its border.
-
-        It is valid until the next call; its interior holds whatever was there.
-        """
-        rows, columns = rows + 2 * border, columns + 2 * border
-        elements = frames * rows * columns * channels
-        if elements > self._storage.numel():
-            dtype, device = self._storage.dtype, self._storage.device
-            del self._storage  # before the new one is asked for: both need not fit
-            self._storage = torch.empty(0, dtype=dtype, device=device)
-            self._zeroed = None
-            self._storage = torch.empty(elements, dtype=dtype, device=device)
-        buffer = self._storage[:elements].view(frames, rows, columns, channels)
-        if border and self._zeroed != (rows, columns, channels, frames):
-            buffer[:, :border].zero_()
-            buffer[:, -border:].zero_()
-            buffer[:, :, :border].zero_()
-            buffer[:, :, -border:].zero_()
-        self._zeroed = (rows, columns, channels, frames) if border else None
-        return buffer
 
 
 class DecodeState:
@@ -74,35 +150,38 @@ class DecodeState:
 
     Attributes:
         edges: who knows the rows beyond this shard.
-        workspace: the convolutions' shared input buffer.
+        transposed: whether rows and columns of the video have changed places.
         first: whether this step holds the video's first latent frame (which stands alone).
-        last: whether nothing follows this step, so that no feature cache needs to be kept.
-        transposed: whether rows and columns of the video (and of the kernels) have changed places.
     """
 
-    def __init__(self, *, edges: Edges, workspace: Workspace, transposed: bool = False) -> None:
+    def __init__(
+        self, pages: Mapping[PageKey, Pages], *, edges: Edges, transposed: bool = False, keeps: bool = True
+    ) -> None:
+        """Begins a decode.
+
+        Args:
+            pages: by what `WanDecoder.page_needs` names; videos that take turns may share them.
+            edges: see above.
+            transposed: see above.
+            keeps: whether past frames will be wanted: an image has no future.
+        """
         self.edges = edges
-        self.workspace = workspace
         self.transposed = transposed
         self.first = True
-        self.last = False
-        self._past: dict[torch.nn.Module, torch.Tensor] = {}
+        self._pages = pages
+        self._keeps = keeps
+        self._past: dict[Hashable, tuple[int, ...]] = {}
 
-    def load_past(self, conv: torch.nn.Module, past: torch.Tensor) -> None:
-        """Puts the frames that ``conv`` saw last into ``past``; zeros if it saw none."""
-        cached = self._past.get(conv)
-        if cached is None:
-            past.zero_()
-        else:
-            past.copy_(cached)
+    def take(self, key: PageKey, count: int) -> Frames:
+        """Slots for ``count`` frames."""
+        return self._pages[key].take(count)
 
-    def keep_past(self, conv: torch.nn.Module, past: torch.Tensor) -> None:
-        """Keeps a copy of the frames that ``conv`` will want to have seen next time."""
-        if self.last:
-            self._past.pop(conv, None)
-            return
-        cached = self._past.get(conv)
-        if cached is None:
-            self._past[conv] = past.clone()
-        else:
-            cached.copy_(past)
+    def with_past(self, conv: Hashable, frames: Frames, past: int) -> Frames:
+        """``frames`` behind the ``past`` ones that ``conv`` saw last; blank ones if it saw none."""
+        return Frames(frames.pages, self._past.get(conv, tuple(range(past))) + frames.slots)
+
+    def keep_past(self, conv: Hashable, seen: Frames, past: int) -> None:
+        """Keeps the last ``past`` of what ``conv`` saw for its next step, and lets go of the others."""
+        gone = len(seen) - past if self._keeps else len(seen)
+        self._past[conv] = seen.slots[gone:] if self._keeps else tuple(range(past))
+        seen.pages.give(seen.slots[:gone])

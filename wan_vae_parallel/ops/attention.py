@@ -5,8 +5,18 @@ T frames, N positions of this shard, M positions of the whole frame, C channels
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+from .dispatch import kernels_run, say_once
+
+# Up to so many channels one pass suffices; for more the weights are written, so many at a time (128 MiB in bf16).
+FUSED_CHANNELS = 384
+WEIGHTS_AT_ONCE = 2**26
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -20,6 +30,10 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     Returns:
         ``[T, N, C]``, contiguous.
     """
+    if kernels_run(query):
+        attend = _kernel_for(query, key, value)
+        if attend:
+            return attend(query, key, value)
     # One frame a call: where torch has no fused kernel for this width it makes all N x M scores, and one frame's
     # are enough to hold.
     return torch.cat(
@@ -28,3 +42,17 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
             for q, k, v in zip(query, key, value, strict=True)
         ]
     )
+
+
+def _kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Attend | None:
+    """The fastest kernel that takes these; all of them give the same bits, so that one may stand in for another."""
+    try:
+        from .kernels import attention, attention_hopper
+    except ImportError as error:  # an old Triton, or a new one that renamed Gluon
+        say_once(f"attention runs on PyTorch's kernels, which is slower: {error}")
+        return None
+    if attention_hopper.can_attend(query, key, value):
+        return attention_hopper.frame_attention
+    if torch.cuda.get_device_capability(query.device) >= (9, 0) and attention.can_attend(query, key, value):
+        return attention.frame_attention
+    return None

@@ -1,67 +1,298 @@
-"""Convolutions over bordered buffers: what lies around the picture is already in the input.
+"""Convolutions over paged frames: past frames, halo rows and zero borders lie in the input already.
 
-T frames, H rows, W columns, C channels in, O channels out
-Layout  input and output contiguous [T, H, W, C]; to torch they are channels_last_3d, as the weights are.
+T frames, H rows, W columns, C channels in, O channels out, S slots of an arena
+Layout  an arena is ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, and ``slots`` say in which of its slots the frames
+        lie; outputs are contiguous ``[T, H, W, O]``. To torch both are channels_last_3d, as the weights are.
+Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py; else those of torch's own convolutions.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from .dispatch import KERNEL_DTYPES, kernels_run, say_once
 
-def causal_conv3d(buffer: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Convolves a buffer that holds past frames and borders already.
+
+def conv(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_slots: torch.Tensor | None = None,
+    halves: int = 1,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """Convolves the frames that lie in an arena's slots.
 
     Args:
-        buffer: ``[T + kt - 1, H + kh - 1, W + kw - 1, C]``, contiguous: past frames first, then the new ones.
-        weight: ``[O, C, kt, kh, kw]``. In channels_last_3d it is used as it lies; in another format torch
-            converts it on every call, with the same result.
+        arena: ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, with its borders.
+        slots: ``[T + kt - 1]`` int32 on the arena's device: where each input frame lies, past ones first.
+        weight: ``[O, C, kt, kh, kw]``, best in channels_last_3d, for the picture as it stands.
         bias: ``[O]``.
+        residual: ``[T, H, W, O]``, contiguous: added before the result is rounded.
+        out: where to write: ``[T, H, W, O]``, contiguous, which may be ``residual``; or with ``out_slots`` an arena
+            ``[S', H + b, W + b, O]`` whose borders are left alone. Made if None.
+        out_slots: ``[T]`` int32.
+        halves: 2 makes two frames of O / 2 channels of each, the earlier one first: where T stands above it is 2T
+            then, and O is O / 2 but in ``weight`` and ``bias``.
+        transposed: the arena's rows are the picture's columns.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: a shape or layout that can't be.
+    """
+    kernel = weight.shape[2:]
+    frames = (slots.numel() - kernel[0] + 1) * halves
+    shape = (frames, arena.shape[1] - kernel[1] + 1, arena.shape[2] - kernel[2] + 1, weight.shape[0] // halves)
+    if not arena.is_contiguous() or arena.shape[3] != weight.shape[1]:
+        raise ValueError(
+            f"conv takes a contiguous arena of {weight.shape[1]} channels, not {tuple(arena.shape)} with strides "
+            f"{arena.stride()}"
+        )
+    if kernels_run(arena):
+        from .kernels import conv as kernels
+
+        if kernels.takes(arena, weight):
+            if out is None:
+                out = arena.new_empty(shape)
+            kernels.conv(
+                arena,
+                slots,
+                weight,
+                bias,
+                residual=residual,
+                out=out,
+                out_slots=out_slots,
+                halves=halves,
+                transposed=transposed,
+            )
+            return out
+        _say_slower(arena)
+    result = _convolved(arena, slots, weight, bias, transposed)
+    if halves > 1:
+        result = result.unflatten(3, (halves, -1)).permute(0, 3, 1, 2, 4).reshape(shape)
+    return _put(result, residual, out, out_slots)
+
+
+def upsample_conv(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    folded: torch.Tensor | None,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """Doubles rows and columns by repeating them, then convolves each frame.
+
+    Args:
+        arena: ``[S, H + 2, W + 2, C]``, contiguous, with its borders.
+        slots: ``[T]`` int32.
+        weight: ``[O, C, 3, 3]``, for the picture as it stands.
+        bias: ``[O]``.
+        folded: `fold_upsample_weight` of ``weight``, which the GPU's kernel takes; needed only there.
+        transposed: the arena's rows are the picture's columns.
+
+    Returns:
+        ``[T, 2H, 2W, O]``, contiguous.
+
+    Raises:
+        ValueError: a shape or layout that can't be.
+    """
+    if not arena.is_contiguous() or arena.shape[3] != weight.shape[1]:
+        raise ValueError(
+            f"upsample_conv takes a contiguous arena of {weight.shape[1]} channels, not {tuple(arena.shape)} with "
+            f"strides {arena.stride()}"
+        )
+    frames, rows, columns = slots.numel(), 2 * (arena.shape[1] - 2), 2 * (arena.shape[2] - 2)
+    if kernels_run(arena):
+        from .kernels import conv as kernels
+
+        if folded is not None and kernels.takes(arena, weight.unsqueeze(2)):
+            out = arena.new_empty((frames, rows, columns, weight.shape[0]))
+            kernels.upsample_conv(arena, slots, folded, bias, out=out, transposed=transposed)
+            return out
+        _say_slower(arena)
+    if transposed:
+        weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+    out = arena.new_empty((frames, rows, columns, weight.shape[0]))
+    # What lies around the picture is in the arena, so it is doubled too, and cut to one row and column. Frame by
+    # frame: a doubled one is as large as four.
+    for frame in range(frames):
+        doubled = arena.index_select(0, slots[frame : frame + 1])[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        doubled = doubled.reshape(1, rows + 4, columns + 4, -1)[:, 1:-1, 1:-1].contiguous()
+        out[frame] = F.conv2d(doubled.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)[0]
+    return out
+
+
+@dataclass(frozen=True)
+class PreparedHead:
+    """A head's weights as the GPU's kernel takes them, for ``frames`` output frames and ``rows`` rows at once."""
+
+    spread: torch.Tensor
+    frames: int
+    rows: int
+
+
+def prepare_head(weight: torch.Tensor, count: int, *, transposed: bool) -> PreparedHead | None:
+    """The weights that `head_conv` wants to have for calls of ``count`` frames (all above 4 are alike); maybe none."""
+    if not kernels_run(weight) or weight.dtype not in KERNEL_DTYPES:
+        return None
+    from .kernels import head_conv as kernels
+
+    if weight.shape[0] > kernels.MAX_COLUMNS:
+        return None
+    frames, rows = kernels.tiling(count, weight.shape[0])
+    return PreparedHead(kernels.spread_weight(weight, frames, rows, transposed=transposed), frames, rows)
+
+
+def head_conv(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    prepared: PreparedHead | None,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """`conv` with a 3x3x3 kernel to a few channels, for which GPUs have a kernel of its own.
+
+    Args:
+        arena: ``[S, H + 2, W + 2, C]``, contiguous, with its borders; finite in the slots named.
+        slots: ``[T + 2]`` int32.
+        weight: ``[O, C, 3, 3, 3]``.
+        bias: ``[O]``.
+        prepared: what `prepare_head` made of ``weight``.
+        transposed: as in `conv`.
 
     Returns:
         ``[T, H, W, O]``, contiguous.
-
-    Raises:
-        ValueError: the buffer is not contiguous, so that its bytes would not be what its shape says.
     """
-    if not buffer.is_contiguous():
-        raise ValueError(f"causal_conv3d takes a contiguous buffer, not one with strides {buffer.stride()}")
-    # The batch axis is put in front while the tensor is contiguous: added later its stride would be C, which
-    # torch reads as "not channels_last" and answers with NCDHW kernels and copies around them.
-    out = F.conv3d(buffer.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, bias)
-    # A copy only where torch has no channels-last kernel (fp64 on the CPU); on CUDA a test counts none.
-    return out.permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+    if prepared is None:
+        return conv(arena, slots, weight, bias, transposed=transposed)
+    from .kernels import head_conv as kernels
+
+    out = arena.new_empty((slots.numel() - 2, arena.shape[1] - 2, arena.shape[2] - 2, weight.shape[0]))
+    kernels.head_conv(
+        arena,
+        slots,
+        prepared.spread,
+        bias,
+        frames=prepared.frames,
+        rows=prepared.rows,
+        out=out,
+        transposed=transposed,
+    )
+    return out
 
 
-def frame_conv2d(buffer: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Convolves each frame by itself.
+def pointwise_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A 1x1(x1) convolution, which is a matrix product over channels.
 
     Args:
-        buffer: ``[T, H + kh - 1, W + kw - 1, C]``, contiguous, with its borders.
-        weight: ``[O, C, kh, kw]``, best in channels_last.
-        bias: ``[O]``.
-
-    Returns:
-        ``[T, H, W, O]``, contiguous.
-
-    Raises:
-        ValueError: the buffer is not contiguous.
-    """
-    if not buffer.is_contiguous():
-        raise ValueError(f"frame_conv2d takes a contiguous buffer, not one with strides {buffer.stride()}")
-    return F.conv2d(buffer.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1).contiguous()
-
-
-def pointwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A 1x1(x1) convolution, which is a matrix product over channels and leaves no layout to choose.
-
-    Args:
-        x: ``[..., C]``.
+        x: ``[T, H, W, C]``, contiguous.
         weight: ``[O, C, 1, 1(, 1)]``.
         bias: ``[O]``.
+        residual: ``[T, H, W, O]``, contiguous, as in `conv`.
+        out: as in `conv`.
+        out_slots: as in `conv`.
 
     Returns:
-        ``[..., O]``.
+        ``out``, ``[T, H, W, O]`` if it was made.
     """
-    return F.linear(x, weight.flatten(1), bias)
+    if kernels_run(x):
+        from .kernels import conv as kernels
+
+        weight3d = weight.flatten(1)[:, :, None, None, None]
+        if kernels.takes(x, weight3d) and x.is_contiguous():
+            if out is None:
+                out = x.new_empty((*x.shape[:3], weight.shape[0]))
+            slots = _count_up(len(x), x.device)
+            kernels.conv(
+                x, slots, weight3d, bias, residual=residual, out=out, out_slots=out_slots, halves=1, transposed=False
+            )
+            return out
+    return _put(F.linear(x, weight.flatten(1), bias), residual, out, out_slots)
+
+
+def fold_upsample_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Sums the taps that meet the same position of a frame whose rows and columns were doubled.
+
+    Output row 2h sees input rows (h - 1, h) with (w0, w1 + w2), row 2h + 1 sees (h, h + 1) with (w0 + w1, w2);
+    columns likewise. The sums are made in fp32 and rounded once.
+
+    Args:
+        weight: ``[O, C, 3, 3]``.
+
+    Returns:
+        ``[2, 2, 2, 2, O, C]``, contiguous: row phase, column phase, row tap, column tap.
+    """
+
+    def fold(w: torch.Tensor, dim: int) -> torch.Tensor:
+        first, middle, last = w.unbind(dim)
+        return torch.stack([torch.stack([first, middle + last]), torch.stack([first + middle, last])])
+
+    rows = fold(weight.detach().float(), 2)  # row phase, row tap, O, C, 3
+    both = fold(rows, 4)  # column phase, column tap, row phase, row tap, O, C
+    return both.permute(2, 0, 3, 1, 4, 5).to(weight.dtype).contiguous()
+
+
+def _convolved(
+    arena: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    if transposed:
+        weight = weight.transpose(3, 4).contiguous(memory_format=torch.channels_last_3d)
+    # The batch axis is put in front while the tensor is contiguous: added later its stride would be C, which
+    # torch reads as "not channels_last" and answers with NCDHW kernels and copies around them.
+    seen = arena.index_select(0, slots).unsqueeze(0).permute(0, 4, 1, 2, 3)
+    # A copy only where torch has no channels-last kernel (fp64 on the CPU); on CUDA a test counts none.
+    return F.conv3d(seen, weight, bias).permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+
+
+def _put(
+    result: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor | None, out_slots: torch.Tensor | None
+) -> torch.Tensor:
+    if residual is not None:
+        result = result.add_(residual)
+    if out is None:
+        return result
+    if out_slots is None:
+        return out.copy_(result)
+    put_frames(out, out_slots, result)
+    return out
+
+
+def put_frames(arena: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
+    """Writes ``frames`` ``[T, H, W, C]`` inside the borders of an arena's slots."""
+    border = (arena.shape[1] - frames.shape[1]) // 2
+    interior = arena[:, border : arena.shape[1] - border, border : arena.shape[2] - border]
+    interior.index_copy_(0, slots.long(), frames)
+
+
+def _say_slower(arena: torch.Tensor) -> None:
+    say_once(
+        f"convolutions of {str(arena.dtype).removeprefix('torch.')} tensors run on cuDNN, which is slower and whose "
+        f"last bits depend on chunks and devices; bfloat16 and float16 have kernels of their own"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _count_up(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)

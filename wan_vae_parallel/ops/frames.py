@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .dispatch import kernels_run
+
 
 def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False) -> torch.Tensor:
     """Unfolds patches and maps [-1, 1] to [0, 1], clamped.
@@ -19,6 +21,11 @@ def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False) -> torch
     Returns:
         ``[T, H * p, W * p, C]``, contiguous, fp32 (fp64 for an fp64 ``x``).
     """
+    if kernels_run(x):
+        from .kernels import frames as kernels
+
+        if kernels.can_convert_to_frames(x, patch):
+            return kernels.to_frames(x, patch, transposed=transposed)
     wide = torch.promote_types(x.dtype, torch.float32)
     if transposed:
         x = x.transpose(1, 2)

@@ -1,6 +1,6 @@
 """A shard's edges: halo rows from the neighbours, keys and values from all.
 
-T frames, H rows of this shard, W columns, C channels; buffers ``[T, H + 2, W + 2, C]``
+T frames, H rows of this shard, W columns, C channels
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ..model.state import Frames
 from .plan import ShardPlan
 
 
@@ -46,13 +47,13 @@ class ShardEdges:
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self.rows_sent = 0
 
-    def fill_halo(self, buffer: torch.Tensor) -> None:
-        """Sends this shard's border rows to its neighbours and receives theirs into ``buffer``'s first and last row.
+    def fill_halo(self, frames: Frames) -> None:
+        """Sends this shard's border rows to its neighbours and receives theirs into the frames' first and last row.
 
         The picture's own edges are left as they are: zeros. Nothing is copied or sent for them.
 
         Args:
-            buffer: ``[T, H + 2, W + 2, C]``, frames of any stride, each frame's rows contiguous.
+            frames: with a border of 1, their inside written.
         """
         neighbours = [
             (self.shard + step, own, halo)
@@ -61,20 +62,21 @@ class ShardEdges:
         ]
         if not neighbours:
             return
+        arena, index = frames.arena, frames.index
+        shape = torch.Size((len(frames), *arena.shape[2:]))
         operations = []
         for peer, own, _ in neighbours:
-            rows = buffer[:, own]
-            outgoing = self._buffer("out", peer, rows)
-            outgoing.copy_(rows)
-            incoming = self._buffer("in", peer, rows)
+            outgoing = self._buffer("out", peer, shape, arena)
+            torch.index_select(arena[:, own], 0, index, out=outgoing)
+            incoming = self._buffer("in", peer, shape, arena)
             global_peer = dist.get_global_rank(self.group, peer)
             operations.append(dist.P2POp(dist.isend, outgoing, global_peer, self.group))
             operations.append(dist.P2POp(dist.irecv, incoming, global_peer, self.group))
-            self.rows_sent += len(rows)
+            self.rows_sent += len(frames)
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-        for peer, own, halo in neighbours:
-            buffer[:, halo].copy_(self._buffer("in", peer, buffer[:, own]))
+        for peer, _, halo in neighbours:
+            arena[:, halo].index_copy_(0, index.long(), self._buffer("in", peer, shape, arena))
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         """Gathers every shard's ``[T, h, W, C]`` to the picture's ``[T, rows, W, C]``, contiguous.
@@ -99,11 +101,11 @@ class ShardEdges:
             work.wait()
         return torch.cat(parts, dim=1)
 
-    def _buffer(self, direction: str, peer: int, rows: torch.Tensor) -> torch.Tensor:
-        """A contiguous buffer like ``rows``; the last one, unless shape, dtype or device differ from it."""
+    def _buffer(self, direction: str, peer: int, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        """A contiguous buffer; the last one, unless shape, dtype or device differ from it."""
         key = direction, peer
         buffer = self._buffers.get(key)
-        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (rows.shape, rows.dtype, rows.device):
-            buffer = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (shape, like.dtype, like.device):
+            buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer

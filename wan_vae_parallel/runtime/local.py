@@ -12,7 +12,7 @@ import torch
 
 from ..architecture import Architecture
 from ..model.decoder import WanDecoder
-from ..model.state import DecodeState, Edges, WholePicture, Workspace
+from ..model.state import DecodeState, Edges, WholePicture
 from ..ops.frames import to_frames
 
 
@@ -26,7 +26,6 @@ class LocalDecoder:
         weights: the decoder's tensors by Wan's original keys.
         device: where to.
         dtype: in what.
-        transposed: for videos whose rows and columns have changed places; the kernels' change theirs too.
     """
 
     def __init__(
@@ -36,43 +35,43 @@ class LocalDecoder:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        transposed: bool = False,
     ) -> None:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
-        self.transposed = transposed
         with torch.device("meta"):
             self.model = WanDecoder(architecture)
         # Copied even where nothing changes: a file that is mapped into memory may change under us.
-        own = {
-            key: (tensor.transpose(-1, -2) if transposed and tensor.dim() > 3 else tensor)
-            .detach()
-            .to(device, dtype, copy=True)
-            for key, tensor in weights.items()
-        }
+        own = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in weights.items()}
         self.model.load_state_dict(own, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
 
     @torch.inference_mode()
-    def stream(self, latents: torch.Tensor, chunk: int, edges: Edges | None = None) -> Iterator[torch.Tensor]:
-        """Decodes ``latents`` ``[B, z, T, h, w]``, de-normalised; of a transposed decoder they are transposed too.
+    def stream(
+        self, latents: torch.Tensor, chunk: int, edges: Edges | None = None, *, transposed: bool = False
+    ) -> Iterator[torch.Tensor]:
+        """Decodes ``latents`` ``[B, z, T, h, w]``, de-normalised.
 
         Args:
             latents: of any strides, dtype and device; a shard's own rows, if ``edges`` are a shard's.
             chunk: latent frames at once.
             edges: what lies around the rows; by default nothing.
+            transposed: rows and columns of ``latents`` have changed places.
 
         Yields:
             ``[B, t, H, W, C]`` in [0, 1] on the device, contiguous and never transposed, t frames that follow those
             before.
         """
-        workspace = Workspace(self.dtype, self.device)
+        count, _, steps, rows, columns = latents.shape
+        chunk = max(1, min(chunk, steps - 1))
+        pages = self.model.pages(
+            rows, columns, chunk=chunk, videos=count, keeps=steps > 1, dtype=self.dtype, device=self.device
+        )
         videos = [
             self.model.stream(
                 # Whatever strides the caller's latents have, inside it is [T, h, w, z].
                 video.to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous(),
-                DecodeState(edges=edges or WholePicture(), workspace=workspace, transposed=self.transposed),
+                DecodeState(pages, edges=edges or WholePicture(), transposed=transposed, keeps=steps > 1),
                 chunk,
             )
             for video in latents
@@ -81,7 +80,7 @@ class LocalDecoder:
         while True:
             with self._exact_arithmetic():
                 raw = [frames for frames in (next(video, None) for video in videos) if frames is not None]
-                frames = [to_frames(one, patch, transposed=self.transposed) for one in raw]
+                frames = [to_frames(one, patch, transposed=transposed) for one in raw]
                 del raw
                 if not frames:
                     return

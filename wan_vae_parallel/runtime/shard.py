@@ -23,10 +23,10 @@ _LAYOUT = "[T, H, W, C] contiguous"
 
 
 class ShardDecoder:
-    """A decoder that takes any rank's rows of any video, transposed ones too.
+    """A decoder that takes any rank's rows of any video.
 
     Args:
-        checkpoint: the weights; both orientations are made of them, one at a time.
+        checkpoint: the weights.
         device: where to decode.
         dtype: in what.
     """
@@ -35,8 +35,8 @@ class ShardDecoder:
         self.architecture = checkpoint.architecture
         self.device = device
         self.dtype = dtype
-        self._weights = checkpoint.decoder
-        self._decoder: LocalDecoder | None = None
+        self._fingerprint = fingerprint(checkpoint.decoder)
+        self._decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=device, dtype=dtype)
 
     def facts(self) -> dict[str, str]:
         """What all ranks of a decode must have in common, for `parallel.agree.check_agreement`."""
@@ -45,7 +45,7 @@ class ShardDecoder:
             "memory format": _LAYOUT,
             "dtype": str(self.dtype),
             "architecture": str(self.architecture),
-            "weights": fingerprint(self._weights),
+            "weights": self._fingerprint,
         }
 
     def room(self, plan: ShardPlan, shard: int, shape: torch.Size, asked: int) -> int:
@@ -57,7 +57,6 @@ class ShardDecoder:
             shape: of the whole video's latents, ``[B, z, T, h, w]``.
             asked: latent frames at once; 0 for as many as pay.
         """
-        self._oriented(plan.transposed)
         size = (shape[0], shape[2], plan.height(shard) + 2, plan.columns)
         free = free_memory(self.device)
         chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
@@ -92,12 +91,4 @@ class ShardDecoder:
         if plan.transposed:
             latents = latents.transpose(-1, -2)
         rows = latents[:, :, :, plan.bounds[shard] : plan.bounds[shard + 1]]
-        return self._oriented(plan.transposed).stream(rows, chunk, ShardEdges(plan, group))
-
-    def _oriented(self, transposed: bool) -> LocalDecoder:
-        if self._decoder is None or self._decoder.transposed != transposed:
-            self._decoder = None
-            self._decoder = LocalDecoder(
-                self.architecture, self._weights, device=self.device, dtype=self.dtype, transposed=transposed
-            )
-        return self._decoder
+        return self._decoder.stream(rows, chunk, ShardEdges(plan, group), transposed=plan.transposed)

@@ -1,0 +1,40 @@
+"""Whether the GPU's own kernels run here, and if not, why; said once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# What the kernels are written for: bf16 on tensor cores, asynchronous copies.
+_LEAST_CAPABILITY = (8, 0)
+# What the convolutions' kernels multiply.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def kernels_run(x: torch.Tensor) -> bool:
+    """Whether Triton kernels can work on ``x``; a CUDA device that has none is told about once, with the reason."""
+    return x.is_cuda and _kernels_run_on(x.device)
+
+
+@functools.cache
+def _kernels_run_on(device: torch.device) -> bool:
+    reason = ""
+    try:
+        import triton.language  # noqa: F401
+    except ImportError as error:
+        reason = f"Triton is missing ({error})"
+    if not reason and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        reason = f"{torch.cuda.get_device_name(device)} is older than the kernels are written for"
+    if reason:
+        logger.warning("decoding on %s with PyTorch's own kernels, which is slower: %s", device, reason)
+    return not reason
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Logs ``text`` the first time."""
+    logger.warning("%s", text)

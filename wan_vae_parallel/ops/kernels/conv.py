@@ -1,0 +1,373 @@
+"""Convolutions over paged frames as one implicit matrix product.
+
+T frames, H rows, W columns, C channels in, O channels out, S slots of an arena, kt x kh x kw the kernel
+
+Layout  The input is an arena ``[S, H + 2, W + 2, C]`` (``[S, H, W, C]`` for kernels of one position), contiguous, with
+        zero borders; ``slots[T + kt - 1]`` says where each input frame lies, past ones first. Seen as a matrix
+        ``[rows, C]`` a tap is a shift by a constant number of rows within a frame, so the convolution is kt*kh*kw
+        accumulated matrix products over TMA tiles. Outputs on a border are computed and not stored (under 2% at 720p).
+Tile    Consecutive positions of one frame x all O, or a part of O. No power of two is no obstacle: 96 is 64 + 32, 192
+        is 128 + 64, 384 is 256 + 128, as two accumulators that share a tile of the input (see tiles.py).
+Bits    fp32 accumulation that starts at bias and residual, then taps in the picture's order and channels ascending
+        within a tap; one rounding. No tile, position, T, H, W or split axis changes a bit.
+"""
+
+# Kernels have more arguments than lines have room for one each.
+# ruff: noqa: E741
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import KERNEL_DTYPES
+from .tiles import Tile, choose_tile
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4; the kernels then read through pointers
+    TensorDescriptor = None
+
+_KERNELS = ((3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1))
+
+# fmt: off
+
+
+@triton.jit
+def _load_positions(source, row, c, rows, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """A tile ``[BM, BK]`` of the arena as a matrix; past its ends zeros."""
+    if TMA:
+        tile = source.load([row, c])
+    else:
+        m = row + tl.arange(0, BM)
+        k = c + tl.arange(0, BK)
+        inside = (m < rows)[:, None] & (k < C)[None, :]
+        tile = tl.load(source + m.to(tl.int64)[:, None] * C + k[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_weights(
+    source, tap, n, c, tap_stride, o_stride,
+    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):
+    """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap."""
+    if TMA:
+        tile = source.load([tap, n, c]).reshape(BN, BK)
+    else:
+        o = n + tl.arange(0, BN)
+        k = c + tl.arange(0, BK)
+        inside = (o < O)[:, None] & (k < C)[None, :]
+        tile = tl.load(source + tap * tap_stride + o[:, None] * o_stride + k[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _dot(x, w, acc, SWAP: tl.constexpr):
+    return tl.dot(w, x.T, acc) if SWAP else tl.dot(x, w.T, acc)
+
+
+@triton.jit
+def _spread(positions, channels, SWAP: tl.constexpr):
+    """Both as two axes, in the order of the accumulator's."""
+    if SWAP:
+        positions = positions[None, :]
+        channels = channels[:, None]
+    else:
+        positions = positions[:, None]
+        channels = channels[None, :]
+    return positions, channels
+
+
+@triton.jit
+def _start(
+    acc, n, first, bias, residual, place, stored,
+    CO: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SWAP: tl.constexpr,
+):
+    """What the products are added to. Adding it after them instead took 250 registers more than there are."""
+    place, n = _spread(place, n, SWAP)
+    acc += tl.load(bias + first + n, mask=n < CO, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        stored, _ = _spread(stored, stored, SWAP)
+        acc += tl.load(residual + (place * CO + n), mask=stored & (n < CO), other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _store(values, n, target, place, stored, CO: tl.constexpr, SWAP: tl.constexpr):
+    place, n = _spread(place, n, SWAP)
+    stored, _ = _spread(stored, stored, SWAP)
+    tl.store(target + (place * CO + n), values.to(target.dtype.element_ty), mask=stored & (n < CO))
+
+
+@triton.jit
+def _frame_of(target, slots, frame, rows, columns, CO: tl.constexpr, PAGED: tl.constexpr, BORDER: tl.constexpr):
+    """The target's frame: offsets in it fit int32, which halves the registers that addresses take."""
+    if PAGED:
+        frame = tl.load(slots + frame)
+    return target + frame.to(tl.int64) * ((rows + BORDER) * (columns + BORDER) * CO)
+
+
+@triton.jit
+def _where(p, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr):
+    """Row and column in the output of each position of a tile, and whether it is one."""
+    m = p + tl.arange(0, BM)
+    h = m // pitch
+    w = m % pitch
+    return h * SCALE + py, w * SCALE + px, (h < H) & (w < W)
+
+
+@triton.jit(do_not_specialize=["H", "W", "rows", "tap_stride", "o_stride"])
+def _conv_kernel(
+    source, weight0, weight1, slots, bias, residual, out, out_slots,
+    H, W, rows, tap_stride, o_stride,
+    C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BORDER: tl.constexpr,
+    SCALE: tl.constexpr, HALVES: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, HIDE: tl.constexpr,
+):
+    CO: tl.constexpr = O // HALVES
+    PHASES: tl.constexpr = SCALE * SCALE
+    PARTS: tl.constexpr = (CO + N0 + N1 - 1) // (N0 + N1)
+    STEPS: tl.constexpr = (C + BK - 1) // BK
+    TAPS: tl.constexpr = KT * KH * KW
+
+    # What shares a tile of the input runs side by side, then the next positions of that frame: their rows are in L2.
+    pid = tl.program_id(0)
+    part = pid % PARTS
+    half = pid // PARTS % HALVES
+    phase = pid // (PARTS * HALVES) % PHASES
+    pid = pid // (PARTS * HALVES * PHASES)
+    pitch = W + BORDER
+    tiles = tl.cdiv((H - 1) * pitch + W, BM)
+    p = pid % tiles * BM
+    t = pid // tiles
+    frame = t * HALVES + half
+    n = part * (N0 + N1)
+    first_channel = half * CO
+    # Phases and taps go in the picture's own order, also where its columns are the arena's rows: the same sums.
+    py = phase % SCALE if TRANSPOSED else phase // SCALE
+    px = phase // SCALE if TRANSPOSED else phase % SCALE
+
+    # Read before the loop: in it each would stall the load that waits for it.
+    size = (H + BORDER) * pitch
+    begin = p + py * pitch + px
+    row0 = tl.load(slots + t) * size + begin
+    row1 = row0
+    row2 = row0
+    if KT == 3:
+        row1 = tl.load(slots + t + 1) * size + begin
+        row2 = tl.load(slots + t + 2) * size + begin
+
+    h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
+    place = h * (W * SCALE) + w
+    if HAS_RESIDUAL:
+        residual = _frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
+    n0 = n + tl.arange(0, N0)
+    acc0 = tl.zeros((N0, BM) if SWAP else (BM, N0), tl.float32)
+    acc0 = _start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+    if N1 > 0:
+        n1 = n + N0 + tl.arange(0, N1)
+        acc1 = tl.zeros((N1, BM) if SWAP else (BM, N1), tl.float32)
+        acc1 = _start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+
+    for k in range(TAPS * STEPS):
+        tap = k // STEPS
+        c = k % STEPS * BK
+        dt = tap // (KH * KW)
+        down = tap % KW if TRANSPOSED else tap // KW % KH
+        right = tap // KW % KH if TRANSPOSED else tap % KW
+        row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
+        tap += phase * TAPS
+        x = _load_positions(source, row, c, rows, C, BM, BK, TMA)
+        w0 = _load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
+        acc0 = _dot(x, w0, acc0, SWAP)
+        if N1 > 0:
+            w1 = _load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
+            acc1 = _dot(x, w1, acc1, SWAP)
+
+    if HIDE:
+        # Hides that these are the numbers from before the loop, which the compiler would keep, in registers that
+        # the accumulators need.
+        p = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=tl.int32, is_pure=False, pack=1)
+    h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
+    H *= SCALE
+    W *= SCALE
+    out = _frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
+    place = (h + OUT_BORDER // 2) * (W + OUT_BORDER) + w + OUT_BORDER // 2
+    _store(acc0, n0, out, place, stored, CO, SWAP)
+    if N1 > 0:
+        _store(acc1, n1, out, place, stored, CO, SWAP)
+# fmt: on
+
+
+def takes(arena: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `conv` takes this input, given a GPU that runs kernels: bf16 or fp16 and four kinds of kernel."""
+    return (
+        arena.dtype in KERNEL_DTYPES
+        and weight.dtype == arena.dtype
+        and tuple(weight.shape[2:]) in _KERNELS
+        and arena.shape[:3].numel() < 2**31
+    )
+
+
+def conv(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    halves: int,
+    transposed: bool,
+    tile: Tile | None = None,
+    descriptors: bool | None = None,
+) -> None:
+    """`ops.conv.conv` on the GPU.
+
+    Args:
+        arena: as there, in bf16 or fp16.
+        slots: int32 on the arena's device.
+        weight: ``[O, C, kt, kh, kw]`` in channels_last_3d; 3x3x3, 3x1x1, 1x3x3 or 1x1x1.
+        bias: as there.
+        residual: ``[T * halves, H, W, O / halves]``, contiguous.
+        out: contiguous; it may be `residual`'s memory, as each element is read before it is written.
+        out_slots: int32, if ``out`` is an arena.
+        halves: as there.
+        transposed: as there.
+        tile: overrides `tiles.choose_tile`, for benchmarks.
+        descriptors: overrides whether tiles are read through TMA descriptors, for tests.
+
+    Raises:
+        ValueError: a shape, dtype or layout that the kernel can't take.
+    """
+    out_channels, channels, *kernel = weight.shape
+    as_matrix = weight.permute(0, 2, 3, 4, 1)
+    if not as_matrix.is_contiguous():
+        raise ValueError(f"weight must be channels_last_3d, not with strides {weight.stride()}")
+    _launch(
+        arena, slots, as_matrix, bias, kernel=(kernel[0], kernel[1], kernel[2]), out_channels=out_channels,
+        strides=(channels, math.prod(kernel) * channels), border=kernel[1] - 1, scale=1, halves=halves,
+        residual=residual, out=out, out_slots=out_slots, transposed=transposed, tile=tile, descriptors=descriptors,
+    )  # fmt: skip
+
+
+def upsample_conv(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    folded: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    transposed: bool,
+    tile: Tile | None = None,
+    descriptors: bool | None = None,
+) -> None:
+    """`ops.conv.upsample_conv` on the GPU, as four 2x2 convolutions of the small frame: 4/9 of the work.
+
+    Args:
+        arena: as there, in bf16 or fp16.
+        slots: int32 on the arena's device.
+        folded: what `ops.conv.fold_upsample_weight` makes of the weight, ``[2, 2, 2, 2, O, C]``.
+        bias: as there.
+        out: ``[T, 2H, 2W, O]``, contiguous.
+        transposed: as there.
+        tile: overrides `tiles.choose_tile`, for benchmarks.
+        descriptors: overrides whether tiles are read through TMA descriptors, for tests.
+
+    Raises:
+        ValueError: a shape, dtype or layout that the kernel can't take.
+    """
+    out_channels, channels = folded.shape[4:]
+    _launch(
+        arena, slots, folded, bias, kernel=(1, 2, 2), out_channels=out_channels,
+        strides=(out_channels * channels, channels), border=2, scale=2, halves=1, residual=None, out=out,
+        out_slots=None, transposed=transposed, tile=tile, descriptors=descriptors,
+    )  # fmt: skip
+
+
+def use_descriptors(arena: torch.Tensor) -> bool:
+    """Whether tiles of ``arena`` are read through TMA, which wants Hopper and strides of 16 bytes."""
+    if TensorDescriptor is None or arena.shape[3] % 8 or arena.data_ptr() % 16:
+        return False
+    return not arena.is_cuda or torch.cuda.get_device_capability(arena.device) >= (9, 0)
+
+
+def _launch(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    kernel: tuple[int, int, int],
+    out_channels: int,
+    strides: tuple[int, int],
+    border: int,
+    scale: int,
+    halves: int,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    transposed: bool,
+    tile: Tile | None,
+    descriptors: bool | None,
+) -> None:
+    channels = arena.shape[3]
+    rows, columns = arena.shape[1] - border, arena.shape[2] - border
+    frames = slots.numel() - kernel[0] + 1
+    own = out_channels // halves
+    shape = (frames * halves, rows * scale, columns * scale, own)
+    out_border = 0 if out_slots is None else out.shape[1] - shape[1]
+    for name, indices, count in (("slots", slots, frames + kernel[0] - 1), ("out_slots", out_slots, shape[0])):
+        if indices is not None and (indices.dtype != torch.int32 or indices.shape != (count,)):
+            raise ValueError(f"{name} must be {count} int32, not {indices.dtype} {tuple(indices.shape)}")
+    for name, tensor in (("arena", arena), ("residual", residual), ("out", out), ("weight", weight)):
+        if tensor is not None and (not tensor.is_contiguous() or tensor.dtype != arena.dtype):
+            raise ValueError(f"{name} must be contiguous {arena.dtype}, not {tensor.dtype} {tensor.stride()}")
+    if arena.dtype not in KERNEL_DTYPES or weight.shape[-1] != channels:
+        raise ValueError(f"the kernel takes bfloat16 or float16 of {weight.shape[-1]} channels, not {arena.dtype}")
+    if min(rows, columns, frames) < 1 or bias.numel() != out_channels or out_border not in (0, 2):
+        raise ValueError(f"no output of {out_channels} channels in arena {tuple(arena.shape)}, {slots.numel()} slots")
+    wanted = (out.shape[0] if out_border else shape[0], shape[1] + out_border, shape[2] + out_border, own)
+    if out_slots is not None:
+        wanted = (out.shape[0], *wanted[1:])
+    if tuple(out.shape) != wanted or (residual is not None and tuple(residual.shape) != shape):
+        raise ValueError(f"out must be {wanted} and a residual {shape}, not {tuple(out.shape)}")
+    if arena.shape[:3].numel() >= 2**31 or (shape[1] + 2) * (shape[2] + 2) * own >= 2**31:
+        raise ValueError(f"a frame of {shape[1:]} or an arena {tuple(arena.shape)} overflows the kernel's int32")
+
+    pitch = columns + border
+    in_frame = (rows - 1) * pitch + columns
+    if tile is None:
+        tile = choose_tile(channels, own, in_frame, frames * halves * scale**2, device=arena.device)
+    tma = use_descriptors(arena) if descriptors is None else descriptors
+    positions = arena.shape[:3].numel()
+    tap_stride, o_stride = strides
+    source: Any = arena
+    weights: list[Any] = [weight, weight]
+    if tma:
+        taps = math.prod(kernel) * scale**2
+        source = TensorDescriptor(arena, [positions, channels], [channels, 1], [tile.positions, tile.step])
+        weights = [
+            TensorDescriptor(weight, [taps, out_channels, channels], [tap_stride, o_stride, 1], [1, n, tile.step])
+            for n in (tile.first, tile.second or tile.first)
+        ]
+    parts = -(-own // (tile.first + tile.second)) * halves * scale**2
+    _conv_kernel[(-(-in_frame // tile.positions) * frames * parts,)](
+        source, *weights, slots, bias, residual, out, out_slots,
+        rows, columns, positions, tap_stride, o_stride,
+        C=channels, O=out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=border,
+        SCALE=scale, HALVES=halves, HAS_RESIDUAL=residual is not None,
+        OUT_PAGED=out_slots is not None, OUT_BORDER=out_border, TRANSPOSED=transposed,
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
+        HIDE=arena.is_cuda and torch.version.hip is None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
