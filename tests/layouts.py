@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wan_vae_parallel.runtime.local import LocalDecoder
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _COPIES = ("aten::clone", "aten::_to_copy", "aten::contiguous")
 
@@ -45,3 +47,11 @@ class LayoutSpy(TorchDispatchMode):
         elif name in _COPIES and axis_order(args[0]) != axis_order(out):
             self.reordered.append(f"{name} takes {tuple(out.shape)} from strides {args[0].stride()} to {out.stride()}")
         return out
+
+
+def layouts_of_a_decode(decoder: LocalDecoder, latents: torch.Tensor, chunk: int) -> LayoutSpy:
+    """What a decode asks for; not in inference mode, see `LayoutSpy`."""
+    with torch.no_grad(), LayoutSpy() as spy:
+        for _ in LocalDecoder.stream.__wrapped__(decoder, latents, chunk):
+            pass
+    return spy

@@ -20,7 +20,6 @@ from wan_vae_parallel.memory import (
     parameter_count,
 )
 from wan_vae_parallel.model.decoder import WanDecoder
-from wan_vae_parallel.model.state import DecodeState, WholePicture, Workspace
 
 ARCHITECTURES = [
     Architecture.published("wan2.1"),
@@ -41,19 +40,19 @@ def test_parameter_count_is_the_models(architecture):
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.width < 96], ids=str)
-@pytest.mark.parametrize("chunk", [1, 2])
-@torch.no_grad()
-def test_cached_elements_are_those_that_a_decode_keeps(architecture, chunk):
+@pytest.mark.parametrize(("frames", "chunk", "videos"), [(6, 1, 1), (6, 2, 1), (6, 2, 3), (1, 1, 1)])
+def test_page_elements_are_those_that_a_decode_allocates(architecture, frames, chunk, videos):
     rows, columns = 2, 3
-    torch.manual_seed(0)
-    model = WanDecoder(architecture)
-    for parameter in model.parameters():
-        parameter.zero_()
-    state = DecodeState(edges=WholePicture(), workspace=Workspace(torch.float32, torch.device("cpu")))
-    most = 0
-    for _ in model.stream(torch.zeros(6, rows, columns, architecture.z_dim), state, chunk):
-        most = max(most, sum(past.numel() for past in state._past.values()))
-    assert most == memory._cached_elements(architecture, rows, columns)
+    with torch.device("meta"):
+        model = WanDecoder(architecture)
+    pages = model.pages(
+        rows, columns, chunk=chunk, videos=videos, keeps=frames > 1, dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    kept, others = memory._page_elements(
+        architecture, (videos, frames, rows, columns), chunk=chunk, dtype=torch.bfloat16
+    )
+    assert kept + others == sum(one.arena.numel() for one in pages.values())
+    assert (kept > 0) == (frames > 1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=str)
@@ -77,7 +76,7 @@ def test_the_parts_add_up_and_an_image_needs_no_caches():
     video = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16)
     assert video.total == video.weights + video.caches + video.step
     assert video.weights == 2 * parameter_count(architecture)
-    assert video.caches == 2 * memory._cached_elements(architecture, 90, 160)
+    assert 3.5 * 2**30 < video.caches < 4.5 * 2**30  # 4.06 GiB: two frames of each convolution's input
     assert decode_memory(architecture, (1, 1, 90, 160), chunk=1, dtype=torch.bfloat16).caches == 0
 
 

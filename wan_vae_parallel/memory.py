@@ -58,12 +58,13 @@ def decode_memory(
     chunk = max(1, min(chunk, latent_frames - 1))
     kept, others = _page_elements(architecture, shape, chunk=chunk, dtype=dtype)
     live = _live_elements(architecture, batch, rows, columns, chunk)
+    finest = architecture.stages[-1].scale ** 2 * architecture.width
     frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
     return DecodeMemory(
         weights=parameter_count(architecture) * dtype.itemsize,
         caches=kept * dtype.itemsize,
         step=(others + live) * dtype.itemsize
-        + min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * architecture.stages[-1].scale ** 2 * architecture.width)
+        + (0 if dtype in KERNEL_DTYPES else min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * finest))
         # Frames: the step's own, one step's in flight to the host, both at least fp32; and what they are made of.
         + 2 * frames * max(4, dtype.itemsize)
         + frames * dtype.itemsize,

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import wan_vae_parallel as wvp
-from tests.layouts import LayoutSpy
+from tests.layouts import layouts_of_a_decode
 from tests.oracle import FAMILIES, load, max_error, oracle_frames, oracle_vae, random_latents
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.memory import decode_memory
-from wan_vae_parallel.model.state import DecodeState, WholePicture, Workspace
 from wan_vae_parallel.runtime.download import to_host
 from wan_vae_parallel.runtime.local import LocalDecoder
 
@@ -169,18 +168,38 @@ def test_frames_do_not_depend_on_the_strides_or_the_device_of_latents(family, or
     assert torch.equal(vae.decode(latents.contiguous(memory_format=torch.channels_last_3d)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_convolution_is_channels_last_and_no_copy_reorders(family, oracle, dtype):
+def test_every_convolution_of_torchs_is_channels_last_and_no_copy_reorders(family, oracle):
+    # fp32 has no kernels of our own.
     checkpoint = checkpoint_from_state_dict(oracle.state_dict(), source="the oracle")
-    model = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=dtype).model
-    latents = random_latents(family, frames=4, rows=6, columns=10)[0].permute(1, 2, 3, 0).contiguous().to(CUDA, dtype)
-    state = DecodeState(edges=WholePicture(), workspace=Workspace(dtype, CUDA))
-    with torch.no_grad(), LayoutSpy() as spy:
-        for _ in model.stream(latents, state, 2):
-            pass
+    decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=torch.float32)
+    latents = random_latents(family, frames=4, rows=6, columns=10)
+    spy = layouts_of_a_decode(decoder, latents, 2)
     assert spy.convolutions > 60
     assert not spy.planar
-    assert not spy.reordered
+    assert not [reordered for reordered in spy.reordered if str(tuple(latents[0].shape)) not in reordered]
+
+
+def test_half_precision_asks_torch_for_no_convolution(family, oracle):
+    checkpoint = checkpoint_from_state_dict(oracle.state_dict(), source="the oracle")
+    decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=torch.bfloat16)
+    assert layouts_of_a_decode(decoder, random_latents(family, frames=4, rows=6, columns=10), 2).convolutions == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_same_bits_for_every_chunk_and_both_orders_of_the_axes(family, oracle, dtype):
+    latents = random_latents(family, frames=6, rows=7, columns=10)
+    checkpoint = checkpoint_from_state_dict(oracle.state_dict(), source="the oracle")
+    decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=getattr(torch, dtype))
+
+    def frames(chunk, transposed=False):
+        given = latents.transpose(-1, -2) if transposed else latents
+        return torch.cat([part.cpu() for part in decoder.stream(given, chunk, transposed=transposed)], dim=1)
+
+    expected = frames(1)
+    assert expected.std() > 0.05
+    for chunk in (2, 3, 5):
+        assert torch.equal(frames(chunk), expected)
+    assert torch.equal(frames(2, transposed=True), expected)
 
 
 def kernel_names(work):

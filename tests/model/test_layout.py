@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.layouts import LayoutSpy
+from tests.layouts import LayoutSpy, layouts_of_a_decode
 from tests.oracle import FAMILIES, oracle_vae, random_latents
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
-from wan_vae_parallel.model.state import DecodeState, WholePicture, Workspace
 from wan_vae_parallel.runtime.local import LocalDecoder
 
 CPU = torch.device("cpu")
@@ -19,12 +18,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("rows", "columns"), [(3, 4), (1, 1)])  # (1, 1): strides of size-1 axes
 def test_every_convolution_gets_channels_last_tensors(family, rows, columns):
     checkpoint = checkpoint_from_state_dict(oracle_vae(family).state_dict(), source="the oracle")
-    model = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CPU, dtype=torch.float32).model
-    latents = random_latents(family, frames=4, rows=rows, columns=columns)[0].permute(1, 2, 3, 0).contiguous()
-    state = DecodeState(edges=WholePicture(), workspace=Workspace(torch.float32, CPU))
-    with torch.no_grad(), LayoutSpy() as spy:
-        for _ in model.stream(latents, state, 2):
-            pass
+    decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CPU, dtype=torch.float32)
+    latents = random_latents(family, frames=4, rows=rows, columns=columns)
+    spy = layouts_of_a_decode(decoder, latents, 2)
     assert spy.convolutions > 60
     # Copies are judged on CUDA alone: for small inputs torch's CPU kernels answer in planar order whatever they get.
     assert not spy.planar

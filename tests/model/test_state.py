@@ -1,95 +1,95 @@
-"""The shared workspace and the feature caches. All of it is exact."""
+"""Pages of frames: borders, slots, past frames. All of it is exact."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch import nn
 
-from wan_vae_parallel.model.state import DecodeState, WholePicture, Workspace
+from wan_vae_parallel.model.state import DecodeState, Frames, PageKey, PageNeed, Pages, WholePicture
 
-
-def border_of(buffer, border):
-    """The values of ``buffer`` outside its interior."""
-    inside = torch.zeros(buffer.shape, dtype=torch.bool)
-    inside[:, border:-border, border:-border] = True
-    return buffer[~inside]
+KEY = PageKey(scale=2, channels=3, border=1)
 
 
-def workspace():
-    return Workspace(torch.float32, torch.device("cpu"))
+def pages(slots=7, key=KEY):
+    return Pages(slots, 4, 5, key, dtype=torch.float32, device=torch.device("cpu"))
 
 
-# (frames, rows, columns, channels, border); any may follow any.
-TAKES = [
-    (3, 4, 6, 8, 1),
-    (6, 4, 6, 8, 1),  # more frames of the same size
-    (3, 6, 4, 8, 1),  # as many elements in another shape: old interior lies where the new border is
-    (3, 4, 6, 8, 0),  # no border at all: everything is written
-    (3, 8, 12, 4, 1),  # the next resolution, more elements: the memory grows
-    (1, 1, 1, 8, 1),  # the smallest
-    (3, 4, 6, 8, 2),  # a wider border
-]
+@pytest.mark.parametrize("border", [0, 1])
+def test_an_arena_has_a_border_around_each_frame_and_begins_as_zeros(border):
+    arena = pages(key=PageKey(2, 3, border)).arena
+    assert arena.shape == (7, 4 + 2 * border, 5 + 2 * border, 3)
+    assert arena.is_contiguous()
+    assert not arena.any()
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(TAKES, TAKES)))
-def test_borders_are_zero_whatever_used_the_memory_before(before, after):
-    space = workspace()
-    for *shape, border in (before, after, before):
-        buffer = space.take(*shape, border=border)
-        frames, rows, columns, channels = shape
-        assert buffer.shape == (frames, rows + 2 * border, columns + 2 * border, channels)
-        assert buffer.is_contiguous()
-        if border:
-            assert not border_of(buffer, border).any()
-            # What a producer may leave: anything, in the interior alone.
-            buffer[:, border:-border, border:-border] = math.nan
-        else:
-            buffer.fill_(math.nan)
+def test_slots_are_handed_out_once_until_they_come_back_and_blank_ones_never():
+    space = pages()
+    first, second = space.take(4), space.take(2)
+    assert len({*first.slots, *second.slots}) == 6
+    assert min(*first.slots, *second.slots) >= Pages.BLANK
+    with pytest.raises(AssertionError, match="too small"):
+        space.take(1)
+    space.give((0, 0, *second.slots))  # a past of blank frames comes along
+    assert set(space.take(2).slots) == set(second.slots)
 
 
-def test_the_memory_is_shared_by_all_takes_that_fit():
-    space = workspace()
-    largest = space.take(4, 8, 8, 8, border=1)
-    assert space.take(3, 4, 4, 8, border=1).data_ptr() == largest.data_ptr()
-    assert space.take(4, 8, 8, 8, border=0).data_ptr() == largest.data_ptr()
+def test_the_index_is_the_slots_and_made_once():
+    space = pages()
+    frames = Frames(space, (5, 3, 4))
+    assert frames.index.tolist() == [5, 3, 4]
+    assert frames.index.dtype == torch.int32
+    assert Frames(space, (5, 3, 4)).index is frames.index
+    assert [part.slots for part in frames.split(2)] == [(5, 3), (4,)]
 
 
-def test_a_cache_returns_what_was_kept_and_zeros_before_that():
-    state = DecodeState(edges=WholePicture(), workspace=workspace())
-    conv, other = nn.Identity(), nn.Identity()
-    past = torch.full((2, 3, 3, 4), math.nan)
-    state.load_past(conv, past)
-    assert not past.any()  # nothing seen: zeros, not what lay in the buffer
-
-    first, second = torch.randn(2, 3, 3, 4), torch.randn(2, 3, 3, 4)
-    for seen in (first, second):  # the first is copied, the second written over it
-        buffer = seen.clone()
-        state.keep_past(conv, buffer)
-        buffer.fill_(math.nan)  # the workspace goes on to others: the cache must not lie in it
-        state.load_past(conv, past)
-        assert torch.equal(past, seen)
-    state.load_past(other, past)
-    assert not past.any()  # each convolution has its own
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_a_convolution_sees_blank_frames_and_then_what_it_saw_last(new):
+    space = pages(slots=1 + 2 + new)
+    state = DecodeState({KEY: space}, edges=WholePicture())
+    conv, seen_values = object(), [0.0, 0.0]
+    for step in range(6):  # again and again: no slot is lost
+        frames = state.take(KEY, new)
+        for i, slot in enumerate(frames.slots):
+            space.arena[slot].fill_(math.nan).fill_(1 + step * new + i)
+            seen_values.append(float(1 + step * new + i))
+        seen = state.with_past(conv, frames, 2)
+        assert [space.arena[slot, 0, 0, 0].item() for slot in seen.slots] == seen_values[-2 - new :]
+        state.keep_past(conv, seen, 2)
+    assert not space.arena[: Pages.BLANK].any()
 
 
-def test_the_last_step_keeps_nothing():
-    state = DecodeState(edges=WholePicture(), workspace=workspace())
-    conv = nn.Identity()
-    state.keep_past(conv, torch.randn(2, 3, 3, 4))
-    state.last = True
-    state.keep_past(conv, torch.randn(2, 3, 3, 4))
-    assert not state._past
-    state.keep_past(nn.Identity(), torch.randn(2, 3, 3, 4))  # one that never kept anything
-    assert not state._past
+def test_two_convolutions_have_a_past_each():
+    space = pages()
+    state = DecodeState({KEY: space}, edges=WholePicture())
+    for conv in ("one", "other"):
+        frames = state.take(KEY, 2)
+        state.keep_past(conv, state.with_past(conv, frames, 2), 2)
+    past = [state.with_past(conv, Frames(space, ()), 2).slots for conv in ("one", "other")]
+    assert len({*past[0], *past[1]}) == 4
+
+
+def test_an_image_keeps_nothing():
+    space = pages(slots=3)
+    state = DecodeState({KEY: space}, edges=WholePicture(), keeps=False)
+    for conv in ("one", "other", "third"):
+        frames = state.take(KEY, 2)
+        state.keep_past(conv, state.with_past(conv, frames, 2), 2)
+
+
+def test_needs_add_up_where_frames_stay_and_take_turns_where_they_pass():
+    both = PageNeed(kept=2, passing=3) | PageNeed(kept=2, waiting=6, passing=1)
+    assert both == PageNeed(kept=4, passing=3, waiting=6)
+    assert both.slots(1) == 1 + 4 + 3
+    assert both.slots(2) == 1 + 2 * 4 + 3 + 6
 
 
 def test_the_whole_picture_has_zeros_around_it_and_all_rows():
-    buffer = torch.randn(1, 3, 3, 2)
-    before = buffer.clone()
-    WholePicture().fill_halo(buffer)
-    assert torch.equal(buffer, before)  # the zeros are in place already
-    assert WholePicture().all_rows(buffer) is buffer
+    frames = pages().take(2)
+    frames.arena.normal_()
+    before = frames.arena.clone()
+    WholePicture().fill_halo(frames)
+    assert torch.equal(frames.arena, before)  # the zeros are in place already
+    rows = torch.randn(1, 3, 3, 2)
+    assert WholePicture().all_rows(rows) is rows

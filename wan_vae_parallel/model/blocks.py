@@ -139,8 +139,9 @@ class Resample(nn.Module):
 
     def needs(self, chunk: int) -> Needs:
         """The pages that it uses."""
-        waiting = {self._conv[0].key: PageNeed(waiting=chunk * self.time_factor)}
-        return add_needs([waiting, self.time_conv.needs(chunk) if self.time_conv else {}])
+        # Passing: what the time convolution makes; or, without one, what the last block reads and what it writes.
+        own = {self._conv[0].key: PageNeed(passing=2 * chunk, waiting=chunk * self.time_factor)}
+        return add_needs([own, self.time_conv.needs(chunk) if self.time_conv else {}])
 
     def take(self, count: int, state: DecodeState) -> Frames:
         """Where the stage's last block writes ``count`` frames."""

@@ -32,28 +32,28 @@ class PageNeed:
 
     Attributes:
         kept: for past frames, of each video.
-        waiting: for frames between two stages, of each video.
         passing: for frames within a step.
+        waiting: for frames between two stages, of each video but the one whose step it is.
     """
 
     kept: int = 0
-    waiting: int = 0
     passing: int = 0
+    waiting: int = 0
 
     def __or__(self, other: PageNeed) -> PageNeed:
         """Both: what is kept adds up, the rest takes turns."""
-        return PageNeed(self.kept + other.kept, max(self.waiting, other.waiting), max(self.passing, other.passing))
+        return PageNeed(self.kept + other.kept, max(self.passing, other.passing), max(self.waiting, other.waiting))
 
     def slots(self, videos: int) -> int:
         """All slots for so many videos that take turns."""
-        return Pages.BLANK + videos * (self.kept + self.waiting) + self.passing
+        return Pages.BLANK + videos * self.kept + self.passing + (videos - 1) * self.waiting
 
 
 class Pages:
     """An arena of frames of one size; a frame lies in a slot of it and never moves.
 
     Outer borders are zero and stay so, since producers write only what lies inside and halos only rows that
-    neighbours own. The first slots stay zero altogether: the past of a video that has none.
+    neighbours own. The first slot stays zero altogether: the past of a video that has none.
 
     Args:
         slots: how many.
@@ -64,7 +64,7 @@ class Pages:
         device: where.
     """
 
-    BLANK = 2
+    BLANK = 1
 
     def __init__(
         self, slots: int, rows: int, columns: int, key: PageKey, *, dtype: torch.dtype, device: torch.device
@@ -178,10 +178,10 @@ class DecodeState:
 
     def with_past(self, conv: Hashable, frames: Frames, past: int) -> Frames:
         """``frames`` behind the ``past`` ones that ``conv`` saw last; blank ones if it saw none."""
-        return Frames(frames.pages, self._past.get(conv, tuple(range(past))) + frames.slots)
+        return Frames(frames.pages, self._past.get(conv, (0,) * past) + frames.slots)
 
     def keep_past(self, conv: Hashable, seen: Frames, past: int) -> None:
         """Keeps the last ``past`` of what ``conv`` saw for its next step, and lets go of the others."""
         gone = len(seen) - past if self._keeps else len(seen)
-        self._past[conv] = seen.slots[gone:] if self._keeps else tuple(range(past))
+        self._past[conv] = seen.slots[gone:] if self._keeps else (0,) * past
         seen.pages.give(seen.slots[:gone])
