@@ -75,7 +75,7 @@ def test_the_parts_add_up_and_an_image_needs_no_caches():
     architecture = Architecture.published("wan2.1")
     video = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16)
     assert video.total == video.weights + video.caches + video.step
-    assert video.weights == 2 * parameter_count(architecture)
+    assert 2 * parameter_count(architecture) < video.weights < 2.1 * parameter_count(architecture)
     assert 3.5 * 2**30 < video.caches < 4.5 * 2**30  # 4.06 GiB: two frames of each convolution's input
     assert decode_memory(architecture, (1, 1, 90, 160), chunk=1, dtype=torch.bfloat16).caches == 0
 

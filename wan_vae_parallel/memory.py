@@ -14,6 +14,7 @@ import torch
 
 from .architecture import Architecture
 from .model.decoder import WanDecoder
+from .model.layers import UpsampleConv
 from .ops.attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
 from .ops.dispatch import KERNEL_DTYPES
 from .ops.norm_silu import BLOCK_ELEMENTS
@@ -35,7 +36,7 @@ class DecodeMemory:
     """Bytes on the decoding device.
 
     Attributes:
-        weights: the decoder's parameters.
+        weights: the decoder's parameters, and what its kernels want made of them.
         caches: the feature caches, for all videos of the batch; none for a single latent frame.
         step: activations of one step, at their largest.
     """
@@ -61,7 +62,8 @@ def decode_memory(
     finest = architecture.stages[-1].scale ** 2 * architecture.width
     frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
     return DecodeMemory(
-        weights=parameter_count(architecture) * dtype.itemsize,
+        weights=(parameter_count(architecture) + (_folded_elements(architecture) if dtype in KERNEL_DTYPES else 0))
+        * dtype.itemsize,
         caches=kept * dtype.itemsize,
         step=(others + live) * dtype.itemsize
         + (0 if dtype in KERNEL_DTYPES else min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * finest))
@@ -138,6 +140,12 @@ def _skeleton(architecture: Architecture) -> WanDecoder:
     """The decoder without weights, to count its parts."""
     with torch.device("meta"):
         return WanDecoder(architecture)
+
+
+def _folded_elements(architecture: Architecture) -> int:
+    """Elements of upsampling weights as the kernels take them, 16 taps instead of 9."""
+    convs = (module for module in _skeleton(architecture).modules() if isinstance(module, UpsampleConv))
+    return sum(conv.weight.numel() // 9 * 16 for conv in convs)
 
 
 def _page_elements(

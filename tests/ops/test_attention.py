@@ -7,18 +7,12 @@ import math
 import pytest
 import torch
 
+from tests.ops.plain import errs_at_most_twice_as_much, plain_attention, random
 from wan_vae_parallel.ops.attention import frame_attention
 
 
-def plain_attention(query, key, value):
-    scores = torch.einsum("tnc,tmc->tnm", query, key) / math.sqrt(query.shape[-1])
-    return torch.einsum("tnm,tmc->tnc", scores.softmax(-1), value)
-
-
 def random_inputs(frames, queries, keys, channels, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    sizes = (queries, keys, keys)
-    return [torch.randn(frames, size, channels, generator=generator, dtype=dtype) for size in sizes]
+    return [random(frames, size, channels, dtype=dtype, seed=i) for i, size in enumerate((queries, keys, keys))]
 
 
 @pytest.mark.parametrize(
@@ -40,20 +34,27 @@ def test_matches_softmax_attention(frames, queries, keys, channels, dtype, bound
     torch.testing.assert_close(out, plain_attention(*inputs), atol=5 * bound, rtol=5 * bound)
 
 
-def test_takes_the_strided_halves_of_a_joint_key_and_value():
-    # As the model hands them over: slices of one projection's output.
-    query, *_ = random_inputs(2, 6, 6, 8)
-    both = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
-    key, value = both.chunk(2, dim=-1)
+def test_takes_strided_slices_of_one_projection():
+    # As the model hands them over: query, key and value lie in one tensor, key and value maybe in another.
+    query, key, value = random(2, 6, 24).chunk(3, dim=-1)
+    torch.testing.assert_close(frame_attention(query, key, value), plain_attention(query, key, value))
+    key, value = random(2, 9, 16, seed=1).chunk(2, dim=-1)
     torch.testing.assert_close(frame_attention(query, key, value), plain_attention(query, key, value))
 
 
-def test_in_bf16_errs_at_most_twice_as_much_as_eager():
-    half = random_inputs(2, 40, 40, 64, torch.bfloat16)
+def test_nan_stays_in_its_frame():
+    query, key, value = random_inputs(3, 4, 6, 8)
+    key[1] = math.nan
+    out = frame_attention(query, key, value)
+    assert out[1].isnan().all()
+    assert not out[0::2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errs_at_most_twice_as_much_as_eager(dtype):
+    half = random_inputs(2, 40, 40, 64, dtype)
     exact = plain_attention(*(tensor.double() for tensor in half))
-    eager = plain_attention(*half)
-    error = (frame_attention(*half).double() - exact).abs().max()
-    assert error <= 2 * (eager.double() - exact).abs().max()
+    assert errs_at_most_twice_as_much(frame_attention(*half), plain_attention(*half), exact)
 
 
 def test_refuses_keys_of_fewer_frames():

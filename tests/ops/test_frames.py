@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from tests.ops.plain import plain_frames, random
 from wan_vae_parallel.ops.frames import to_frames
-
-
-def plain_frames(x, patch):
-    frames, rows, columns, channels = x.shape
-    out = torch.empty(frames, rows * patch, columns * patch, channels // patch**2, dtype=torch.float64)
-    for colour in range(out.shape[-1]):
-        for column in range(patch):
-            for row in range(patch):
-                out[:, row::patch, column::patch, colour] = x[..., (colour * patch + column) * patch + row].double()
-    return ((out + 1) / 2).clamp(0, 1)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -30,13 +23,24 @@ def plain_frames(x, patch):
         (torch.float64, torch.float64, 0),
     ],
 )
-def test_every_value_lands_in_its_place(size, colours, patch, dtype, wide, bound):
-    x = torch.randn(*size, colours * patch**2, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_every_value_lands_in_its_place(monkeypatch, size, colours, patch, dtype, wide, bound):
+    x = random(*size, colours * patch**2, dtype=dtype)
+    expected = plain_frames(x, patch)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
     frames = to_frames(x, patch)
     assert frames.dtype == wide
     assert frames.is_contiguous()
     assert frames.shape == (size[0], size[1] * patch, size[2] * patch, colours)
-    assert (frames.double() - plain_frames(x, patch)).abs().max() <= bound
+    assert (frames.double() - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_transposed_activations_make_the_same_pictures(patch):
+    x = random(2, 3, 5, 3 * patch**2)
+    frames = to_frames(x.transpose(1, 2).contiguous(), patch, transposed=True)
+    assert frames.is_contiguous()
+    assert torch.equal(frames, to_frames(x, patch))
 
 
 def test_maps_the_ends_of_the_range_exactly_and_clamps_beyond():
@@ -45,7 +49,7 @@ def test_maps_the_ends_of_the_range_exactly_and_clamps_beyond():
 
 
 def test_leaves_its_input_alone():
-    x = torch.randn(1, 2, 2, 3)
+    x = random(1, 2, 2, 3)
     before = x.clone()
     to_frames(x, 1)
     assert torch.equal(x, before)

@@ -8,7 +8,6 @@ Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py; else those of torch
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -224,7 +223,7 @@ def pointwise_conv(
         if kernels.takes(x, weight3d) and x.is_contiguous():
             if out is None:
                 out = x.new_empty((*x.shape[:3], weight.shape[0]))
-            slots = _count_up(len(x), x.device)
+            slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
             kernels.conv(
                 x, slots, weight3d, bias, residual=residual, out=out, out_slots=out_slots, halves=1, transposed=False
             )
@@ -291,8 +290,3 @@ def _say_slower(arena: torch.Tensor) -> None:
         f"convolutions of {str(arena.dtype).removeprefix('torch.')} tensors run on cuDNN, which is slower and whose "
         f"last bits depend on chunks and devices; bfloat16 and float16 have kernels of their own"
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _count_up(count: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(count, dtype=torch.int32, device=device)
