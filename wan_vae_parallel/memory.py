@@ -28,7 +28,8 @@ _NORM_BYTES = 2 * BLOCK_ELEMENTS * 4
 _USABLE = 0.9
 # What a system that does not tell its free memory is taken to have.
 UNLIMITED = 2**62
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "Cuda failure 2 'out of memory'")
+# How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN say it.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the host had no memory left."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # torch's CPU allocator and NCCL have no error classes of their own.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )

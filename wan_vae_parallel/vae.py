@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,15 @@ from .errors import ArgumentError, CheckpointError, OutOfMemoryError, WanVAEErro
 from .latents import check_fits, check_latents, denormalize
 from .memory import UNLIMITED, decode_memory, free_memory, gibibytes, largest_chunk, parameter_count
 from .parallel.plan import plan_shards
-from .runtime.engine import LocalEngine
-from .runtime.group import GroupEngine
+from .runtime.engine import LocalEngine, LocalRun
+from .runtime.group import GroupEngine, GroupRun
 from .runtime.pool import WorkerPool
+from .runtime.pool_run import PoolRun
 
 OnChunk = Callable[[int, int, torch.Tensor], None]
 Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
+Run = LocalRun | PoolRun | GroupRun
 
 _IDLE_SECONDS = 600.0
 
@@ -58,7 +60,7 @@ def load_vae(
         CheckpointError: the file is not a Wan VAE that can be decoded with.
         DeviceError: a device or dtype that is not there.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     return VAE(
         FileWeights(path), path=path, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group
     )
@@ -107,6 +109,29 @@ class FileWeights:
         return checkpoint
 
 
+class _SameWeights:
+    """Gives the weights that were there first, again and again; other ones are an error."""
+
+    def __init__(self, weights: Callable[[], Checkpoint]) -> None:
+        self._weights = weights
+        # Kept until it is asked for: what was checked is what decodes.
+        self._first: Checkpoint | None = weights()
+        self.architecture = self._first.architecture
+
+    def __call__(self) -> Checkpoint:
+        checkpoint, self._first = self._first or self._weights(), None
+        if checkpoint.architecture != self.architecture:
+            raise WanVAEError(
+                f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
+                f"load it again"
+            )
+        return checkpoint
+
+    def forget(self) -> None:
+        """Reads them anew the next time."""
+        self._first = None
+
+
 class VAE:
     """A Wan VAE's decoder, ready to decode; make it with `load_vae`.
 
@@ -133,20 +158,23 @@ class VAE:
         self.devices = tuple(parse_devices(devices) if group is None else [parse_rank_device(devices, group)])
         self.dtype = parse_dtype(dtype, self.devices[0])
         self.chunk = chunk
-        self._weights = weights
+        if not isinstance(idle_seconds, (int, float)) or isinstance(idle_seconds, bool) or not idle_seconds >= 0:
+            raise ArgumentError(
+                f"idle_seconds is {idle_seconds!r}; it must be a number of seconds from 0 on, or math.inf for never"
+            )
         self._closed = False
-        # Kept until the first decode has loaded it: what was checked is what decodes.
-        self._first: Checkpoint | None = weights()
-        self.architecture: Architecture = self._first.architecture
+        # The engine gets these and not the VAE: a VAE that is dropped takes its workers along.
+        unchanged = _SameWeights(weights)
+        self.architecture: Architecture = unchanged.architecture
         self._engine: LocalEngine | WorkerPool | GroupEngine
         self._group = group
         if group is not None:
-            self._engine = GroupEngine(self._unchanged, self.devices[0], self.dtype, group)
+            self._engine = GroupEngine(unchanged, self.devices[0], self.dtype, group)
         elif len(self.devices) == 1:
-            self._engine = LocalEngine(self._unchanged, self.devices[0], self.dtype)
+            self._engine = LocalEngine(unchanged, self.devices[0], self.dtype)
         else:
-            self._first = None  # workers read the file themselves: whether it is the same one is looked up then
-            self._engine = WorkerPool(self._unchanged, self.devices, self.dtype, path=path, idle_seconds=idle_seconds)
+            unchanged.forget()  # workers read the file themselves: whether it is the same one is looked up then
+            self._engine = WorkerPool(unchanged, self.devices, self.dtype, path=path, idle_seconds=idle_seconds)
 
     @property
     def chunk(self) -> Chunk:
@@ -197,7 +225,7 @@ class VAE:
                 f"{total} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, where "
                 f"{gibibytes(free)} are free; decode fewer latents at once, or take the frames from decode_stream"
             )
-        with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+        with self._running(latents, shape) as run:
             out = torch.empty(shape, dtype=dtype) if run.video is None else run.video
             for frames in run:
                 self._check_frames(frames, first=done == 0)
@@ -271,15 +299,17 @@ class VAE:
     def _chunk_number(self) -> int:
         return 0 if self._chunk == "auto" else int(self._chunk)
 
-    def _unchanged(self) -> Checkpoint:
-        """The weights, read again; they must be what they were."""
-        checkpoint, self._first = self._first or self._weights(), None
-        if checkpoint.architecture != self.architecture:
-            raise WanVAEError(
-                f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
-                f"load it again"
-            )
-        return checkpoint
+    @contextlib.contextmanager
+    def _running(self, latents: torch.Tensor, shape: torch.Size) -> Iterator[Run]:
+        try:
+            with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+                yield run
+        finally:
+            if self._closed:  # meanwhile, by another thread or a callback
+                self._engine.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a VAE holds devices and processes, so it can't be copied or pickled; load it where it is used")
 
     def _checked(self, latents: torch.Tensor, normalized: bool) -> torch.Tensor:
         if self._closed:
@@ -302,11 +332,14 @@ class VAE:
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
-        with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
-            first = True
+        with self._running(latents, shape) as run:
+            done, first = 0, True
             for frames in run:
                 self._check_frames(frames, first)
                 first = False
                 # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
                 # outside it.
                 yield frames.clone()
+                done += frames.shape[1]
+                if isinstance(run, PoolRun):
+                    run.discard(done)

@@ -224,8 +224,8 @@ def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_pat
 def test_a_group_that_can_not_be_joined_is_an_error_with_its_reason_and_a_way_out(path, latents, monkeypatch):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         with monkeypatch.context() as patch:
-            patch.setenv("GLOO_SOCKET_IFNAME", "wan0")
-            with pytest.raises(wvp.WorkerError, match=r"wan0.* unset GLOO_SOCKET_IFNAME"):
+            patch.setattr("wan_vae_parallel.runtime.pool._INTERFACE", "wan0")
+            with pytest.raises(wvp.WorkerError, match=r"worker \d on cpu failed: .*wan0"):
                 vae.decode(latents)
         assert pids(vae) == []
         vae.decode(latents)

@@ -26,6 +26,8 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> None:
         operations.append(dist.P2POp(dist.irecv, received[len(operations) // 2][None], peer, group))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # only now have the bytes moved
 
 
 class ShardEdges:

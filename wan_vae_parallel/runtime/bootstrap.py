@@ -31,6 +31,8 @@ def load_package() -> None:
 
 def run(connection: Any, log: Any, environment: dict[str, str | None], options: dict[str, Any]) -> None:
     """Ends the process when the work is done; never returns."""
+    # torch reads its settings when it is loaded: what the parent has there must be gone before.
+    assert "torch" not in sys.modules, "a worker's torch was loaded with its parent's environment"
     for descriptor in (1, 2):
         os.dup2(log.fileno(), descriptor)
     for name, value in environment.items():

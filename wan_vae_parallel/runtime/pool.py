@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing.connection
 import os
+import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing.reduction import send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save
 
 from ..checkpoint import Checkpoint
 from ..errors import WanVAEError, WorkerError
-from .pool_run import START_SECONDS, PoolRun, StepOutOfMemory
+from .pool_run import PoolRun, StepOutOfMemory
 from .process import WorkerProcess
 from .shared_memory import SharedMemory
 
@@ -31,10 +33,15 @@ logger = logging.getLogger(__name__)
 
 # A worker that says nothing for so long is stopped or stuck; it says something every second.
 _SILENCE_SECONDS = 7.0
+# If this process itself did not run for so long, it can't blame workers for their silence.
+_PAUSE_SECONDS = 2.0
+# Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
+_START_SECONDS = 300.0
+# All ranks are on this machine: nothing listens beyond it.
+_INTERFACE = "lo"
 # What the others of a worker that died still say within this time tells whose fault it was.
 _CAUSE_SECONDS = 1.0
 _COPY_THREADS = 4
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -65,8 +72,11 @@ class WorkerPool:
         self._path = path
         self._idle_seconds = idle_seconds
         self.workers: list[WorkerProcess] = []
+        self._process = os.getpid()
+        # Counts how often the workers were ended, which may happen while they start.
+        self._ended = 0
         self._decoding = threading.Lock()
-        self._decoder_thread: int | None = None
+        self._decoder_thread: threading.Thread | None = None
         self._idle_timer: threading.Timer | None = None
 
     @property
@@ -90,56 +100,67 @@ class WorkerPool:
 
     def enter(self) -> None:
         """Takes the pool for a decode of this thread, when those of others are over."""
-        if self._decoder_thread == threading.get_ident():
+        if os.getpid() != self._process:
+            raise WanVAEError("this process was forked from the one that loaded the VAE; load it here, too")
+        if self._decoder_thread is threading.current_thread():
             raise WanVAEError(
                 "another decode of this VAE is open in this very thread; finish or close its stream first"
             )
         self._decoding.acquire()
-        self._decoder_thread = threading.get_ident()
+        self._decoder_thread = threading.current_thread()
         if self._idle_timer:
             self._idle_timer.cancel()
 
     def leave(self) -> None:
         """Ends what `enter` began; from now on the workers are idle."""
-        self._end_when_idle()
         self._decoder_thread = None
         self._decoding.release()
+        if sys.is_finalizing():
+            self.stop(grace=0.0)  # nothing can wait any more
+        else:
+            self._end_when_idle()
 
     def start(self) -> None:
-        """Starts the workers if there are none, and waits until they are ready."""
-        if self.workers:
+        """Starts the workers if there are none that live, and waits until they are ready."""
+        if self.workers and all(worker.process.is_alive() for worker in self.workers):
             return
+        if self.workers:
+            logger.warning("workers ended since the last decode; starting new ones")
+            self.stop(grace=0.5)
+        ended = self._ended
         cuda = self.devices[0].type == "cuda"
         checkpoint, memory = self._weights(), None
         path = self._path
         if path is None:
             # One copy for all workers, which open it through the parent's descriptor.
-            content = bytearray(
-                save({key: value.detach().cpu().contiguous() for key, value in checkpoint.decoder.items()})
-            )
+            content = save({key: value.detach().cpu().contiguous() for key, value in checkpoint.decoder.items()})
             memory = SharedMemory.create(len(content))
-            memory.tensor(torch.Size((len(content),)), torch.uint8).copy_(torch.frombuffer(content, dtype=torch.uint8))
+            memory.write(content)
+            del content
             path = Path(f"/proc/{os.getpid()}/fd/{memory.descriptor}")
         options = {
             "world_size": len(self.devices),
-            "dtype": self.dtype,
+            # As a word: a torch.dtype would have the worker import torch before its environment is its own.
+            "dtype": str(self.dtype).removeprefix("torch."),
             "backend": "nccl" if cuda else "gloo",
             "weights": str(path.absolute()),
             # On GPUs the host only copies frames: more threads than these would only be in each other's way.
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }
-        # All ranks are on this machine: nothing needs to listen beyond it.
-        interfaces = {name: os.environ.get(name, "lo") for name in _INTERFACE_VARIABLES}
-        environment = {**dict.fromkeys(_ALLOCATOR_VARIABLES), **interfaces}
+        environment = {
+            **dict.fromkeys(_ALLOCATOR_VARIABLES),
+            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _INTERFACE),
+        }
         started = time.monotonic()
         store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
         try:
             for rank, device in enumerate(self.devices):
                 self.workers.append(WorkerProcess(rank, device, options, environment))
-            for worker in self.workers:
-                worker.connection.send(("store",))
-                send_handle(worker.connection, store, worker.process.pid)
-            self.gather("ready", len(self.workers), patience=START_SECONDS)
+                if self._ended != ended:
+                    raise WorkerError("the workers were ended while they started; the next decode starts new ones")
+            self.tell("store")
+            self.hand_over(store)
+            self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
         except BaseException:
             self.stop()
             raise
@@ -152,6 +173,11 @@ class WorkerPool:
 
     def stop(self, grace: float = 2.0) -> None:
         """Ends all workers, however they are: asked, then after ``grace`` seconds killed."""
+        if os.getpid() != self._process:
+            return  # a forked copy: they are the parent's
+        self._ended += 1
+        if self._idle_timer:
+            self._idle_timer.cancel()
         workers, self.workers = self.workers, []
         for worker in workers:
             with contextlib.suppress(OSError):
@@ -173,18 +199,37 @@ class WorkerPool:
             except OSError:
                 raise self._cause(workers) from None
 
+    def hand_over(self, *descriptors: int) -> None:
+        """Gives all workers ``descriptors``, which follow a message that said so."""
+        workers = self._living()
+        for worker in workers:
+            try:
+                for descriptor in descriptors:
+                    worker.hand_over(descriptor)
+            except OSError:
+                raise self._cause(workers) from None
+
     def _living(self) -> list[WorkerProcess]:
         """The workers; another thread, or a callback, may have ended them."""
         if not self.workers:
             raise WorkerError("the workers were ended while they decoded; the next decode starts new ones")
         return list(self.workers)
 
-    def gather(self, kind: str, count: int, *, patience: float = _SILENCE_SECONDS) -> list[tuple[Any, ...]]:
-        """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers."""
+    def gather(
+        self, kind: str, count: int, *, patience: float = _SILENCE_SECONDS, limit: float | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers.
+
+        Args:
+            kind: of message.
+            count: of workers.
+            patience: seconds that any of them may say nothing at all.
+            limit: seconds until all must have answered.
+        """
         answers: dict[int, tuple[Any, ...]] = {}
         workers = self._living()
         waiting: dict[object, WorkerProcess] = {worker.connection: worker for worker in workers}
-        since = time.monotonic()
+        since = looked = time.monotonic()
         for worker in workers:
             worker.heard = since
         while len([rank for rank in answers if rank < count]) < count:
@@ -201,11 +246,19 @@ class WorkerPool:
             except (EOFError, OSError):
                 raise self._cause(workers) from None
             self._living()
-            # What a worker said last may still lie in its pipe when it is dead.
-            if any(not w.process.is_alive() and not w.connection.poll() for w in workers):
+            # Of those that are waited for the pipe tells; one that has answered may die too, and hold the others up.
+            if any(not w.process.is_alive() and w.connection not in pending for w in workers):
                 raise self._cause(workers)
+            now = time.monotonic()
+            if now - looked > _PAUSE_SECONDS:
+                for worker in workers:
+                    worker.heard = now
+            looked = now
+            if limit is not None and now - since > limit:
+                waited = ", ".join(str(w) for w in workers if w.rank not in answers)
+                raise WorkerError(f"{waited} did not get ready within {limit:.0f} s{self._hint('')}")
             for worker in workers:
-                if worker.connection in pending and time.monotonic() - worker.heard > patience:
+                if worker.connection in pending and now - worker.heard > patience:
                     raise WorkerError(
                         f"{worker} is not answering for {patience:.0f} s (process {worker.process.pid}); it and the "
                         f"others were ended, the next decode starts new ones{worker.last_lines()}"
@@ -237,34 +290,40 @@ class WorkerPool:
         return self._death(next((w for w in workers if codes[w.rank] is not None), workers[0]))
 
     def _death(self, worker: WorkerProcess) -> WorkerError:
+        code = worker.process.exitcode
+        # How NCCL's watchdog ends a process that waited for a peer in vain.
+        hint = self._hint(" (NCCL waited for a peer in vain?)") if code == -signal.SIGABRT else ""
         return WorkerError(
-            f"{worker} died with exit code {worker.process.exitcode}; the others were ended, the next decode starts "
-            f"new ones{worker.last_lines()}"
+            f"{worker} died with exit code {code}; the others were ended, the next decode starts new ones{hint}"
+            f"{worker.last_lines()}"
         )
 
     def _failure(self, worker: WorkerProcess, kind: str, text: str) -> WanVAEError:
         if kind == "memory":
             return StepOutOfMemory(f"{worker} ran out of memory: {text}")
-        hint = ""
-        for name in _INTERFACE_VARIABLES:
-            value = os.environ.get(name)
-            if value and (value in text or ("NCCL" in text and name.startswith("NCCL"))):
-                hint += f"; {name} is {value!r}: name an interface of this machine, or unset {name}"
-        if "NCCL" in text:
-            hint += (
-                "; if the GPUs can't reach one another, try NCCL_P2P_DISABLE=1, or give the container more shared "
-                "memory (--shm-size, --ipc=host)"
-            )
+        hint = self._hint("") if "NCCL" in text else ""
         return WorkerError(f"{worker} failed: {text}{hint}{worker.last_lines()}")
 
+    def _hint(self, guess: str) -> str:
+        """What to try where GPUs can't join or reach one another."""
+        if self.devices[0].type != "cuda":
+            return ""
+        return (
+            f"{guess}; if the GPUs can't reach one another, try NCCL_P2P_DISABLE=1, or give the container more shared "
+            f"memory (--shm-size, --ipc=host)"
+        )
+
     def _end_when_idle(self) -> None:
+        if not self.workers or math.isinf(self._idle_seconds):
+            return
         weak = weakref.ref(self)  # the timer alone does not keep a pool that nobody uses
 
         def end() -> None:
             pool = weak()
             if pool and pool._decoding.acquire(blocking=False):
                 try:
-                    logger.info("workers idle for %.0f s: ending them", pool._idle_seconds)
+                    if pool.workers:
+                        logger.info("workers idle for %.0f s: ending them", pool._idle_seconds)
                     pool.stop()
                 finally:
                     pool._decoding.release()
@@ -273,6 +332,9 @@ class WorkerPool:
         self._idle_timer.daemon = True
         self._idle_timer.start()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("workers can't be copied or pickled")
+
     def __del__(self) -> None:
-        if self.workers:
+        if getattr(self, "workers", None):
             self.stop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from multiprocessing.reduction import send_handle
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +19,6 @@ logger = logging.getLogger(__name__)
 
 # Steps that are commanded before the first of them is done: the devices never wait for the parent.
 _AHEAD = 3
-# Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
-START_SECONDS = 300.0
 
 
 class StepOutOfMemory(WanVAEError):
@@ -81,7 +78,7 @@ class PoolRun:
         pool = self._pool
         pool.start()
         self._open(chunk)
-        room = [answer[1] for answer in pool.gather("room", self._shards, patience=START_SECONDS)]
+        room = [answer[1] for answer in pool.gather("room", self._shards)]
         self._begun = min(room)
         if self._begun == 0:
             pool.tell("finish")
@@ -116,9 +113,15 @@ class PoolRun:
             "chunk": chunk,
         }
         self._pool.tell("open", request)
-        for worker in self._pool.workers:
-            for memory in (self._latents_memory, self._video_memory):
-                send_handle(worker.connection, memory.descriptor, worker.process.pid)
+        self._pool.hand_over(self._latents_memory.descriptor, self._video_memory.descriptor)
+
+    def discard(self, frames: int) -> None:
+        """Gives back the memory of the first ``frames`` frames of `video`, which nobody will look at again."""
+        frame = self.video[0, 0].nbytes
+        for video in range(len(self.video)):
+            start = video * self.video[0].nbytes
+            # Of a page that two frames share, the later frame keeps it.
+            self._video_memory.discard(start, start + frames * frame)
 
     def close(self) -> None:
         """Ends the decode where it is; the workers free its memory and stay, `video` stays the caller's."""
@@ -126,7 +129,7 @@ class PoolRun:
         try:
             if pool.workers:
                 pool.tell("finish")
-                pool.gather("finished", len(pool.workers), patience=START_SECONDS)
+                pool.gather("finished", len(pool.workers))
         except WanVAEError as error:
             # The decode is over either way; the next one starts new workers.
             logger.warning("%s", error)

@@ -8,16 +8,19 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import runpy
+import signal
 import sys
 import threading
 import time
 import types
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from typing import Any
 
 import torch
 
+from ..errors import WorkerError
 from . import bootstrap
 
 logger = logging.getLogger(__name__)
@@ -64,15 +67,26 @@ class WorkerProcess:
             name=f"wan-vae-worker-{rank}",
             daemon=True,
         )
-        with _hidden_main():
-            self.process.start()
-        theirs.close()
-        their_log.close()
+        try:
+            with _hidden_main(), _interrupts_held_back():
+                self.process.start()
+        except AssertionError as error:  # multiprocessing's, in a daemonic process
+            raise WorkerError(
+                f"workers can't start here ({error}); name one device, or decode in a process that is not daemonic"
+            ) from None
+        finally:
+            theirs.close()
+            their_log.close()
         self._reader = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self._reader.start()
 
     def __str__(self) -> str:
         return f"worker {self.rank} on {self.device}"
+
+    def hand_over(self, descriptor: int) -> None:
+        """Gives the worker a file descriptor; it takes it after the message that was sent before."""
+        assert self.process.pid
+        send_handle(self.connection, descriptor, self.process.pid)
 
     def last_lines(self) -> str:
         """What it printed last, for a message."""
@@ -84,6 +98,16 @@ class WorkerProcess:
             for line in stream:
                 self.lines.append(line.rstrip())
                 logger.debug("%s: %s", self, self.lines[-1])
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Lets a process be spawned that never sees Ctrl-C, which a terminal sends to all: it is the parent's to act on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

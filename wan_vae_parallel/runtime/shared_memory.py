@@ -31,6 +31,16 @@ class SharedMemory:
         """The memory's beginning as a contiguous tensor."""
         return torch.frombuffer(self._map, dtype=dtype, count=shape.numel()).view(shape)
 
+    def write(self, content: bytes) -> None:
+        """Fills the memory's beginning."""
+        self._map[: len(content)] = content
+
+    def discard(self, start: int, stop: int) -> None:
+        """Gives the system back the pages that lie within ``start`` to ``stop``; they read as zeros afterwards."""
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+
     def close(self) -> None:
         """Closes the descriptor; the memory itself goes when no process has it mapped any more."""
         if self.descriptor >= 0:

@@ -65,7 +65,8 @@ class _Worker:
         self.options = options
         self.rank: int = options["rank"]
         self.device = torch.device(options["device"])
-        self.dtype: torch.dtype = options["dtype"]
+        self.dtype: torch.dtype = getattr(torch, options["dtype"])
+        self._parent = os.getppid()
         self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         # Whether the parent listens; it does not between decodes.
@@ -93,6 +94,9 @@ class _Worker:
         while True:
             try:
                 if not self.connection.poll(_HEARTBEAT_SECONDS):
+                    # A process that the parent forked may hold the pipe open beyond the parent's end.
+                    if os.getppid() != self._parent:
+                        self.end(1)
                     if self._heard:
                         self.send("alive")
                     continue
@@ -101,7 +105,7 @@ class _Worker:
                     self._heard = True
                     # The descriptors follow their message, and must be taken before the next one.
                     message = (*message, recv_handle(self.connection), recv_handle(self.connection))
-            except (EOFError, OSError):
+            except (EOFError, OSError, RuntimeError):  # the last is recv_handle's, of a pipe that ends
                 self.end(1)
             if message[0] == "close":
                 self.end(0)
