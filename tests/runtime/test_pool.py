@@ -6,10 +6,14 @@ All on the CPU; tests/gpu/test_pool_gpu.py has what differs there.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import logging
+import math
+import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -19,6 +23,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +37,7 @@ from tests.processes import (
     gone,
     listening,
     nothing_left,
+    shared_bytes,
     shared_files,
     shared_maps,
     wait_until,
@@ -156,6 +162,66 @@ def test_a_worker_that_is_stopped_is_not_answering(vae, latents):
         vae.decode(latents, on_chunk=at(5, stop))
     assert time.monotonic() - stopped[0] < 10
     assert all(map(gone, before))
+
+
+def test_a_worker_that_is_stopped_between_steps_does_not_hold_up_the_end_of_a_decode(vae, latents, caplog):
+    before = pids(vae)
+    stream = vae.decode_stream(latents)
+    next(stream)
+    os.kill(before[1], signal.SIGSTOP)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 10
+    assert "worker 1 on cpu is not answering" in caplog.text
+    assert all(map(gone, before))
+
+
+def test_a_worker_that_dies_after_its_answer_is_noticed_though_the_others_go_on(vae):
+    # Of two the first has answered and died; the second, which waits for it on its device, only says that it lives.
+    class Stub:
+        def __init__(self, rank, messages, alive):
+            self.rank, self.messages = rank, messages
+            self.connection, self.theirs = multiprocessing.Pipe()
+            for message in messages:
+                self.theirs.send(message)
+            self.process = types.SimpleNamespace(is_alive=lambda: alive, exitcode=None if alive else 1, pid=0)
+            if not alive:
+                self.theirs.close()
+
+        def __str__(self):
+            return f"stub {self.rank}"
+
+        def last_lines(self):
+            return ""
+
+    pool = vae._engine
+    real, pool.workers = pool.workers, [Stub(0, [("done", 1)], alive=False), Stub(1, [("alive",)] * 3, alive=True)]
+    try:
+        with pytest.raises(wvp.WorkerError, match="stub 0 died with exit code 1"):
+            pool.gather("done", 2)
+    finally:
+        pool.workers = real
+
+
+def test_ctrl_c_is_the_parents_alone(vae):
+    # A terminal sends it to the whole group.
+    before = pids(vae)
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert not any(map(gone, before))
+
+
+def test_a_copy_is_refused_and_harms_nothing(vae):
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="load it where it is used"):
+            attempt(vae)
+
+
+@pytest.mark.parametrize("idle", [-1, "10", None, math.nan, True])
+def test_idle_seconds_are_a_number(path, idle):
+    with pytest.raises(wvp.ArgumentError, match="idle_seconds is"):
+        wvp.load_vae(path, devices="cpu,cpu", idle_seconds=idle)
 
 
 def test_a_worker_killed_between_decodes_costs_at_most_one_error(vae, latents, expected):
@@ -425,6 +491,17 @@ def test_decodes_leave_no_descriptors_and_no_memory(vae, latents):
         assert "memfd:wan-vae-parallel" not in Path(f"/proc/{pid}/maps").read_text()
 
 
+def test_a_stream_gives_back_the_memory_of_frames_that_were_taken(vae):
+    wide = torch.randn((1, 16, 6, 4, 40), generator=torch.Generator().manual_seed(1))
+    with contextlib.closing(vae.decode_stream(wide)) as stream:
+        size, most = 0, 0
+        for frames in stream:
+            size += frames.nbytes
+            most = max(most, shared_bytes())
+    assert size > 15 * 2**15
+    assert most < 0.6 * size
+
+
 def test_nothing_goes_to_dev_shm(vae, latents):
     # It has 64 MB in a default container, and a full one kills processes.
     names = set(os.listdir("/dev/shm"))
@@ -438,9 +515,13 @@ def test_a_dropped_vae_is_not_kept_by_its_idle_timer_and_ends_its_workers(path, 
     vae.decode(latents)
     workers = pids(vae)
     engine = weakref.ref(vae._engine)
-    del vae
     gc.collect()
-    assert engine() is None
+    gc.disable()  # at once, and not when a collector comes by
+    try:
+        del vae
+        assert engine() is None
+    finally:
+        gc.enable()
     assert wait_until(lambda: all(map(gone, workers)), 5)
 
 
@@ -608,6 +689,61 @@ def test_releasing_during_a_decode_ends_it_with_an_error(program, action):
     except subprocess.TimeoutExpired:
         pytest.fail("the decode hangs")
     assert output.splitlines() == ["program runs", "told", f"{FRAMES} frames"]
+
+
+def test_releasing_while_workers_start_ends_the_start(program):
+    lines = [
+        "import threading",
+        "def release():",
+        "    while not vae._engine.workers: time.sleep(0.01)",
+        "    vae.release()",
+        "threading.Thread(target=release).start()",
+        "try: vae.decode(latents)",
+        "except wvp.WorkerError as error: print(error, flush=True)",
+        "print(vae.loaded, vae.decode(latents).shape[1], flush=True)",
+    ]
+    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    assert "were ended while they" in output
+    assert f"False {FRAMES}" in output
+
+
+def test_a_program_that_ends_with_an_open_stream_ends_and_takes_its_workers_along(program, tmp_path):
+    process = program("stream = vae.decode_stream(latents); next(stream); raise SystemExit(3)")
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    seen = {int(file.stem) for file in (tmp_path / "seen").glob("*.json")}
+    assert len(seen) >= 3
+    assert wait_until(lambda: all(map(gone, seen)), 5)
+
+
+def test_a_forked_child_neither_keeps_the_workers_nor_ends_them(program, tmp_path):
+    lines = [
+        "vae.decode(latents)",
+        "if os.fork() == 0:",
+        "    try: vae.decode(latents)",
+        "    except wvp.WanVAEError as error: print(error, flush=True)",
+        "    vae.close(); del vae",
+        "    time.sleep(60)",
+        "time.sleep(1)",
+        "print(vae.decode(latents).shape[1], 'frames', flush=True)",
+        "time.sleep(60)",
+    ]
+    process = program("\n".join(lines))
+    output = [process.stdout.readline() for _ in range(3)]
+    assert any("forked" in line for line in output)
+    assert f"{FRAMES} frames\n" in output
+    workers = [
+        int(file.stem)
+        for file in (tmp_path / "seen").glob("*.json")
+        if "wan_vae_parallel.runtime.worker" in json.loads(file.read_text())["modules"]
+    ]
+    forked = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    assert len(workers) == 2
+    assert wait_until(lambda: all(map(gone, workers)), 5)
+    for pid in set(forked) - set(workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("when", ["starting", "decoding", "idle"])

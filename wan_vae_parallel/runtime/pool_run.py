@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Steps that are commanded before the first of them is done: the devices never wait for the parent.
-_AHEAD = 3
+_AHEAD = 2
 
 
 class StepOutOfMemory(WanVAEError):
