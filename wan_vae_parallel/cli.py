@@ -1,10 +1,11 @@
-"""The shell's way in: ``demo``, ``decode`` and ``info``."""
+"""The shell's way in: ``demo``, ``decode``, ``info`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import logging
+import math
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from . import bench
 from .architecture import Architecture
 from .checkpoint import read_checkpoint
 from .demo import demo_latents, save_demo_checkpoint
@@ -86,6 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(decode)
     decode.set_defaults(run=_decode)
 
+    measure = commands.add_parser("bench", help="measure decodes on this machine: a table, a JSON file and a plot")
+    measure.add_argument("--vae", type=Path, help="a Wan VAE's file; default: random weights")
+    measure.add_argument(
+        "--architecture", choices=sorted(_FPS), default="wan2.1", help="without --vae; default: %(default)s"
+    )
+    measure.add_argument("--width", type=_positive, help="of random weights; default: the published one")
+    measure.add_argument("--sizes", type=_sizes, default="1280x720,832x480", help="of the frames; default: %(default)s")
+    measure.add_argument("--frames", type=_positive, default=81, help="default: %(default)s")
+    measure.add_argument("--devices", default="auto", help="1, 2, 4... and all of them are measured; default: auto")
+    measure.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
+    measure.add_argument("--repeats", type=_positive, default=3, help="decodes after a first one; default: %(default)s")
+    measure.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-bench"), help="folder to write to")
+    measure.set_defaults(run=_bench)
+
     info = commands.add_parser("info", help="tell what a checkpoint is and what decoding with it takes")
     info.add_argument("vae", type=Path, metavar="FILE", help="the Wan VAE's safetensors file")
     info.add_argument("--size", type=_size, default=(1280, 720), help="of the frames; default: 1280x720")
@@ -130,6 +146,10 @@ def _size(text: str) -> tuple[int, int]:
     if not match or min(map(int, match.groups())) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size as 1280x720")
     return int(match[1]), int(match[2])
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    return [_size(part) for part in text.split(",")]
 
 
 def _latent_size(architecture: Architecture, size: tuple[int, int]) -> tuple[int, int]:
@@ -218,6 +238,47 @@ def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
         f"decoded {videos}{total} frames of {width}x{height} in {seconds:.2f} s "
         f"({batch * total / seconds:.1f} frames/s) on {places} in {str(vae.dtype).removeprefix('torch.')}"
     )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.vae:
+        architecture, weights = bench.weights_of(options.vae)
+    else:
+        architecture = Architecture.published(options.architecture, width=options.width)
+        weights = bench.random_weights(architecture)
+    for size in options.sizes:
+        _latent_size(architecture, size)
+    devices = parse_devices(options.devices)
+    dtype = parse_dtype(options.dtype, devices[0])
+    folder: Path = options.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} can't be made ({error}); choose another folder with -o") from error
+    facts = bench.environment(devices)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    rows = []
+    latent_frames = -(-(options.frames - 1) // architecture.temporal_ratio) + 1
+    for row in bench.measure(
+        architecture=architecture,
+        weights=weights,
+        sizes=options.sizes,
+        latent_frames=latent_frames,
+        devices=devices,
+        dtype=dtype,
+        repeats=options.repeats,
+    ):
+        rows.append(row)
+        print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {row.seconds or math.nan:.3f} s", file=sys.stderr)
+    print(bench.table(rows))
+    settings = {"architecture": str(architecture), "dtype": _name(dtype), "repeats": options.repeats}
+    figures, plot = folder / "bench.json", folder / "bench.png"
+    bench.save_json(figures, rows, facts, settings)
+    print(f"figures: {figures}")
+    bench.save_plot(
+        plot, rows, f"{architecture.name}, {rows[0].frames} frames, {_name(dtype)}, {facts.get('gpu', 'CPU')}"
+    )
+    print(f"plot:    {plot}")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+_torch_only = False
 
 # What the kernels are written for: bf16 on tensor cores, asynchronous copies.
 _LEAST_CAPABILITY = (8, 0)
@@ -17,7 +21,18 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 def kernels_run(x: torch.Tensor) -> bool:
     """Whether Triton kernels can work on ``x``; a CUDA device that has none is told about once, with the reason."""
-    return x.is_cuda and _kernels_run_on(x.device)
+    return x.is_cuda and not _torch_only and _kernels_run_on(x.device)
+
+
+@contextlib.contextmanager
+def torch_kernels_only() -> Iterator[None]:
+    """Within it PyTorch's own kernels do all the work: what ours are compared with."""
+    global _torch_only
+    _torch_only = True
+    try:
+        yield
+    finally:
+        _torch_only = False
 
 
 @functools.cache

@@ -1,0 +1,270 @@
+"""Decode times on this machine: one device, several, PyTorch's own kernels, diffusers, in one run.
+
+B videos, T latent frames, h x w latent rows and columns
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .architecture import Architecture
+from .checkpoint import read_checkpoint
+from .errors import OutOfMemoryError, OutputError
+from .files import replacing
+from .model.decoder import WanDecoder
+from .ops.dispatch import torch_kernels_only
+from .vae import vae_from_state_dict
+
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        size: of the frames, ``"1280x720"``.
+        frames: how many.
+        what: ``"ours"``, ``"PyTorch's kernels"`` (our engine without its own) or ``"diffusers"``.
+        devices: which.
+        seconds: until the float32 frames are on the host, median; None if it did not fit.
+        first: the same of the first decode, which starts workers, loads weights and compiles kernels.
+        peak_gib: most memory that tensors took on the device; known for one device of this process only.
+    """
+
+    size: str
+    frames: int
+    what: str
+    devices: tuple[str, ...]
+    seconds: float | None
+    first: float | None
+    peak_gib: float | None
+
+
+def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Seeded random weights of a decoder, by Wan's original keys, that keep a signal's size."""
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in WanDecoder(architecture).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if key.endswith("gamma"):
+            weights[key] = 1 + 0.1 * noise
+        elif key.endswith("bias"):
+            weights[key] = 0.1 * noise
+        else:
+            weights[key] = noise / shape[1:].numel() ** 0.5
+    return weights
+
+
+def measure(
+    *,
+    architecture: Architecture,
+    weights: dict[str, torch.Tensor],
+    sizes: Sequence[tuple[int, int]],
+    latent_frames: int,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    repeats: int,
+) -> Iterator[Row]:
+    """Measures each size with one, two, four... and all of ``devices``, then what it is compared with.
+
+    Args:
+        architecture: what ``weights`` are of.
+        weights: a decoder's.
+        sizes: width and height of the frames.
+        latent_frames: T.
+        devices: the first ones are used where fewer take part.
+        dtype: to compute in.
+        repeats: decodes after the first one.
+
+    Yields:
+        A row as soon as it is measured.
+    """
+    counts = sorted({count for count in (1, 2, 4, 8, 16) if count < len(devices)} | {len(devices)})
+    one = devices[:1]
+    for width, height in sizes:
+        ratio = architecture.spatial_ratio
+        shape = (1, architecture.z_dim, latent_frames, height // ratio, width // ratio)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+        def row(what: str, used: Sequence[torch.device], decode: Decode) -> Row:
+            times, peak = _timed(functools.partial(decode, latents), used, repeats)  # noqa: B023 (called at once)
+            return Row(
+                size=f"{width}x{height}",  # noqa: B023
+                frames=architecture.frame_count(latent_frames),
+                what=what,
+                devices=tuple(map(str, used)),
+                seconds=statistics.median(times[1:]) if times else None,
+                first=times[0] if times else None,
+                peak_gib=peak,
+            )
+
+        for count in counts:
+            with vae_from_state_dict(weights, devices=list(devices[:count]), dtype=dtype) as vae:
+                yield row("ours", devices[:count], vae.decode)
+        if devices[0].type == "cuda":
+            with torch_kernels_only(), vae_from_state_dict(weights, devices=list(one), dtype=dtype) as vae:
+                yield row("PyTorch's kernels", one, vae.decode)
+        theirs = _diffusers(architecture, devices[0], dtype)
+        if theirs is not None:
+            yield row("diffusers", one, theirs)
+            del theirs
+        if devices[0].type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _timed(
+    decode: Callable[[], object], devices: Sequence[torch.device], repeats: int
+) -> tuple[list[float], float | None]:
+    """Seconds of each decode, the first included, and the peak in GiB; nothing if it does not fit."""
+    here = len(devices) == 1 and devices[0].type == "cuda"
+    times: list[float] = []
+    try:
+        for _ in range(repeats + 1):
+            if here:
+                torch.cuda.reset_peak_memory_stats(devices[0])
+            started = time.perf_counter()
+            decode()
+            times.append(time.perf_counter() - started)
+    except (OutOfMemoryError, torch.OutOfMemoryError):
+        return [], None
+    return times, torch.cuda.max_memory_allocated(devices[0]) / 2**30 if here else None
+
+
+def _diffusers(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Decode | None:
+    """A decode of diffusers' to the host with random weights, if it is installed and has this architecture."""
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError:
+        return None
+    if architecture.output_channels != 3:
+        return None
+    options: dict[str, Any] = {"base_dim": architecture.width, "z_dim": architecture.z_dim}
+    if architecture.residual:
+        options.update(base_dim=8, decoder_base_dim=architecture.width, is_residual=True, patch_size=2)
+        options.update(in_channels=12, out_channels=12, scale_factor_spatial=16)
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLWan(**options)
+    vae = vae.to_empty(device="cpu").to(dtype).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.data.normal_(1, 0.1)
+        else:
+            parameter.data.normal_(0, 0.1 if name.endswith("bias") else parameter[0].numel() ** -0.5)
+    vae = vae.to(device)
+
+    @torch.inference_mode()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        frames: torch.Tensor = vae.decode(latents.to(device, dtype), return_dict=False)[0]
+        return ((frames + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu()
+
+    return decode
+
+
+def environment(devices: Sequence[torch.device]) -> dict[str, str]:
+    """What the figures depend on, beside the code."""
+    facts = {
+        "wan-vae-parallel": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    if devices[0].type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(devices[0])
+        facts["cuda"] = str(torch.version.cuda)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+        try:
+            import triton
+        except ImportError:
+            facts["triton"] = "missing"
+        else:
+            facts["triton"] = triton.__version__
+    return facts
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for people, with speeds against our own on one device."""
+    lines = ["| size | frames | what | devices | seconds | frames/s | against one device | first | peak memory |"]
+    lines.append("| --- " * 9 + "|")
+    for row in rows:
+        base = _base(rows, row.size)
+        if row.seconds is None:
+            figures = ["does not fit", "", "", "", ""]
+        else:
+            ratio = f"{base / row.seconds:.2f}x" if base else ""
+            peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f} GiB"
+            figures = [f"{row.seconds:.3f}", f"{row.frames / row.seconds:.1f}", ratio, f"{row.first:.1f} s", peak]
+        lines.append("| " + " | ".join([row.size, str(row.frames), row.what, ", ".join(row.devices), *figures]) + " |")
+    return "\n".join(lines)
+
+
+def _base(rows: Sequence[Row], size: str) -> float | None:
+    ours = [row for row in rows if row.what == "ours" and row.size == size and len(row.devices) == 1]
+    return ours[0].seconds if ours else None
+
+
+def save_json(path: Path, rows: Sequence[Row], facts: dict[str, str], settings: dict[str, Any]) -> None:
+    """Writes everything that was measured."""
+    content = {"environment": facts, "settings": settings, "rows": [asdict(row) for row in rows]}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Draws seconds and speed-up over the number of devices.
+
+    Raises:
+        OutputError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError(
+            f"no plot without matplotlib ({error}); install it with pip install 'wan-vae-parallel[bench]'"
+        ) from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    seconds, speedup = figure.subplots(1, 2)
+    most = 1
+    for size in dict.fromkeys(row.size for row in rows):
+        ours = [row for row in rows if row.what == "ours" and row.size == size and row.seconds]
+        if ours:
+            counts = [len(row.devices) for row in ours]
+            times = [row.seconds or 0.0 for row in ours]
+            most = max(most, *counts)
+            (line,) = seconds.plot(counts, times, marker="o", label=size)
+            speedup.plot(
+                counts, [times[0] * counts[0] / t for t in times], marker="o", color=line.get_color(), label=size
+            )
+            for row in rows:
+                if row.what != "ours" and row.size == size and row.seconds:
+                    marker = "x" if row.what == "diffusers" else "+"
+                    seconds.plot([1], [row.seconds], marker, color=line.get_color(), label=f"{size}, {row.what}")
+    speedup.plot([1, most], [1, most], color="0.8", zorder=0)
+    seconds.set(xlabel="devices", ylabel="seconds to the host tensor", ylim=(0, None))
+    speedup.set(xlabel="devices", ylabel="speed-up", ylim=(0, None))
+    for axes in (seconds, speedup):
+        axes.set_xticks(sorted({len(row.devices) for row in rows}))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def weights_of(path: Path) -> tuple[Architecture, dict[str, torch.Tensor]]:
+    """The decoder in a checkpoint's file."""
+    checkpoint = read_checkpoint(path)
+    return checkpoint.architecture, dict(checkpoint.decoder)
