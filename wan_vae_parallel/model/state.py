@@ -134,6 +134,10 @@ class Edges(Protocol):
         """Takes this shard's ``[T, H, W, C]``, of any strides, and returns the whole picture's."""
         ...
 
+    def silent(self) -> Edges:
+        """The same for a trial: nobody is asked for anything, and what would have come is not initialised."""
+        ...
+
 
 class WholePicture:
     """The edges of a picture that one device holds whole: zeros outside, nothing to gather."""
@@ -143,6 +147,9 @@ class WholePicture:
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         return shard
+
+    def silent(self) -> WholePicture:
+        return self
 
 
 class DecodeState:
@@ -170,7 +177,7 @@ class DecodeState:
         self.first = True
         self._pages = pages
         self._keeps = keeps
-        self._past: dict[Hashable, tuple[int, ...]] = {}
+        self._past: dict[Hashable, Frames] = {}
 
     def take(self, key: PageKey, count: int) -> Frames:
         """Slots for ``count`` frames."""
@@ -178,10 +185,19 @@ class DecodeState:
 
     def with_past(self, conv: Hashable, frames: Frames, past: int) -> Frames:
         """``frames`` behind the ``past`` ones that ``conv`` saw last; blank ones if it saw none."""
-        return Frames(frames.pages, self._past.get(conv, (0,) * past) + frames.slots)
+        before = self._past[conv].slots if conv in self._past else (0,) * past
+        return Frames(frames.pages, before + frames.slots)
 
     def keep_past(self, conv: Hashable, seen: Frames, past: int) -> None:
         """Keeps the last ``past`` of what ``conv`` saw for its next step, and lets go of the others."""
         gone = len(seen) - past if self._keeps else len(seen)
-        self._past[conv] = seen.slots[gone:] if self._keeps else (0,) * past
         seen.pages.give(seen.slots[:gone])
+        if self._keeps:
+            self._past[conv] = Frames(seen.pages, seen.slots[gone:])
+
+    def forget(self) -> None:
+        """Gives all past frames back to their pages, as at the beginning."""
+        for past in self._past.values():
+            past.pages.give(past.slots)
+        self._past = {}
+        self.first = True

@@ -103,6 +103,10 @@ class ShardEdges:
             work.wait()
         return torch.cat(parts, dim=1)
 
+    def silent(self) -> _SilentEdges:
+        """The same without the other ranks, see `model.state.Edges`."""
+        return _SilentEdges(self)
+
     def _buffer(self, direction: str, peer: int, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         """A contiguous buffer; the last one, unless shape, dtype or device differ from it."""
         key = direction, peer
@@ -111,3 +115,21 @@ class ShardEdges:
             buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer
+
+
+class _SilentEdges:
+    """Edges of a shard that exchanges nothing."""
+
+    def __init__(self, edges: ShardEdges) -> None:
+        self._edges = edges
+
+    def fill_halo(self, frames: Frames) -> None:
+        pass
+
+    def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
+        plan = self._edges.plan
+        frames, rows, columns, channels = shard.shape
+        return shard.new_empty((frames, rows // plan.height(self._edges.shard) * plan.rows, columns, channels))
+
+    def silent(self) -> _SilentEdges:
+        return self

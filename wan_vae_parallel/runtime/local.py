@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from ..architecture import Architecture
 from ..model.decoder import WanDecoder
-from ..model.state import DecodeState, Edges, WholePicture
+from ..model.state import DecodeState, Edges, PageKey, Pages, WholePicture
+from ..ops.dispatch import KERNEL_DTYPES, kernels_run
 from ..ops.frames import to_frames
 
 
@@ -45,6 +47,7 @@ class LocalDecoder:
         own = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in weights.items()}
         self.model.load_state_dict(own, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
+        self._compiled: set[tuple[Any, ...]] = set()
 
     @torch.inference_mode()
     def stream(
@@ -67,11 +70,13 @@ class LocalDecoder:
         pages = self.model.pages(
             rows, columns, chunk=chunk, videos=count, keeps=steps > 1, dtype=self.dtype, device=self.device
         )
+        edges = edges or WholePicture()
+        self._compile(latents.shape, pages, chunk, edges, transposed)
         videos = [
             self.model.stream(
                 # Whatever strides the caller's latents have, inside it is [T, h, w, z].
                 video.to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous(),
-                DecodeState(pages, edges=edges or WholePicture(), transposed=transposed, keeps=steps > 1),
+                DecodeState(pages, edges=edges, transposed=transposed, keeps=steps > 1),
                 chunk,
             )
             for video in latents
@@ -87,6 +92,32 @@ class LocalDecoder:
                 batch = frames[0][None] if len(frames) == 1 else torch.stack(frames)
             del frames
             yield batch
+
+    def _compile(
+        self, shape: torch.Size, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, transposed: bool
+    ) -> None:
+        """Compiles the kernels for latents of ``shape``, all at once instead of one after the other."""
+        _, channels, steps, rows, columns = shape
+        # The first frame, a whole chunk, and what is left: other numbers of frames may take other kernels.
+        counts = dict.fromkeys(1 + n for n in (chunk, (steps - 1) % chunk) if n and steps > 1) or {1: None}
+        key = rows, columns, tuple(counts), chunk, transposed
+        if self.dtype not in KERNEL_DTYPES or key in self._compiled:
+            return
+        with self._exact_arithmetic(), torch.inference_mode():
+            if not kernels_run(torch.empty(0, device=self.device)):
+                return
+            from ..ops.kernels.launch import compile_all
+
+            def run() -> None:
+                for count in counts:
+                    state = DecodeState(pages, edges=edges.silent(), transposed=transposed, keeps=steps > 1)
+                    latents = torch.empty((count, rows, columns, channels), dtype=self.dtype, device=self.device)
+                    for raw in self.model.stream(latents, state, chunk):
+                        to_frames(raw, self.architecture.patch, transposed=transposed)
+                    state.forget()
+
+            compile_all(run, self.device)
+        self._compiled.add(key)
 
     @contextlib.contextmanager
     def _exact_arithmetic(self) -> Iterator[None]:

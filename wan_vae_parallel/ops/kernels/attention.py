@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
+from .launch import launch
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _QUERIES = 128
@@ -234,7 +235,9 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: tor
     frames, queries, channels = query.shape
     parts, part = parts_of(channels)
     keys = keys_at_once(channels)
-    _fused_kernel[triton.cdiv(queries, _QUERIES), frames](
+    launch(
+        _fused_kernel,
+        (triton.cdiv(queries, _QUERIES), frames),
         _descriptor(query, _QUERIES, part),
         _descriptor(key, keys, part),
         _descriptor(value, keys, part),
@@ -272,7 +275,9 @@ def _wide_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, o
     total = torch.empty_like(top)
     rows = triton.cdiv(queries, _QUERIES)
     weights_descriptor = _descriptor(weights, _QUERIES, _WIDE_KEYS)
-    _weights_kernel[rows * blocks, frames](
+    launch(
+        _weights_kernel,
+        (rows * blocks, frames),
         _descriptor(query, _QUERIES, 64),
         _descriptor(key, _WIDE_KEYS, 64),
         weights_descriptor,
@@ -289,7 +294,9 @@ def _wide_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, o
         WHOLE=keys % _WIDE_KEYS == 0,
         num_warps=4,
     )
-    _values_kernel[rows * (channels // 128), frames](
+    launch(
+        _values_kernel,
+        (rows * (channels // 128), frames),
         weights_descriptor,
         _descriptor(value, _WIDE_KEYS, 128),
         top,

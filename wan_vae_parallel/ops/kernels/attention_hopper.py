@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attention import keys_at_once, parts_of, why_not
+from .launch import launch
 
 # Gluon is experimental, and what it calls things changes between versions: 3.6 was tried, 3.7 and 3.8 compile
 # but were not run, 3.9 has other names.
@@ -234,7 +235,9 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     parts, part = parts_of(channels)
     keys = keys_at_once(channels)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _kernel[triton.cdiv(queries, 2 * _GROUP_QUERIES), frames](
+    launch(
+        _kernel,
+        (triton.cdiv(queries, 2 * _GROUP_QUERIES), frames),
         _descriptor(query, _GROUP_QUERIES, part),
         _descriptor(key, keys, part),
         _descriptor(value, keys, part),

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import KERNEL_DTYPES
+from .launch import launch
 from .tiles import Tile, choose_tile
 
 try:
@@ -361,7 +362,9 @@ def _launch(
             for n in (tile.first, tile.second or tile.first)
         ]
     parts = -(-own // (tile.first + tile.second)) * halves * scale**2
-    _conv_kernel[(-(-in_frame // tile.positions) * frames * parts,)](
+    launch(
+        _conv_kernel,
+        (-(-in_frame // tile.positions) * frames * parts,),
         source, *weights, slots, bias, residual, out, out_slots,
         rows, columns, positions, tap_stride, o_stride,
         C=channels, O=out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=border,

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -80,7 +82,9 @@ def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False, channels
     rows, row_values = rows * patch, columns * patch * colours
     out = torch.empty((frames, rows, columns * patch, colours), dtype=torch.float32, device=x.device)
     tile_rows, tile_values = (32, 128) if transposed else (patch, 1024)
-    _to_frames_kernel[triton.cdiv(row_values, tile_values), triton.cdiv(rows, tile_rows), frames](
+    launch(
+        _to_frames_kernel,
+        (triton.cdiv(row_values, tile_values), triton.cdiv(rows, tile_rows), frames),
         x,
         out,
         rows,

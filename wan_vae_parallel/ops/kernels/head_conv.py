@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .conv import TensorDescriptor, use_descriptors
+from .launch import launch
 from .tiles import Tile, head_tile
 
 # Wider ones gained nothing.
@@ -199,7 +200,9 @@ def head_conv(
         source = TensorDescriptor.from_tensor(arena, [1, 1, tile.positions, tile.step])
         weight = TensorDescriptor.from_tensor(spread, [1, columns, tile.step])
     grid = (-(-width // tile.positions) * -(-height // rows) * -(-count // frames),)
-    _head_kernel[grid](
+    launch(
+        _head_kernel,
+        grid,
         source, weight, slots, bias, out, count, height, width,
         C=channels, O=out_channels, FRAMES=frames, ROWS=rows, TRANSPOSED=transposed,
         BM=tile.positions, N=columns, BK=tile.step, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 # Norms below this count as this, as in norm_silu.py.
 _MIN_NORM = 1e-12
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -144,7 +146,9 @@ def _launch(
     lanes = channels & -channels
     groups = channels // lanes
     positions = max(_MIN_BLOCK, _TILE_VALUES // triton.next_power_of_2(groups)) // lanes
-    _norm_kernel[triton.cdiv(columns, positions), rows, frames](
+    launch(
+        _norm_kernel,
+        (triton.cdiv(columns, positions), rows, frames),
         x,
         gamma,
         out,

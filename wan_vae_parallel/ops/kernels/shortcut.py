@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE_VALUES = 2048
 
@@ -75,7 +77,9 @@ def add_duplicated(
     block = min(triton.next_power_of_2(out_channels), 512)
     tile_columns = max(1, _TILE_VALUES // block)
     grid = (triton.cdiv(columns, tile_columns) * triton.cdiv(out_channels, block), rows, frames)
-    _add_duplicated_kernel[grid](
+    launch(
+        _add_duplicated_kernel,
+        grid,
         x,
         out,
         rows,

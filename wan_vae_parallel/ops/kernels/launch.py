@@ -1,0 +1,90 @@
+"""Launching kernels; and compiling all that a decode will launch at once, before it begins.
+
+Compiling one takes seconds of one core, and a decode needs some thirty: one after the other they would take minutes.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_MOST_THREADS = 16
+# What takes longer than this is worth a word.
+_WORD_SECONDS = 2.0
+
+_collected: contextvars.ContextVar[dict[Hashable, Callable[[], Any]] | None] = contextvars.ContextVar(
+    "collected", default=None
+)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launches a kernel; within `compile_all` it is only noted which."""
+    collected = _collected.get()
+    if collected is None:
+        kernel[grid](*arguments, **options)
+        return
+    key = (kernel.fn.__qualname__, kernel.fn.__module__, tuple(map(_kind, arguments)), tuple(sorted(options.items())))
+    if key not in collected:
+        # Not the tensors themselves, which would all stay in memory.
+        collected[key] = functools.partial(kernel.warmup, *map(_stand_in, arguments), grid=grid, **options)
+
+
+def compile_all(run: Callable[[], None], device: torch.device) -> None:
+    """Compiles what ``run()`` would launch, in parallel; kernels that are compiled already take no time.
+
+    Args:
+        run: does everything but launch; what its tensors hold is never written.
+        device: where it would be launched.
+    """
+    collected: dict[Hashable, Callable[[], Any]] = {}
+    token = _collected.set(collected)
+    try:
+        run()
+    finally:
+        _collected.reset(token)
+    started = time.monotonic()
+
+    def compile_one(job: Callable[[], Any]) -> None:
+        with torch.cuda.device(device):
+            job()
+
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for done in pool.map(compile_one, collected.values()):
+            del done
+    seconds = time.monotonic() - started
+    if seconds > _WORD_SECONDS:
+        logger.info(
+            "compiled %d kernels for %s in %.0f s; they are kept for the next time", len(collected), device, seconds
+        )
+
+
+def _kind(argument: Any) -> Hashable:
+    """What of an argument makes another kernel."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if hasattr(argument, "block_shape"):
+        return argument.base.dtype, tuple(argument.block_shape)
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, abs(argument) >= 2**31
+    return type(argument)
+
+
+def _stand_in(argument: Any) -> Any:
+    """Something small that makes the same kernel."""
+    if isinstance(argument, torch.Tensor):
+        small = torch.empty(32, dtype=argument.dtype, device=argument.device)
+        return small if argument.data_ptr() % 16 == 0 else small[1:]
+    if hasattr(argument, "block_shape"):
+        return dataclasses.replace(argument, base=_stand_in(argument.base))
+    return argument
