@@ -1,19 +1,28 @@
-"""What ``torchrun`` started: its process group, and an end that leaves nothing half-written."""
+"""What ``torchrun`` started: its process group, and an end on all machines that leaves nothing half-written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from .errors import DeviceError
+from .errors import DeviceError, WanVAEError, WorkerError
 from .files import remove_unfinished
+from .parallel.agree import LOOK_SECONDS, WORD_SECONDS, WORK_SECONDS, failure, plain, report_failure, told, word_store
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 # torchrun itself kills after 30.
 _UNWIND_SECONDS = 3.0
@@ -28,45 +37,123 @@ def launched() -> bool:
 def torchrun_group(devices: str) -> Iterator[dist.ProcessGroup]:
     """The group of all processes that torchrun started: over NCCL with a GPU each, over gloo on the CPU.
 
+    An error in it ends all of them within seconds: those that hear of it raise it too, and those that can't, since
+    they wait for a rank that is gone, are ended.
+
     Args:
         devices: ``"auto"`` or ``"cpu"``.
 
     Raises:
         DeviceError: more processes on this machine than GPUs.
+        WorkerError: the processes can't reach one another.
     """
     cuda = devices != "cpu" and torch.cuda.is_available()
-    device = None
-    if cuda:
-        local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= count:
-            raise DeviceError(
-                f"torchrun started {local_rank + 1} or more processes on this machine, which has {count} GPUs; "
-                f"take --nproc-per-node {count}, or --devices cpu"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    _end_when_told()
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    name = f"rank {rank} on {socket.gethostname()}/{f'cuda:{local_rank}' if cuda else 'cpu'}"
+    store, words = _store(name), word_store(_store(name), range(world_size))
+    over = _watch(words, name)
     try:
+        _join(store, name, torch.device("cuda", local_rank) if cuda else None)
         assert dist.group.WORLD is not None
         yield dist.group.WORLD
+    except BaseException as error:
+        # The others hear of it and raise it too. If they may be in the middle of a decode, they get the time to be
+        # ended before their connections to this process are, upon which NCCL would kill them as they are.
+        middle = not isinstance(error, WanVAEError) or _failed(words)
+        report_failure(words, told(error, name))
+        time.sleep(2 * LOOK_SECONDS + (_UNWIND_SECONDS if middle else 0))
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        over.set()
 
 
-def _end_when_told() -> None:
-    """Sees to it that SIGTERM ends this process, also while it waits for a rank that is gone and can't unwind."""
+def _store(name: str) -> Store:
+    """A connection of its own to the store through which ranks find one another; waits for no other connection's."""
+    try:
+        found = dist.rendezvous("env://", timeout=timedelta(seconds=WORD_SECONDS))  # type: ignore[attr-defined]
+        return next(found)[0]
+    except (RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"{name} can't reach the first machine at {os.environ.get('MASTER_ADDR')}, port "
+            f"{os.environ.get('MASTER_PORT')} ({plain(error)}); look at --master-addr and --master-port, and "
+            f"whether a firewall lets them pass"
+        ) from error
+
+
+def _join(store: Store, name: str, device: torch.device | None) -> None:
+    if device is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise DeviceError(
+                f"torchrun started {device.index + 1} or more processes on this machine, which has {count} GPUs; "
+                f"take --nproc-per-node {count}, or --devices cpu"
+            )
+        torch.cuda.set_device(device)
+    backend = "nccl" if device else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            device_id=device,
+            timeout=timedelta(seconds=WORK_SECONDS),
+        )
+    except (RuntimeError, ValueError) as error:
+        variable = f"{backend.upper()}_SOCKET_IFNAME"
+        raise WorkerError(
+            f"{name} can't join the others over {backend} ({plain(error)}); {variable} is "
+            f"{os.environ.get(variable, '')!r}: set it to the interface by which this machine reaches the others, and "
+            f"see that a firewall lets all ports pass there"
+            + ("; where GPUs can't reach one another, try NCCL_P2P_DISABLE=1" if device else "")
+        ) from error
+
+
+def _watch(words: Store, name: str) -> threading.Event:
+    """Ends this process when SIGTERM or another rank's failure says so, if it does not unwind by itself.
+
+    It can't while it waits for bytes of a rank that is gone.
+
+    Returns:
+        To be set when nothing has to end any more.
+    """
+    over = threading.Event()
     if os.name != "posix":
-        return
-    told, tell = os.pipe()
+        return over
+    told_to_end, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
 
-    def wait() -> None:
-        while signal.SIGTERM not in os.read(told, 1):
-            pass
-        time.sleep(_UNWIND_SECONDS)
-        remove_unfinished()
-        os._exit(128 + signal.SIGTERM)
+    def watch() -> None:
+        cause, own = "", False
+        while not cause:
+            try:
+                if select.select([told_to_end], [], [], LOOK_SECONDS)[0]:
+                    if signal.SIGTERM in os.read(told_to_end, 1):
+                        # torchrun does so where another process of this machine has died.
+                        cause = report_failure(words, f"{name} was told to end; look at the first error there")
+                else:
+                    cause = failure(words)
+                    own = cause.startswith(name)
+            except RuntimeError as error:
+                cause = f"{name} lost the first machine ({plain(error)}); look at the output there"
+            if over.is_set():
+                return
+        # The first rank goes first, as it has files to remove; one that failed itself has to wait for the others.
+        patience = _UNWIND_SECONDS if name.startswith("rank 0 ") else _UNWIND_SECONDS + 2 * LOOK_SECONDS
+        if not over.wait(3 * patience if own else patience):
+            remove_unfinished()
+            print(f"error: {cause}", file=sys.stderr, flush=True)
+            os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+    return over
+
+
+def _failed(words: Store) -> bool:
+    try:
+        return bool(failure(words))
+    except RuntimeError:
+        return True

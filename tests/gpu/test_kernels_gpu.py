@@ -124,8 +124,7 @@ CONVS = list(zip(WIDTHS, [384, 1024, 320, 16, 80, 128, 96, 160, 512, 192, 48, 25
     here(
         (torch.float16, 96, 16),
         (torch.float16, 80, 48),
-        gpu=[(torch.bfloat16, *widths) for widths in CONVS]
-        + [(torch.float16, 96, 16), (torch.float16, 192, 96), (torch.float16, 384, 192), (torch.float16, 512, 48)],
+        gpu=[(torch.bfloat16, *widths) for widths in CONVS] + [(torch.float16, 192, 96), (torch.float16, 384, 192)],
     ),
 )
 def test_conv_errs_at_most_twice_as_much_as_eager(dtype, channels, out_channels):
@@ -277,7 +276,7 @@ def test_head_conv_has_the_same_bits_with_every_tiling(out_channels):
     # Three frames together, an odd number of rows; narrow and wide tiles; without descriptors.
     if out_channels == 3:
         tile = tiles.head_tile(64, 720, channels, device=DEVICE)
-        assert tile.positions == 256
+        assert tile != tiles.head_tile(64, SIZE[2], channels, device=DEVICE)
         assert same(head_of(problem, 3, 5), whole)
         assert same(head_of(problem, *tilings[-1], tile=tile), whole)
         assert same(head_of(problem, *tilings[-1], descriptors=False), whole)
@@ -341,6 +340,9 @@ def tiles_of_every_shape():
     for channels, out_channels in (*DECODERS, *itertools.product(WIDTHS, WIDTHS)):
         for tile, _ in tiles._settings(channels, out_channels):
             found.setdefault((tile.positions, tile.first, tile.second), tile)
+    assert len(found) >= 18
+    assert {tile.step for tile in found.values()} == {16, 32, 64}
+    assert {tile.swapped for tile in found.values()} == {False, True}
     return [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile in found.values()]
 
 
@@ -350,13 +352,9 @@ def test_conv_has_the_same_bits_with_every_tile_and_without_descriptors():
     arena, slots, weight, bias = conv_problem(SIZE, channels, out_channels, dtype=DTYPE)
     whole = conv_ops.conv(arena, slots, weight, bias)
     settings = tiles_of_every_shape()
-    assert len(settings) >= 18
-    assert {tile.step for tile in settings} == {16, 32, 64}
-    assert {tile.swapped for tile in settings} == {False, True}
-    described = [(tile, True) for tile in settings] if conv_kernels.use_descriptors(arena) else []
+    tma = conv_kernels.use_descriptors(arena)
+    described = [(tile, tma) for tile in (settings[::6] if INTERPRETED else settings)]
     pointers = [(settings[0], False), (next(tile for tile in settings if tile.swapped), False)]
-    if INTERPRETED:
-        described = described[::6]
     for tile, descriptors in described + pointers:
         out = torch.full_like(whole, math.nan)
         conv_kernels.conv(
@@ -371,7 +369,7 @@ def test_upsample_conv_has_the_same_bits_with_other_tiles_and_without_descriptor
     _, (arena, slots, weight, bias) = upsample_problem(SIZE, channels, out_channels, dtype=DTYPE)
     whole = upsampled(arena, slots, weight, bias)
     settings = [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile, _ in tiles._settings(channels, out_channels)]
-    described = [(tile, True) for tile in settings] if conv_kernels.use_descriptors(arena) else []
+    described = [(tile, conv_kernels.use_descriptors(arena)) for tile in settings]
     for tile, descriptors in [*described, (settings[-1], False)]:
         out = torch.full_like(whole, math.nan)
         conv_kernels.upsample_conv(
@@ -390,7 +388,6 @@ def test_every_width_has_tiles_that_fit_registers_and_shared_memory(out_channels
             assert tiles.fit(tile, 232448) == tile  # Hopper
             small = tiles.fit(tile, 101376)  # consumer GPUs
             assert (small.positions + small.first + small.second) * small.step * 2 * small.stages <= 101376
-            assert (small.positions, small.first, small.second)[1:] == (tile.first, tile.second)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +436,7 @@ def into_slots(x, gamma, border=1):
         (torch.float16, 96),
         (torch.float32, 16),
         gpu=[(torch.bfloat16, channels) for channels in WIDTHS]
-        + [(torch.float16, channels) for channels in (80, 96, 384, 1024)]
+        + [(torch.float16, channels) for channels in (80, 384)]
         + [(torch.float32, 96)],
     ),
 )
@@ -447,8 +444,11 @@ def into_slots(x, gamma, border=1):
 def test_norm_silu_errs_at_most_twice_as_much_as_eager_and_writes_its_slots_alone(dtype, channels, border):
     x, gamma = norm_inputs((*SIZE, channels), dtype)
     arena, slots, out = into_slots(x, gamma, border)
-    eager = F.silu(eager_norm(x, gamma))
-    assert errs_at_most_twice_as_much(out, eager, F.silu(plain_norm(x, gamma)))
+    exact = F.silu(plain_norm(x, gamma))
+    if dtype == torch.float32:  # eager's is no measure where a GPU approximates roots and exponentials
+        assert relative_error(out, exact) < 1e-6
+    else:
+        assert errs_at_most_twice_as_much(out, F.silu(eager_norm(x, gamma)), exact)
     assert changed_alone(arena, torch.full_like(arena, math.nan), slots, border)
 
 
@@ -460,7 +460,7 @@ def test_rms_norm_errs_at_most_twice_as_much_as_eager(dtype):
     assert errs_at_most_twice_as_much(out, eager_norm(x, gamma), plain_norm(x, gamma))
 
 
-@pytest.mark.parametrize("channels", here(96, gpu=[96, 192, 384, 512, 1024]))
+@pytest.mark.parametrize("channels", here(96, gpu=[96, 384, 1024]))
 def test_a_norms_bits_depend_on_no_chunk_shard_slot_or_tile(monkeypatch, channels):
     x, gamma = norm_inputs((3, *SIZE[1:], channels), DTYPE)
     *_, whole = into_slots(x, gamma)
@@ -503,35 +503,37 @@ def attention_kernels_for(inputs):
     return [*found, attention_hopper.frame_attention] if attention_hopper.can_attend(*inputs) else found
 
 
+from_hopper_on = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability(0) < (9, 0), reason="older GPUs have PyTorch's"
+)
+
+
+@from_hopper_on
 @pytest.mark.parametrize(
     ("dtype", "channels"),
     here(
         (torch.float16, 80),
         (torch.float16, 512),
-        # Parts of 16, 32, 64 and 128 channels, one to five of them; then the kernels for many channels.
-        gpu=[(torch.bfloat16, channels) for channels in (16, 80, 96, 192, 256, 384, 512, 1024)]
-        + [(torch.float16, channels) for channels in (384, 1024)],
+        # Parts of 16 and 128 channels, one to five of them; then the kernels for many channels.
+        gpu=[(torch.bfloat16, channels) for channels in (16, 80, 256, 384, 512, 1024)] + [(torch.float16, 384)],
     ),
 )
 def test_attention_errs_at_most_twice_as_much_as_eager_and_all_kernels_have_the_same_bits(dtype, channels):
     # Neither fills its tiles; and no multiples of 16, nor 1, for which kernels would be compiled anew.
-    inputs = attention_inputs(*here((2, 3, 70), gpu=[(2, 200, 333)])[0], channels, dtype)
+    inputs = attention_inputs(*here((2, 3, 150), gpu=[(2, 200, 333)])[0], channels, dtype)
     exact = plain_attention(*(tensor.double() for tensor in inputs))
-    # PyTorch's own for short sequences and long ones differ; this one is what widths without a fused kernel get.
-    eager = plain_attention(*inputs)
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
-        out = attention_ops.frame_attention(*inputs)
-        assert out.is_contiguous()
-        for kernel in attention_kernels_for(inputs):
-            assert torch.equal(kernel(*inputs), out), kernel.__module__
-        assert errs_at_most_twice_as_much(out, eager, exact)
+    eager = F.scaled_dot_product_attention(*(tensor.contiguous()[:, None] for tensor in inputs))[:, 0]
+    out = attention_ops.frame_attention(*inputs)
+    assert out.is_contiguous()
+    assert errs_at_most_twice_as_much(out, eager, exact)
+    for kernel in attention_kernels_for(inputs):
+        assert torch.equal(kernel(*inputs), out), kernel.__module__
 
 
-@pytest.mark.skipif(not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-                    reason="attention has its kernels from Hopper on")  # fmt: skip
-@pytest.mark.parametrize("channels", here(80, 512, gpu=[96, 384, 1024]))
+@from_hopper_on
+@pytest.mark.parametrize("channels", here(80, 512, gpu=[256, 384, 1024]))
 def test_a_querys_bits_depend_on_its_own_frame_alone(monkeypatch, channels):
-    query, key, value = attention_inputs(*here((2, 5, 40), gpu=[(2, 200, 333)])[0], channels)
+    query, key, value = attention_inputs(*here((2, 5, 150), gpu=[(2, 200, 333)])[0], channels)
     whole = attention_ops.frame_attention(query, key, value)
     queries = query.shape[1]
     for first, stop in ((0, 3), (queries // 5, queries * 4 // 5)):  # a shard's queries
@@ -566,19 +568,20 @@ def test_to_frames_has_eagers_bits(dtype, transposed, patch):
     torch.testing.assert_close(frames.double(), plain_frames(x, patch), atol=1e-7, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    ("channels", "out_channels", "time_factor", "phases"),
+    ("dtype", "channels", "out_channels", "time_factor", "phases"),
     [
-        (64, 64, 2, (0, 2)),  # Wan 2.2's first stages
-        (64, 64, 2, (1, 2)),  # and their first frame
-        (64, 32, 1, (0, 1)),  # its third stage
-        (48, 12, 2, (0, 1)),  # channels that fill no block
-        *here(gpu=[(1024, 1024, 2, (0, 2))]),  # more than a block of channels
+        (DTYPE, 64, 64, 2, (0, 2)),  # Wan 2.2's first stages
+        (DTYPE, 64, 64, 2, (1, 2)),  # and their first frame
+        (DTYPE, 64, 32, 1, (0, 1)),  # its third stage
+        (DTYPE, 48, 12, 2, (0, 1)),  # channels that fill no block
+        *here(gpu=[(DTYPE, 1024, 1024, 2, (0, 2))]),  # more than a block of channels
+        (torch.float16, 64, 64, 2, (0, 2)),
+        (torch.float32, 64, 64, 2, (0, 2)),
     ],
 )
-def test_add_duplicated_has_eagers_bits(channels, out_channels, time_factor, phases, transposed, dtype):
+def test_add_duplicated_has_eagers_bits(dtype, channels, out_channels, time_factor, phases, transposed):
     x = random(*SIZE, channels, dtype=dtype)
     shortcut = plain_duplicated(x, out_channels, time_factor, phases)
     before = random(*shortcut.shape, dtype=dtype, seed=1)

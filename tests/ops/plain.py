@@ -37,6 +37,30 @@ def in_arena(frames, slots, *, border, spare=2):
     return arena
 
 
+def turned(x):
+    """With rows and columns in each other's place."""
+    return x.transpose(1, 2).contiguous()
+
+
+def conv_problem(size, channels, out_channels, kernel=(3, 3, 3), *, dtype=torch.float32, device="cpu"):
+    """Arena, slots in no order, weight, bias: past frames that are not blank, and NaN in the slots not named."""
+    frames, rows, columns = size
+    slots = order(frames + kernel[0] - 1, spare=2, device=device)
+    pictures = random(len(slots), rows, columns, channels, dtype=dtype, device=device)
+    arena = in_arena(pictures, slots, border=kernel[1] // 2)
+    weight = random_weight(out_channels, channels, *kernel, dtype=dtype, device=device)
+    return arena, slots, weight, random(out_channels, dtype=dtype, seed=2, device=device)
+
+
+def upsample_problem(size, channels, out_channels, *, dtype=torch.float32, device="cpu"):
+    """Frames without a border, and arena, slots, weight, bias."""
+    slots = order(size[0], spare=2, device=device)
+    frames = random(*size, channels, dtype=dtype, device=device)
+    weight = random_weight(out_channels, channels, 3, 3, dtype=dtype, device=device)
+    bias = random(out_channels, dtype=dtype, seed=2, device=device)
+    return frames, (in_arena(frames, slots, border=1), slots, weight, bias)
+
+
 def bits(x):
     """What ``x`` has in memory, so that NaN equals NaN."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 
 from tests.ops.plain import (
     changed_alone,
+    conv_problem,
     eager_conv,
     errs_at_most_twice_as_much,
-    in_arena,
     inside,
     order,
     plain_conv,
     plain_upsample_conv,
     random,
-    random_weight,
+    turned,
+    upsample_problem,
 )
 from wan_vae_parallel.ops.conv import (
     conv,
@@ -37,20 +38,6 @@ from wan_vae_parallel.ops.conv import (
 
 FP32 = {"atol": 1e-5, "rtol": 1e-5, "check_dtype": False}
 FP64 = {"atol": 1e-12, "rtol": 1e-12}
-
-
-def problem(size, channels, out_channels, kernel=(3, 3, 3), dtype=torch.float32):
-    """Arena, slots in no order, weight, bias: past frames that are not blank, and NaN in the slots not named."""
-    frames, rows, columns = size
-    slots = order(frames + kernel[0] - 1, spare=2)
-    pictures = random(len(slots), rows, columns, channels, dtype=dtype)
-    weight = random_weight(out_channels, channels, *kernel, dtype=dtype)
-    return in_arena(pictures, slots, border=kernel[1] // 2), slots, weight, random(out_channels, dtype=dtype, seed=2)
-
-
-def turned(arena):
-    """With rows and columns in each other's place."""
-    return arena.transpose(1, 2).contiguous()
 
 
 SHAPES = [
@@ -72,7 +59,7 @@ by_shape = pytest.mark.parametrize(("size", "channels", "out_channels"), SHAPES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @by_shape
 def test_conv_sees_the_frames_of_its_slots_in_their_order(size, channels, out_channels, kernel, memory_format):
-    arena, slots, weight, bias = problem(size, channels, out_channels, kernel)
+    arena, slots, weight, bias = conv_problem(size, channels, out_channels, kernel)
     out = conv(arena, slots, weight.contiguous(memory_format=memory_format), bias)
     assert out.shape == (*size, out_channels)
     assert out.is_contiguous()
@@ -81,7 +68,7 @@ def test_conv_sees_the_frames_of_its_slots_in_their_order(size, channels, out_ch
 
 def test_conv_takes_one_slot_more_than_once():
     # As blank past frames do: both lie in one slot, or in the two that all videos share.
-    arena, _, weight, bias = problem((2, 3, 5), 8, 8)
+    arena, _, weight, bias = conv_problem((2, 3, 5), 8, 8)
     arena = arena.nan_to_num()
     slots = torch.tensor([1, 1, 0, 1], dtype=torch.int32)
     torch.testing.assert_close(conv(arena, slots, weight, bias), plain_conv(arena, slots, weight, bias), **FP32)
@@ -89,20 +76,20 @@ def test_conv_takes_one_slot_more_than_once():
 
 def test_conv_in_two_steps_is_the_whole():
     # What the pages rest on: the next step names the frames that the last one saw, where they lie.
-    arena, slots, weight, bias = problem((5, 4, 6), 8, 8)
+    arena, slots, weight, bias = conv_problem((5, 4, 6), 8, 8)
     steps = [conv(arena, slots[:4], weight, bias), conv(arena, slots[2:], weight, bias)]
     torch.testing.assert_close(torch.cat(steps), plain_conv(arena, slots, weight, bias), **FP32)
 
 
 def test_conv_reads_halo_rows_from_the_border():
-    arena, slots, weight, bias = problem((2, 7, 5), 8, 8)
+    arena, slots, weight, bias = conv_problem((2, 7, 5), 8, 8)
     whole = conv(arena, slots, weight, bias)
     shard = arena[:, 2:7].contiguous()  # rows 2 to 4 with a neighbour's row on either side
     torch.testing.assert_close(conv(shard, slots, weight, bias), whole[:, 2:5], **FP32)
 
 
 def test_conv_in_fp64():
-    arena, slots, weight, bias = problem((3, 4, 5), 8, 6, dtype=torch.float64)
+    arena, slots, weight, bias = conv_problem((3, 4, 5), 8, 6, dtype=torch.float64)
     out = conv(arena, slots, weight, bias)
     assert out.is_contiguous()
     torch.testing.assert_close(out, plain_conv(arena, slots, weight, bias), **FP64)
@@ -111,7 +98,7 @@ def test_conv_in_fp64():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_conv_errs_at_most_twice_as_much_as_eager(dtype, with_residual):
-    arena, slots, weight, bias = problem((3, 5, 7), 16, 16, dtype=dtype)
+    arena, slots, weight, bias = conv_problem((3, 5, 7), 16, 16, dtype=dtype)
     eager = eager_conv(arena, slots, weight, bias)
     residual = None
     if with_residual:
@@ -123,7 +110,7 @@ def test_conv_errs_at_most_twice_as_much_as_eager(dtype, with_residual):
 
 @pytest.mark.parametrize("border", [0, 1])
 def test_conv_writes_inside_the_borders_of_its_out_slots_alone(border):
-    arena, slots, weight, bias = problem((3, 4, 5), 8, 6)
+    arena, slots, weight, bias = conv_problem((3, 4, 5), 8, 6)
     before = random(5, 4 + 2 * border, 5 + 2 * border, 6, seed=3)
     out_slots = torch.tensor([3, 0, 4], dtype=torch.int32)
     before[out_slots.long(), border : 4 + border, border : 5 + border] = math.nan
@@ -134,7 +121,7 @@ def test_conv_writes_inside_the_borders_of_its_out_slots_alone(border):
 
 
 def test_conv_may_write_into_other_slots_of_the_arena_that_it_reads():
-    arena, slots, weight, bias = problem((1, 4, 5), 8, 8)
+    arena, slots, weight, bias = conv_problem((1, 4, 5), 8, 8)
     free = torch.tensor([slot for slot in range(len(arena)) if slot not in slots][:1], dtype=torch.int32)
     before = arena.clone()
     conv(arena, slots, weight, bias, out=arena, out_slots=free)
@@ -144,7 +131,7 @@ def test_conv_may_write_into_other_slots_of_the_arena_that_it_reads():
 
 @pytest.mark.parametrize("where", ["apart", "in place", "made"])
 def test_conv_adds_a_residual_that_it_may_write_over(where):
-    arena, slots, weight, bias = problem((2, 3, 5), 8, 6)
+    arena, slots, weight, bias = conv_problem((2, 3, 5), 8, 6)
     residual = random(2, 3, 5, 6, seed=3)
     before = residual.clone()
     given = {"apart": torch.full_like(residual, math.nan), "in place": residual, "made": None}[where]
@@ -156,7 +143,7 @@ def test_conv_adds_a_residual_that_it_may_write_over(where):
 
 @pytest.mark.parametrize("where", ["made", "given", "slots"])
 def test_halves_of_the_channels_become_frames_the_earlier_one_first(where):
-    arena, slots, weight, bias = problem((3, 4, 5), 8, 12, (3, 1, 1))
+    arena, slots, weight, bias = conv_problem((3, 4, 5), 8, 12, (3, 1, 1))
     exact = plain_conv(arena, slots, weight, bias, halves=2)
     # Frame 2t is made by the first half of the weight, frame 2t + 1 by the second.
     torch.testing.assert_close(exact[0::2], plain_conv(arena, slots, weight[:6], bias[:6]))
@@ -177,14 +164,14 @@ def test_halves_of_the_channels_become_frames_the_earlier_one_first(where):
 
 @pytest.mark.parametrize(("kernel", "halves"), [((3, 3, 3), 1), ((3, 1, 1), 2)])
 def test_transposed_is_the_same_with_rows_and_columns_in_each_others_place(kernel, halves):
-    arena, slots, weight, bias = problem((2, 4, 7), 8, 6, kernel)
+    arena, slots, weight, bias = conv_problem((2, 4, 7), 8, 6, kernel)
     out = conv(turned(arena), slots, weight, bias, halves=halves, transposed=True)
     assert out.is_contiguous()
     torch.testing.assert_close(turned(out), plain_conv(arena, slots, weight, bias, halves=halves), **FP32)
 
 
 def test_conv_leaves_its_inputs_alone():
-    arena, slots, weight, bias = problem((2, 3, 5), 8, 8)
+    arena, slots, weight, bias = conv_problem((2, 3, 5), 8, 8)
     tensors = [arena, slots, weight, bias]
     before = [tensor.clone() for tensor in tensors]
     conv(*tensors, residual=random(2, 3, 5, 8), transposed=False)
@@ -209,15 +196,23 @@ def test_conv_and_upsample_conv_refuse_an_arena_that_they_would_misread(arena):
         upsample_conv(arena, slots, random(4, 8, 3, 3), random(4), folded=None)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": torch.zeros(1, 4, 5, 6)},  # one frame for all
+        {"residual": torch.zeros(2, 4, 5, 1)},  # one channel for all
+        {"out": torch.zeros(2, 2, 4, 5, 6)},  # the frames twice
+        {"out_slots": torch.arange(2, dtype=torch.int32)},  # slots of nothing
+    ],
+    ids=["a frame's residual", "a channel's residual", "out of another shape", "out_slots without out"],
+)
+def test_conv_refuses_what_it_would_have_to_guess_at(options):
+    arena, slots, weight, bias = conv_problem((2, 4, 5), 8, 6)
+    with pytest.raises(ValueError, match=r"residual|out"):
+        conv(arena, slots, weight, bias, **options)
+
+
 # upsample_conv.
-
-
-def upsample_problem(size, channels, out_channels, dtype=torch.float32):
-    """Frames without a border, and arena, slots, weight, bias."""
-    slots = order(size[0], spare=2)
-    frames = random(*size, channels, dtype=dtype)
-    weight = random_weight(out_channels, channels, 3, 3, dtype=dtype)
-    return frames, (in_arena(frames, slots, border=1), slots, weight, random(out_channels, dtype=dtype, seed=2))
 
 
 @by_shape
@@ -245,13 +240,13 @@ def test_upsample_conv_doubles_a_halo_row_too(transposed, weight_format):
 
 
 def test_upsample_conv_in_fp64():
-    frames, (arena, slots, weight, bias) = upsample_problem((2, 3, 5), 8, 6, torch.float64)
+    frames, (arena, slots, weight, bias) = upsample_problem((2, 3, 5), 8, 6, dtype=torch.float64)
     out = upsample_conv(arena, slots, weight, bias, folded=None)
     torch.testing.assert_close(out, plain_upsample_conv(frames, weight, bias), **FP64)
 
 
 def test_upsample_conv_in_bf16_errs_at_most_twice_as_much_as_eager():
-    frames, (arena, slots, weight, bias) = upsample_problem((3, 5, 7), 16, 16, torch.bfloat16)
+    frames, (arena, slots, weight, bias) = upsample_problem((3, 5, 7), 16, 16, dtype=torch.bfloat16)
     exact = plain_upsample_conv(frames.double(), weight.double(), bias.double())
     out = upsample_conv(arena, slots, weight, bias, folded=None)
     assert errs_at_most_twice_as_much(out, plain_upsample_conv(frames, weight, bias), exact)
@@ -289,7 +284,7 @@ def test_folded_weights_are_summed_in_fp32_and_rounded_once():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_head_conv_without_prepared_weights_is_a_convolution(transposed):
-    arena, slots, weight, bias = problem((3, 4, 5), 16, 3)
+    arena, slots, weight, bias = conv_problem((3, 4, 5), 16, 3)
     prepared = prepare_head(weight, 3, transposed=transposed)
     assert prepared is None  # that is for GPUs
     seen = turned(arena) if transposed else arena

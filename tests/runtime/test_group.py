@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.parallel import launch
+from tests.processes import wait_until
 from wan_vae_parallel.latents import save_latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,11 +92,13 @@ def test_the_first_rank_may_end_a_decode_for_all(ranks, path):
 
 
 def _fails(rank, _world, path, what):
-    latents = latents_of(4, 3, seed=rank if what == "latents" else 1)
+    latents = latents_of(4, 3, seed=2 if what == "latents" and rank == 1 else 1)
     dtype = "float64" if what == "dtype" and rank == 1 else "float32"
-    with pytest.raises(wvp.WorkerError) as raised, wvp.load_vae(path, dtype=dtype, group=launch.group()) as vae:
-        vae.decode(latents)
-    return str(raised.value)
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, dtype=dtype, group=launch.group()) as vae:
+        patch.setattr("wan_vae_parallel.parallel.agree.WORD_SECONDS", 1)
+        with pytest.raises(wvp.WorkerError) as raised:
+            vae.decode(latents)
+        return str(raised.value)
 
 
 @pytest.mark.parametrize("what", ["latents", "dtype"])
@@ -147,38 +153,127 @@ def test_a_rank_without_memory_is_an_error_on_all_and_less_memory_a_smaller_chun
     torch.testing.assert_close(answers[0][1], alone(path, latents_of(4, 3)), **CLOSE)
 
 
+def _refuses(rank, _world, path):
+    first, second = latents_of(4, 3, seed=1), latents_of(4, 3, seed=2)
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
+        if rank == 0:
+            patch.setattr("wan_vae_parallel.vae.free_memory", lambda _: 0)
+        with pytest.raises(wvp.WanVAEError) as raised:
+            vae.decode(first)
+        patch.undo()
+        frames = vae.decode(second)
+        # Again, and this time the first rank comes back with the same latents: nobody else has noticed.
+        if rank == 0:
+            patch.setattr("wan_vae_parallel.vae.free_memory", lambda _: 0)
+            with pytest.raises(wvp.OutOfMemoryError):
+                vae.decode(first)
+            patch.undo()
+        return type(raised.value), str(raised.value), frames, vae.decode(first)
+
+
+def test_a_decode_that_the_first_rank_refuses_is_none_and_the_next_one_works(ranks, path):
+    (kind, _, second, first), *others = ranks.run(_refuses, path)
+    assert kind is wvp.OutOfMemoryError
+    assert all(kind is wvp.WorkerError and "rank 0 refused this call" in message for kind, message, *_ in others)
+    torch.testing.assert_close(first, alone(path, latents_of(4, 3, seed=1)), **CLOSE)
+    torch.testing.assert_close(second, alone(path, latents_of(4, 3, seed=2)), **CLOSE)
+
+
+def _fails_to_load(rank, _world, path):
+    def damaged(*_):
+        raise wvp.CheckpointError("it is damaged")
+
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
+        if rank == 2:
+            patch.setattr("wan_vae_parallel.runtime.group.ShardDecoder", damaged)
+        with pytest.raises(wvp.WanVAEError) as raised:
+            vae.decode(latents_of(4, 3))
+        patch.undo()
+        return f"{type(raised.value).__name__}: {raised.value}", vae.decode(latents_of(4, 3))
+
+
+def test_a_rank_that_can_not_load_is_an_error_on_all_that_names_it(ranks, path):
+    answers = ranks.run(_fails_to_load, path)
+    named = f"WorkerError: rank 2 on {socket.gethostname()}/cpu: CheckpointError: it is damaged"
+    assert [message for message, _ in answers] == [named, named, "CheckpointError: it is damaged", named]
+    torch.testing.assert_close(answers[0][1], alone(path, latents_of(4, 3)), **CLOSE)
+
+
+def _misses_one(rank, _world, path):
+    message = ""
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
+        if rank == 3:
+            time.sleep(2)
+        else:
+            patch.setattr("wan_vae_parallel.parallel.agree.WORK_SECONDS", 1)
+            with pytest.raises(wvp.WorkerError) as raised:
+                vae.decode(latents_of(4, 3))
+            message = str(raised.value)
+            patch.undo()
+        return message, vae.decode(latents_of(4, 3))
+
+
+def test_ranks_that_say_nothing_are_named_and_may_come_to_the_next_decode(ranks, path):
+    answers = ranks.run(_misses_one, path)
+    assert all("rank 3 said nothing for 1 s" in message for message, _ in answers[:3])
+    torch.testing.assert_close(answers[0][1], alone(path, latents_of(4, 3)), **CLOSE)
+
+
 # torchrun.
 
 
 def torchrun(folder, *arguments, nodes=2, ranks=2):
     """Two launches on this machine, as two machines would; returns exit codes and outputs."""
+    with launches([folder] * nodes, *arguments, ranks=ranks) as started:
+        return ends(started)
+
+
+@contextlib.contextmanager
+def launches(folders, *arguments, ranks=2, interfaces=("lo", "lo")):
+    """A launch in each of ``folders``, as on a machine of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": python_path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    launches = [
+    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    started = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run"),
-                *f"--nnodes {nodes} --node-rank {node} --nproc-per-node {ranks}".split(),
+                *f"--nnodes {len(folders)} --node-rank {node} --nproc-per-node {ranks}".split(),
                 *f"--master-addr 127.0.0.1 --master-port {port} -m wan_vae_parallel".split(),
                 *map(str, arguments),
             ],
             cwd=folder,
-            env=environment,
+            env={**environment, "GLOO_SOCKET_IFNAME": interface},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for node in range(nodes)
+        for node, (folder, interface) in enumerate(zip(folders, interfaces, strict=False))
     ]
     try:
-        outputs = [launch.communicate(timeout=90)[0] for launch in launches]
+        yield started
     finally:
-        for one in launches:
+        for one in started:
             one.kill()
-    return [one.returncode for one in launches], outputs
+
+
+def ends(started, seconds=90):
+    """Exit codes and outputs, which must be there in so many seconds."""
+    deadline = time.monotonic() + seconds
+    outputs = [one.communicate(timeout=max(1, deadline - time.monotonic()))[0] for one in started]
+    return [one.returncode for one in started], outputs
+
+
+def process_of(rank, launch):
+    """The process that ``launch`` started as ``rank``."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            parent = entry.name.isdigit() and (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(launch.pid) and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+    raise AssertionError(f"no rank {rank}")
 
 
 def test_torchrun_on_two_nodes_decodes_one_video_and_the_first_rank_writes(path, tmp_path):
@@ -204,3 +299,44 @@ def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_pat
     assert codes != [0]
     assert "run demo and info without it" in outputs[0]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.latent"]
+
+
+def test_an_error_on_one_node_ends_the_other_and_is_named_there(path, tmp_path):
+    nodes = [tmp_path / "first", tmp_path / "second"]
+    for node in nodes:
+        node.mkdir()
+    save_latents(nodes[0] / "x.latent", latents_of(4, 3))  # which the second node lacks
+    with launches(nodes, "decode", "x.latent", "--vae", path, "-o", "out.mp4") as started:
+        codes, outputs = ends(started, seconds=25)
+    assert 0 not in codes
+    place = f"{socket.gethostname()}/cpu"
+    assert re.search(f"error: rank [23] on {place}: LatentError: x.latent does not exist", outputs[0])
+    assert "error: x.latent does not exist" in outputs[1]
+    assert "cli.py" not in outputs[0] + outputs[1]  # no traceback but torchrun's own
+    assert [file.name for file in tmp_path.rglob("*")] == ["first", "second", "x.latent"]
+
+
+def test_a_rank_killed_in_the_middle_ends_both_nodes_and_leaves_no_half_written_file(path, tmp_path):
+    latents = latents_of(8, 8).repeat(1, 1, 200, 1, 1)
+    save_latents(tmp_path / "x.latent", latents)
+    arguments = "decode", "x.latent", "--vae", path, "-o", "frames/%04d.png", "--chunk", 1
+    with launches([tmp_path] * 2, *arguments) as started:
+        assert wait_until(lambda: list(tmp_path.glob("frames/.*/0003.png")), 30)
+        os.kill(process_of(3, started[1]), signal.SIGKILL)
+        codes, outputs = ends(started, seconds=12)
+    assert 0 not in codes
+    # The killed one could say nothing; who noticed first says it for all.
+    assert re.search(r"error: rank \d on \S+/cpu (lost the connection to another rank|was told to end)", outputs[0])
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "x.latent"]
+
+
+def test_an_interface_that_is_not_there_ends_both_nodes_with_its_name(path, tmp_path):
+    save_latents(tmp_path / "x.latent", latents_of(4, 3))
+    arguments = "decode", "x.latent", "--vae", path, "-o", "out.mp4"
+    with launches([tmp_path] * 2, *arguments, ranks=1, interfaces=("lo", "nosuch0")) as started:
+        codes, outputs = ends(started, seconds=25)
+    assert 0 not in codes
+    for output in outputs:
+        assert "can't join the others over gloo" in output
+        assert "GLOO_SOCKET_IFNAME is 'nosuch0'" in output
+        assert "cli.py" not in output

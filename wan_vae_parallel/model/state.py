@@ -90,7 +90,10 @@ class Pages:
         """``slots`` on the device, int32. They come again and again, so they are kept there."""
         found = self._indices.get(slots)
         if found is None:
-            found = torch.tensor(slots, dtype=torch.int32).to(self.arena.device)
+            device = self.arena.device
+            # From page-locked memory and without waiting: else the device would run dry at each new index.
+            listed = torch.tensor(slots, dtype=torch.int32, pin_memory=device.type == "cuda")
+            found = listed.to(device, non_blocking=True)
             self._indices[slots] = found
         return found
 

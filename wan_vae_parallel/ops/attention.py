@@ -29,7 +29,15 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
     Returns:
         ``[T, N, C]``, contiguous.
+
+    Raises:
+        ValueError: the shapes don't fit.
     """
+    if query.dim() != 3 or key.shape != value.shape or query.shape[::2] != key.shape[::2]:
+        raise ValueError(
+            f"frame_attention takes [T, N, C], [T, M, C] and [T, M, C], not {tuple(query.shape)}, {tuple(key.shape)} "
+            f"and {tuple(value.shape)}"
+        )
     if kernels_run(query):
         attend = _kernel_for(query, key, value)
         if attend:

@@ -33,7 +33,8 @@ def conv(
     Args:
         arena: ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, with its borders.
         slots: ``[T + kt - 1]`` int32 on the arena's device: where each input frame lies, past ones first.
-        weight: ``[O, C, kt, kh, kw]``, best in channels_last_3d, for the picture as it stands.
+        weight: ``[O, C, kt, kh, kw]`` in channels_last_3d (without kernels of our own any), for the picture as it
+            stands.
         bias: ``[O]``.
         residual: ``[T, H, W, O]``, contiguous: added before the result is rounded.
         out: where to write: ``[T, H, W, O]``, contiguous, which may be ``residual``; or with ``out_slots`` an arena
@@ -52,11 +53,12 @@ def conv(
     kernel = weight.shape[2:]
     frames = (slots.numel() - kernel[0] + 1) * halves
     shape = (frames, arena.shape[1] - kernel[1] + 1, arena.shape[2] - kernel[2] + 1, weight.shape[0] // halves)
-    if not arena.is_contiguous() or arena.shape[3] != weight.shape[1]:
+    if not arena.is_contiguous() or arena.shape[3] != weight.shape[1] or min(shape) < 1 or weight.shape[0] % halves:
         raise ValueError(
             f"conv takes a contiguous arena of {weight.shape[1]} channels, not {tuple(arena.shape)} with strides "
-            f"{arena.stride()}"
+            f"{arena.stride()}, {slots.numel()} slots, a weight {tuple(weight.shape)} and {halves} halves"
         )
+    _check(arena, shape, residual, out, out_slots)
     if kernels_run(arena):
         from .kernels import conv as kernels
 
@@ -140,6 +142,7 @@ class PreparedHead:
     spread: torch.Tensor
     frames: int
     rows: int
+    transposed: bool
 
 
 def prepare_head(weight: torch.Tensor, count: int, *, transposed: bool) -> PreparedHead | None:
@@ -151,7 +154,7 @@ def prepare_head(weight: torch.Tensor, count: int, *, transposed: bool) -> Prepa
     if weight.shape[0] > kernels.MAX_COLUMNS:
         return None
     frames, rows = kernels.tiling(count, weight.shape[0])
-    return PreparedHead(kernels.spread_weight(weight, frames, rows, transposed=transposed), frames, rows)
+    return PreparedHead(kernels.spread_weight(weight, frames, rows, transposed=transposed), frames, rows, transposed)
 
 
 def head_conv(
@@ -176,6 +179,8 @@ def head_conv(
     Returns:
         ``[T, H, W, O]``, contiguous.
     """
+    if prepared and prepared.transposed != transposed:
+        raise ValueError(f"weights were prepared for transposed={prepared.transposed}, not {transposed}")
     if prepared is None:
         return conv(arena, slots, weight, bias, transposed=transposed)
     from .kernels import head_conv as kernels
@@ -216,13 +221,15 @@ def pointwise_conv(
     Returns:
         ``out``, ``[T, H, W, O]`` if it was made.
     """
+    shape = (*x.shape[:3], weight.shape[0])
+    _check(x, shape, residual, out, out_slots)
     if kernels_run(x):
         from .kernels import conv as kernels
 
         weight3d = weight.flatten(1)[:, :, None, None, None]
         if kernels.takes(x, weight3d) and x.is_contiguous():
             if out is None:
-                out = x.new_empty((*x.shape[:3], weight.shape[0]))
+                out = x.new_empty(shape)
             slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
             kernels.conv(
                 x, slots, weight3d, bias, residual=residual, out=out, out_slots=out_slots, halves=1, transposed=False
@@ -263,6 +270,35 @@ def _convolved(
     seen = arena.index_select(0, slots).unsqueeze(0).permute(0, 4, 1, 2, 3)
     # A copy only where torch has no channels-last kernel (fp64 on the CPU); on CUDA a test counts none.
     return F.conv3d(seen, weight, bias).permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+
+
+def _check(
+    like: torch.Tensor,
+    shape: tuple[int, ...],
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_slots: torch.Tensor | None,
+) -> None:
+    """Raises ValueError unless a result of ``shape`` can be added to and written to these."""
+    frames, rows, columns, channels = shape
+    fits = out_slots is None if out is None else out.dim() == 4 and out.is_contiguous() and out.dtype == like.dtype
+    if out is not None and fits:
+        border = out.shape[1] - rows if out_slots is not None else 0
+        count = frames if out_slots is None else out.shape[0]
+        fits = border in (0, 2) and out.shape == (count, rows + border, columns + border, channels)
+        fits = fits and (out_slots is None or out_slots.shape == (frames,))
+    if not fits:
+        raise ValueError(
+            f"out must be contiguous {like.dtype} {shape}, or an arena of such frames with {frames} slots, not "
+            f"{None if out is None else (out.dtype, tuple(out.shape))} with "
+            f"{'no' if out_slots is None else out_slots.numel()} slots"
+        )
+    if residual is not None and (
+        residual.shape != shape or residual.dtype != like.dtype or not residual.is_contiguous()
+    ):
+        raise ValueError(
+            f"a residual must be contiguous {like.dtype} {shape}, not {residual.dtype} {tuple(residual.shape)}"
+        )
 
 
 def _put(

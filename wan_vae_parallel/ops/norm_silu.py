@@ -34,7 +34,7 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
         if kernels.can_normalize(x, gamma):
             return kernels.rms_norm(x, gamma)
-    return _wide_norm(x, gamma).to(x.dtype)
+    return _wide_norm(x, gamma).to(x.dtype).contiguous()
 
 
 def _wide_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,14 @@
 
 Every rank makes the same calls. What they have to say goes through the group's store, so that no device waits for
 words; frames go from device to device.
+
+What one rank refuses before it exchanges frames is an error on all, and the group can decode again. What fails later
+ends the group: ranks that wait for frames can't be told, and the process's end is what wakes them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import zlib
@@ -16,7 +20,7 @@ import torch.distributed as dist
 
 from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, WanVAEError
-from ..parallel.agree import Board, check_agreement
+from ..parallel.agree import WORD_SECONDS, WORK_SECONDS, Board, check_same
 from ..parallel.edges import connect
 from ..parallel.plan import describe_plan, plan_shards
 from ..parallel.rows import to_first_rank
@@ -29,7 +33,7 @@ logger = logging.getLogger(__name__)
 class GroupEngine:
     """This process as one rank of a decode; the group's first rank gets the frames.
 
-    Making one is a collective call, as are its decodes.
+    Making one is a collective call, as are its decodes: each is a meeting of its own, see `parallel.agree.Board`.
 
     Args:
         weights: called for the checkpoint whenever the weights have to be loaded.
@@ -44,11 +48,13 @@ class GroupEngine:
         self.device = device
         self.dtype = dtype
         self.rank = dist.get_rank(group)
+        self.group = group
+        # Whether frames can't be exchanged any more; the device may wait for another rank's for ever.
+        self.failed = False
         self._weights = weights
         self._decoder: ShardDecoder | None = None
-        self.group = group
-        self.board = Board(group)
-        self.names = tuple(self.board.exchange(f"{socket.gethostname()}/{device}"))
+        self._connected = False
+        self.names = tuple(self.meet(call="load_vae").places)
 
     @property
     def running(self) -> bool:
@@ -67,17 +73,34 @@ class GroupEngine:
     def close(self) -> None:
         """Gives the device's memory back; the next decode loads the weights again. The group stays its maker's."""
         self._decoder = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.failed:
             torch.cuda.empty_cache()
 
+    def meet(self, **about: str) -> Board:
+        """All ranks' words on a call that they make."""
+        return Board(self.group, about, f"{socket.gethostname()}/{self.device}")
+
     def decoder(self) -> ShardDecoder:
-        """The decoder, loaded now if it is not; all ranks must have the same."""
+        """The decoder, loaded now if it is not."""
         if self._decoder is None:
-            decoder = ShardDecoder(self._weights(), self.device, self.dtype)
-            check_agreement(decoder.facts(), self.board)
-            connect(self.group, self.device)
-            self._decoder = decoder
+            self._decoder = ShardDecoder(self._weights(), self.device, self.dtype)
         return self._decoder
+
+    def connect(self, board: Board) -> None:
+        """Connects the devices if they are not yet."""
+        if not self._connected:
+            with self.exchanging(board):
+                connect(self.group, self.device)
+            self._connected = True
+
+    @contextlib.contextmanager
+    def exchanging(self, board: Board) -> Iterator[None]:
+        """Within it, ranks wait for one another's bytes: what fails ends the group."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (it is raised again)
+            self.failed = True
+            board.fail(error)
 
 
 class GroupRun:
@@ -90,13 +113,13 @@ class GroupRun:
         self._engine = engine
         self._latents = latents
         self._over = True
-        decoder = engine.decoder()
-        check_agreement({"latents": _described(latents)}, engine.board)
+        self._board = engine.meet(call="decode", latents=_described(latents))
+        check_same(self._board.gather(lambda: engine.decoder().facts(), WORK_SECONDS))
+        engine.connect(self._board)
         self._plan = plan_shards(latents.shape[3], latents.shape[4], len(engine.names))
         if engine.rank == 0:
             logger.info("decoding on %s", describe_plan(self._plan, engine.names))
-        room = decoder.room(self._plan, engine.rank, latents.shape, chunk) if self._working else None
-        rooms = engine.board.exchange(room)
+        rooms = self._board.gather(lambda: self._room(chunk), WORD_SECONDS)
         self._chunk = min(most for most in rooms if most is not None)
         if not self._chunk:
             short = [name for name, most in zip(engine.names, rooms, strict=True) if most == 0]
@@ -110,15 +133,16 @@ class GroupRun:
         """Yields ``[B, t, H, W, C]`` on the first rank's host, each valid until the next; nothing on the others."""
         if self._over:
             raise WanVAEError("this decode is over; begin another one")
-        yield from to_host(self._whole_frames(), self._engine.device)
+        with self._engine.exchanging(self._board):
+            yield from to_host(self._whole_frames(), self._engine.device)
 
     def close(self) -> None:
         """Ends the decode where it is, on all ranks if the first one says so, and frees its memory."""
-        if self._engine.rank == 0 and not self._over:
-            self._engine.board.from_first(False)
+        if self._engine.rank == 0 and not self._over and not self._engine.failed:
+            self._board.from_first(False)
         self._over = True
         del self._latents
-        if self._engine.device.type == "cuda":
+        if self._engine.device.type == "cuda" and not self._engine.failed:
             torch.cuda.synchronize(self._engine.device)
             torch.cuda.empty_cache()
 
@@ -127,13 +151,19 @@ class GroupRun:
         """Whether this rank has rows."""
         return self._engine.rank < self._plan.shards
 
+    def _room(self, chunk: int) -> int | None:
+        """The largest chunk that this rank has room for; any will do for a rank without rows."""
+        if not self._working:
+            return None
+        return self._engine.decoder().room(self._plan, self._engine.rank, self._latents.shape, chunk)
+
     def _whole_frames(self) -> Iterator[torch.Tensor]:
         engine, plan = self._engine, self._plan
         decoder = engine.decoder()
         shards = decoder.steps(self._latents, plan, engine.group, self._chunk) if self._working else iter(())
         # The first rank says before each step whether there is one: those without rows know no other end.
         more = True
-        while engine.board.from_first(more):
+        while self._board.from_first(more):
             shard = next(shards, None)
             more = shard is not None
             if shard is not None:
