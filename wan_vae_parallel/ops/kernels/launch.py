@@ -5,6 +5,7 @@ Compiling one takes seconds of one core, and a decode needs some thirty: one aft
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -56,12 +57,12 @@ def compile_all(run: Callable[[], None], device: torch.device) -> None:
     started = time.monotonic()
 
     def compile_one(job: Callable[[], Any]) -> None:
-        with torch.cuda.device(device):
+        # Each thread has a current device of its own.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             job()
 
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for done in pool.map(compile_one, collected.values()):
-            del done
+        list(pool.map(compile_one, collected.values()))
     seconds = time.monotonic() - started
     if seconds > _WORD_SECONDS:
         logger.info(

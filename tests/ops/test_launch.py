@@ -1,0 +1,111 @@
+"""Compiling all kernels of a decode at once; with stand-ins for kernels, as Triton itself is not needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+from wan_vae_parallel.ops.kernels.launch import compile_all, launch
+
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    """Remembers what it was launched and compiled with."""
+
+    def __init__(self):
+        self.launched, self.compiled, self.threads = [], [], set()
+        self.barrier = None
+
+    def fn(self):
+        """What a jitted kernel wraps: its name tells kernels apart."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched.append((grid, arguments, options))
+
+    def warmup(self, *arguments, grid, **options):
+        if self.barrier:
+            self.barrier.wait()
+        self.threads.add(threading.get_ident())
+        self.compiled.append((grid, arguments, options))
+
+
+@dataclasses.dataclass
+class Descriptor:
+    base: torch.Tensor
+    block_shape: list
+
+
+def test_a_kernel_is_launched_at_once():
+    kernel, x = Kernel(), torch.zeros(4)
+    launch(kernel, (2,), x, 7, BLOCK=16)
+    assert kernel.launched == [((2,), (x, 7), {"BLOCK": 16})]
+    assert kernel.compiled == []
+
+
+def test_what_a_run_would_launch_is_compiled_once_a_kind_and_not_launched():
+    kernel = Kernel()
+    half, single = torch.zeros(64, dtype=torch.float16), torch.zeros(64)
+
+    def run():
+        for x in (half, half.clone(), single):
+            launch(kernel, (1,), x, 3, BLOCK=16)
+        launch(kernel, (1,), half, 32, BLOCK=16)  # a multiple of 16, which Triton makes another kernel of
+        launch(kernel, (9,), half, 48, BLOCK=16)  # as the one before
+        launch(kernel, (1,), half[1:], 3, BLOCK=16)  # not aligned
+        launch(kernel, (1,), half, 3, BLOCK=32)
+        launch(kernel, (1,), Descriptor(half, [1, 16]), 3, BLOCK=16)
+        launch(kernel, (1,), Descriptor(half, [1, 32]), 3, BLOCK=16)
+        launch(kernel, (1,), None, 3, BLOCK=16)
+
+    compile_all(run, CPU)
+    assert kernel.launched == []
+    assert len(kernel.compiled) == 8
+    launch(kernel, (1,), half)
+    assert len(kernel.launched) == 1  # afterwards all is as before
+
+
+def test_no_tensor_of_the_run_is_kept_for_compiling():
+    kernel, seen = Kernel(), []
+
+    def run():
+        x = torch.zeros(2**16, dtype=torch.bfloat16)
+        seen.append(weakref.ref(x))
+        launch(kernel, (1,), x, Descriptor(x, [16]))
+        del x
+        gc.collect()
+        assert seen[0]() is None
+
+    compile_all(run, CPU)
+    ((_, (x, descriptor), _),) = kernel.compiled
+    assert x.dtype == descriptor.base.dtype == torch.bfloat16
+    assert x.numel() < 100
+
+
+def test_kernels_compile_side_by_side():
+    kernel = Kernel()
+    kernel.barrier = threading.Barrier(2, timeout=30)  # one alone would wait for ever
+
+    def run():
+        launch(kernel, (1,), BLOCK=1)
+        launch(kernel, (1,), BLOCK=2)
+
+    compile_all(run, CPU)
+    assert len(kernel.threads) == 2
+
+
+def test_a_run_that_fails_leaves_launching_as_it_was():
+    kernel = Kernel()
+
+    def run():
+        raise ValueError("no such shape")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        compile_all(run, CPU)
+    launch(kernel, (1,))
+    assert len(kernel.launched) == 1
