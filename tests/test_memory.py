@@ -65,8 +65,8 @@ def test_memory_grows_with_what_is_decoded(architecture):
     assert total(HD, 1, torch.float32) > total(HD, 1)
     assert total((1, 21, 60, 104)) < total(HD) < total((1, 21, 136, 240))
     assert total((2, 21, 90, 160)) > total(HD)
-    # Its length costs nothing: only the feature caches pass from step to step.
-    assert total((1, 200, 90, 160)) == total(HD)
+    # Its length costs nothing but the latents: only past frames pass from step to step.
+    assert total(HD) < total((1, 200, 90, 160)) < 1.03 * total(HD)
     # A chunk larger than the video is the video.
     assert total((1, 3, 90, 160), 100) == total((1, 3, 90, 160), 2)
 
@@ -75,7 +75,7 @@ def test_the_parts_add_up_and_an_image_needs_no_caches():
     architecture = Architecture.published("wan2.1")
     video = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16)
     assert video.total == video.weights + video.caches + video.step
-    assert 2 * parameter_count(architecture) < video.weights < 2.1 * parameter_count(architecture)
+    assert 2 * parameter_count(architecture) < video.weights < 2.2 * parameter_count(architecture)
     assert 3.5 * 2**30 < video.caches < 4.5 * 2**30  # 4.06 GiB: two frames of each convolution's input
     assert decode_memory(architecture, (1, 1, 90, 160), chunk=1, dtype=torch.bfloat16).caches == 0
 

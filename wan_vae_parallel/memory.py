@@ -26,6 +26,8 @@ _ENOUGH_PIXELS = 4 * 720 * 1280
 _NORM_BYTES = 2 * BLOCK_ELEMENTS * 4
 # Share of the free memory that is planned with; the rest is for fragmentation and the libraries' own buffers.
 _USABLE = 0.9
+# Values a channel of the head's weights once they are spread (kernels/head_conv.py): 64 columns, 162 taps at most.
+_SPREAD_HEAD = 64 * 162
 # What a system that does not tell its free memory is taken to have.
 UNLIMITED = 2**62
 # How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN say it.
@@ -70,7 +72,9 @@ def decode_memory(
         + (0 if dtype in KERNEL_DTYPES else min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * finest))
         # Frames: the step's own, one step's in flight to the host, both at least fp32; and what they are made of.
         + 2 * frames * max(4, dtype.itemsize)
-        + frames * dtype.itemsize,
+        + frames * dtype.itemsize
+        # Latents as they came and as they are read.
+        + 2 * batch * latent_frames * architecture.z_dim * rows * columns * dtype.itemsize,
     )
 
 
@@ -143,9 +147,9 @@ def _skeleton(architecture: Architecture) -> WanDecoder:
 
 
 def _folded_elements(architecture: Architecture) -> int:
-    """Elements of upsampling weights as the kernels take them, 16 taps instead of 9."""
+    """Elements of weights as the kernels take them: upsamplings' 16 taps instead of 9, and the head's, spread twice."""
     convs = (module for module in _skeleton(architecture).modules() if isinstance(module, UpsampleConv))
-    return sum(conv.weight.numel() // 9 * 16 for conv in convs)
+    return sum(conv.weight.numel() // 9 * 16 for conv in convs) + 2 * _SPREAD_HEAD * architecture.width
 
 
 def _page_elements(
@@ -156,9 +160,9 @@ def _page_elements(
     kept, others, gathered = 0, 0, 0
     for key, need in _skeleton(architecture).page_needs(chunk).items():
         frame = (rows * key.scale + 2 * key.border) * (columns * key.scale + 2 * key.border) * key.channels
-        if latent_frames > 1:
-            kept += batch * need.kept * frame
-        others += (need.slots(batch) - batch * need.kept) * frame
+        slots, keeps = need.slots(batch, keeps=latent_frames > 1), batch * need.kept if latent_frames > 1 else 0
+        kept += keeps * frame
+        others += (slots - keeps) * frame
         # Without kernels of our own a convolution's frames are gathered, and doubled one by one before it.
         gathered = max(gathered, (need.passing + 2) * frame, 12 * frame)
     return kept, others if dtype in KERNEL_DTYPES else others + gathered

@@ -108,7 +108,5 @@ def test_decode_interrupt_decode_again_and_free(gpu_server):
     for name in ("first", "second", "third"):
         frames = load_file(server.output / name)["tensor"]
         assert frames.shape == (49, 720, 1280, 3)
-        difference = (frames - expected).abs()
-        print(f"{name} against one GPU: max {difference.max():.2e}, mean {difference.mean():.2e}")
-        assert difference.max() < 0.1
-        assert difference.mean() < 5e-3
+        # bf16, other chunks, four devices and one: the same bits.
+        assert torch.equal(frames, expected), (frames - expected).abs().max()

@@ -1,6 +1,7 @@
 """Decoding on several CUDA devices: frames, layouts, and what breaks otherwise than on the CPU.
 
-Frames of different numbers of devices are close, not equal: cuDNN picks its algorithms by shape.
+In bf16 frames are equal bit for bit for any number of devices; in fp32 they are close, as cuDNN picks its algorithms by
+shape.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def pids(vae):
 def test_frames_of_one_two_and_all_devices(family, oracle, dtype):
     frames = {}
     for count in (1, *counts()):
-        with load(oracle, devices=named(count), dtype=dtype, chunk=2) as vae:
+        # Another chunk for each: that must not matter either.
+        with load(oracle, devices=named(count), dtype=dtype, chunk=1 + count % 3) as vae:
             frames[count] = [
                 vae.decode(random_latents(family, frames=6, rows=rows, columns=columns)) for rows, columns in SIZES
             ]
@@ -111,9 +113,11 @@ def test_frames_of_one_two_and_all_devices(family, oracle, dtype):
                 f"mean {difference.mean():.2e}, {(difference > 0).sum()} of {difference.numel()} values differ"
             )
             assert several.isfinite().all()
-            assert difference.max() < (5e-2 if dtype == "bfloat16" else 1e-4)
-            # bf16: each errs by about 3e-3 on average against exact arithmetic.
-            assert difference.mean() < (5e-3 if dtype == "bfloat16" else 1e-5)
+            assert one.std() > 0.05
+            if dtype == "bfloat16":
+                assert torch.equal(several, one)
+            assert difference.max() < 1e-4
+            assert difference.mean() < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [1, 3, "auto"])

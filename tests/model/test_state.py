@@ -12,8 +12,8 @@ from wan_vae_parallel.model.state import DecodeState, Frames, PageKey, PageNeed,
 KEY = PageKey(scale=2, channels=3, border=1)
 
 
-def pages(slots=7, key=KEY):
-    return Pages(slots, 4, 5, key, dtype=torch.float32, device=torch.device("cpu"))
+def pages(slots=7, key=KEY, users=1):
+    return Pages(slots, 4, 5, key, users=users, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("border", [0, 1])
@@ -24,15 +24,24 @@ def test_an_arena_has_a_border_around_each_frame_and_begins_as_zeros(border):
     assert not arena.any()
 
 
-def test_slots_are_handed_out_once_until_they_come_back_and_blank_ones_never():
-    space = pages()
+def test_slots_are_handed_out_once_until_they_come_back_and_the_blank_one_when_nobody_needs_it():
+    space = pages(users=2)
     first, second = space.take(4), space.take(2)
-    assert len({*first.slots, *second.slots}) == 6
-    assert min(*first.slots, *second.slots) >= Pages.BLANK
+    assert {*first.slots, *second.slots} == set(range(1, 7))
     with pytest.raises(AssertionError, match="too small"):
         space.take(1)
     space.give((0, 0, *second.slots))  # a past of blank frames comes along
     assert set(space.take(2).slots) == set(second.slots)
+    space.settle()
+    with pytest.raises(AssertionError, match="too small"):
+        space.take(1)
+    space.settle()
+    assert space.take(1).slots == (0,)
+    space.arena.normal_()
+    space.reset()
+    assert not space.arena[0].any()
+    assert set(space.take(6).slots) == set(range(1, 7))
+    assert 0 in pages(users=0).take(7).slots  # where nobody has a past
 
 
 def test_the_index_is_the_slots_and_made_once():
@@ -46,7 +55,7 @@ def test_the_index_is_the_slots_and_made_once():
 
 @pytest.mark.parametrize("new", [1, 2, 3])
 def test_a_convolution_sees_blank_frames_and_then_what_it_saw_last(new):
-    space = pages(slots=1 + 2 + new)
+    space = pages(slots=2 + new)  # the blank frame has the place of one that will be kept
     state = DecodeState({KEY: space}, edges=WholePicture())
     conv, seen_values = object(), [0.0, 0.0]
     for step in range(6):  # again and again: no slot is lost
@@ -57,11 +66,11 @@ def test_a_convolution_sees_blank_frames_and_then_what_it_saw_last(new):
         seen = state.with_past(conv, frames, 2)
         assert [space.arena[slot, 0, 0, 0].item() for slot in seen.slots] == seen_values[-2 - new :]
         state.keep_past(conv, seen, 2)
-    assert not space.arena[: Pages.BLANK].any()
+    assert 0 in {*space.take(new).slots, *state.with_past(conv, Frames(space, ()), 2).slots}
 
 
 def test_two_convolutions_have_a_past_each():
-    space = pages()
+    space = pages(users=2)
     state = DecodeState({KEY: space}, edges=WholePicture())
     for conv in ("one", "other"):
         frames = state.take(KEY, 2)
@@ -79,10 +88,12 @@ def test_an_image_keeps_nothing():
 
 
 def test_needs_add_up_where_frames_stay_and_take_turns_where_they_pass():
-    both = PageNeed(kept=2, passing=3) | PageNeed(kept=2, waiting=6, passing=1)
-    assert both == PageNeed(kept=4, passing=3, waiting=6)
-    assert both.slots(1) == 1 + 4 + 3
-    assert both.slots(2) == 1 + 2 * 4 + 3 + 6
+    both = PageNeed(convs=1, kept=2, passing=3) | PageNeed(convs=1, kept=2, waiting=6, passing=1)
+    assert both == PageNeed(convs=2, kept=4, passing=3, waiting=6)
+    assert both.slots(1, keeps=True) == 4 + 3
+    assert both.slots(2, keeps=True) == 2 * 4 + 3 + 6
+    assert both.slots(1, keeps=False) == 1 + 3  # a blank frame
+    assert PageNeed(passing=3).slots(1, keeps=False) == 3
 
 
 def test_the_whole_picture_has_zeros_around_it_and_all_rows():

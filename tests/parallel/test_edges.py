@@ -55,7 +55,7 @@ def paged(buffer):
     """The frames of ``buffer``, borders and all, in slots of an arena out of order; the other slots are 7."""
     frames, rows, columns, channels = buffer.shape
     key = PageKey(1, channels, 1)
-    pages = Pages(2 * frames + 2, rows - 2, columns - 2, key, dtype=buffer.dtype, device=buffer.device)
+    pages = Pages(2 * frames + 2, rows - 2, columns - 2, key, users=0, dtype=buffer.dtype, device=buffer.device)
     pages.arena.fill_(7)
     placed = Frames(pages, tuple(range(2 * frames, 0, -2)))
     pages.arena[list(placed.slots)] = buffer

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,10 +81,11 @@ class WanDecoder(nn.Module):
         """Pages for videos of ``rows`` x ``columns`` latents that take turns."""
         return {
             key: Pages(
-                (need if keeps else replace(need, kept=0)).slots(videos),
+                need.slots(videos, keeps=keeps),
                 rows * key.scale,
                 columns * key.scale,
                 key,
+                users=videos * need.convs,
                 dtype=dtype,
                 device=device,
             )

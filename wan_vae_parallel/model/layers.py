@@ -74,7 +74,7 @@ class CausalConv3d(_Weights):
 
     def needs(self, chunk: int) -> dict[PageKey, PageNeed]:
         """The pages that it uses, for ``chunk`` frames at once."""
-        return {self.key: PageNeed(kept=self.past_frames, passing=chunk)}
+        return {self.key: PageNeed(convs=1, kept=self.past_frames, passing=chunk)}
 
     def take(self, count: int, state: DecodeState) -> Frames:
         """Where to write ``count`` input frames."""

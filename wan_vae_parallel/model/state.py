@@ -31,51 +31,69 @@ class PageNeed:
     """How many slots an arena needs.
 
     Attributes:
+        convs: convolutions that keep past frames in it.
         kept: for past frames, of each video.
         passing: for frames within a step.
         waiting: for frames between two stages, of each video but the one whose step it is.
     """
 
+    convs: int = 0
     kept: int = 0
     passing: int = 0
     waiting: int = 0
 
     def __or__(self, other: PageNeed) -> PageNeed:
         """Both: what is kept adds up, the rest takes turns."""
-        return PageNeed(self.kept + other.kept, max(self.passing, other.passing), max(self.waiting, other.waiting))
+        return PageNeed(
+            convs=self.convs + other.convs,
+            kept=self.kept + other.kept,
+            passing=max(self.passing, other.passing),
+            waiting=max(self.waiting, other.waiting),
+        )
 
-    def slots(self, videos: int) -> int:
-        """All slots for so many videos that take turns."""
-        return Pages.BLANK + videos * self.kept + self.passing + (videos - 1) * self.waiting
+    def slots(self, videos: int, *, keeps: bool) -> int:
+        """All slots for so many videos that take turns; images keep nothing.
+
+        The blank frame that stands for a missing past costs an image one more. In a video it has the place of a past
+        frame that is not there yet.
+        """
+        past = videos * self.kept if keeps else min(1, self.convs)
+        return past + self.passing + (videos - 1) * self.waiting
 
 
 class Pages:
     """An arena of frames of one size; a frame lies in a slot of it and never moves.
 
     Outer borders are zero and stay so, since producers write only what lies inside and halos only rows that
-    neighbours own. The first slot stays zero altogether: the past of a video that has none.
+    neighbours own. Slot 0 is zero altogether, the past of a video that has none, until every convolution has
+    another past.
 
     Args:
         slots: how many.
         rows: H.
         columns: W.
         key: the rest of a frame's size.
+        users: convolutions, times videos, that begin with a blank past.
         dtype: of the values.
         device: where.
     """
 
-    BLANK = 1
-
     def __init__(
-        self, slots: int, rows: int, columns: int, key: PageKey, *, dtype: torch.dtype, device: torch.device
+        self, slots: int, rows: int, columns: int, key: PageKey, *, users: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         border = key.border
         self.border = border
         self.arena = torch.zeros(
             (slots, rows + 2 * border, columns + 2 * border, key.channels), dtype=dtype, device=device
         )
-        self._free = list(range(slots - 1, self.BLANK - 1, -1))
+        self._users = users
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        self._begin()
+
+    def reset(self) -> None:
+        """As at the beginning, for another decode; nobody may have frames of it any more."""
+        self.arena[0].zero_()
+        self._begin()
 
     def take(self, count: int) -> Frames:
         """Slots for ``count`` frames; what lies in them is old."""
@@ -84,7 +102,13 @@ class Pages:
 
     def give(self, slots: Sequence[int]) -> None:
         """Takes slots back that nobody will read any more."""
-        self._free.extend(slot for slot in slots if slot >= self.BLANK)
+        self._free.extend(slot for slot in slots if slot or not self._need_blank)
+
+    def settle(self) -> None:
+        """Says that one more convolution has no blank frame in its past; after the last one there is none at all."""
+        self._need_blank -= 1
+        if not self._need_blank:
+            self._free.append(0)
 
     def index(self, slots: tuple[int, ...]) -> torch.Tensor:
         """``slots`` on the device, int32. They come again and again, so they are kept there."""
@@ -96,6 +120,10 @@ class Pages:
             found = listed.to(device, non_blocking=True)
             self._indices[slots] = found
         return found
+
+    def _begin(self) -> None:
+        self._need_blank = self._users
+        self._free = list(range(len(self.arena) - 1, 0 if self._users else -1, -1))
 
 
 @dataclass(frozen=True)
@@ -181,6 +209,7 @@ class DecodeState:
         self._pages = pages
         self._keeps = keeps
         self._past: dict[Hashable, Frames] = {}
+        self._settled: set[Hashable] = set()
 
     def take(self, key: PageKey, count: int) -> Frames:
         """Slots for ``count`` frames."""
@@ -195,12 +224,9 @@ class DecodeState:
         """Keeps the last ``past`` of what ``conv`` saw for its next step, and lets go of the others."""
         gone = len(seen) - past if self._keeps else len(seen)
         seen.pages.give(seen.slots[:gone])
-        if self._keeps:
-            self._past[conv] = Frames(seen.pages, seen.slots[gone:])
-
-    def forget(self) -> None:
-        """Gives all past frames back to their pages, as at the beginning."""
-        for past in self._past.values():
-            past.pages.give(past.slots)
-        self._past = {}
-        self.first = True
+        if not self._keeps:
+            return
+        self._past[conv] = Frames(seen.pages, seen.slots[gone:])
+        if conv not in self._settled and 0 not in seen.slots[gone:]:
+            self._settled.add(conv)
+            seen.pages.settle()

@@ -114,7 +114,8 @@ class LocalDecoder:
                     latents = torch.empty((count, rows, columns, channels), dtype=self.dtype, device=self.device)
                     for raw in self.model.stream(latents, state, chunk):
                         to_frames(raw, self.architecture.patch, transposed=transposed)
-                    state.forget()
+                    for one in pages.values():
+                        one.reset()
 
             compile_all(run, self.device)
         self._compiled.add(key)

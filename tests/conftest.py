@@ -1,0 +1,26 @@
+"""What holds for the whole suite."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+
+from tests.processes import children, listening, shared_files, shared_names, wait_until
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_of_the_suite():
+    """After all tests there is no process of theirs, no shared memory and no open port."""
+    if not os.path.isdir("/proc/self/fd"):
+        yield
+        return
+    names, ports = shared_names(), listening()
+    yield
+    gc.collect()
+    wait_until(lambda: not children() and not shared_names() - names, 10)
+    assert children() == {}
+    assert shared_names() - names == set()
+    assert shared_files() == 0
+    assert sorted(listening()) == sorted(ports)
