@@ -66,7 +66,7 @@ def test_memory_grows_with_what_is_decoded(architecture):
     assert total((1, 21, 60, 104)) < total(HD) < total((1, 21, 136, 240))
     assert total((2, 21, 90, 160)) > total(HD)
     # Its length costs nothing but the latents: only past frames pass from step to step.
-    assert total(HD) < total((1, 200, 90, 160)) < 1.03 * total(HD)
+    assert total(HD) < total((1, 200, 90, 160)) < 1.05 * total(HD)
     # A chunk larger than the video is the video.
     assert total((1, 3, 90, 160), 100) == total((1, 3, 90, 160), 2)
 
