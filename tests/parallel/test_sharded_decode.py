@@ -112,6 +112,8 @@ def test_the_chunk_that_is_chosen(vae, family, workers):
 
 
 def test_a_batch_streams_and_calls_back_every_frame_once_in_order(vae, family, workers):
+    if workers != 2:
+        pytest.skip("the same way for any number of workers")
     rows, columns = SIZES[workers][1]
     latents = random_latents(family, frames=6, rows=rows, columns=columns, batch=2)
     vae.chunk = 3

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import wan_vae_parallel as wvp
 from tests.parallel import launch
 from tests.processes import wait_until
+from wan_vae_parallel.cli import main
 from wan_vae_parallel.latents import save_latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,10 +296,13 @@ def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_pat
     codes, outputs = torchrun(tmp_path, "decode", "x.latent", "--vae", path, "-o", "missing/out.mp4", nodes=1)
     assert codes != [0]
     assert "there is no folder" in outputs[0]
-    codes, outputs = torchrun(tmp_path, "demo", nodes=1, ranks=1)
-    assert codes != [0]
-    assert "run demo and info without it" in outputs[0]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.latent"]
+
+
+def test_other_commands_than_decode_are_refused_under_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert main(["demo"]) == 1
+    assert "run demo and info without it" in capsys.readouterr().err
 
 
 def test_an_error_on_one_node_ends_the_other_and_is_named_there(path, tmp_path):
