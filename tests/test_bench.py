@@ -11,7 +11,7 @@ from PIL import Image
 from wan_vae_parallel import Architecture, bench
 from wan_vae_parallel.cli import main
 
-SMALL = ["--width", "8", "--sizes", "32x16,16x32", "--frames", "5", "--devices", "cpu,cpu", "--repeats", "1"]
+SMALL = ["--width", "8", "--sizes", "32x16", "--frames", "5", "--devices", "cpu,cpu", "--repeats", "1"]
 
 
 def test_bench_measures_every_size_with_one_and_all_devices_and_diffusers(tmp_path, capsys):
@@ -19,12 +19,12 @@ def test_bench_measures_every_size_with_one_and_all_devices_and_diffusers(tmp_pa
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     measured = [(row["size"], row["what"], len(row["devices"])) for row in content["rows"]]
     expected = [("ours", 1), ("ours", 2), ("diffusers", 1)]
-    assert measured == [(size, *one) for size in ("32x16", "16x32") for one in expected]
+    assert measured == [(size, *one) for size in ("32x16",) for one in expected]
     assert all(row["frames"] == 5 and 0 < row["seconds"] < row["first"] + 10 for row in content["rows"])
     assert content["environment"]["torch"] == torch.__version__
     assert content["settings"]["dtype"] == "float32"
     printed = capsys.readouterr().out
-    assert printed.count("| ours |") == 4
+    assert printed.count("| ours |") == 2
     assert "1.00x" in printed
     with Image.open(tmp_path / "out" / "bench.png") as plot:
         assert plot.width > 500

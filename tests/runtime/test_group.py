@@ -293,7 +293,7 @@ def test_torchrun_on_two_nodes_decodes_one_video_and_the_first_rank_writes(path,
 
 def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_path):
     save_latents(tmp_path / "x.latent", latents_of(4, 3))
-    codes, outputs = torchrun(tmp_path, "decode", "x.latent", "--vae", path, "-o", "missing/out.mp4", nodes=1)
+    codes, outputs = torchrun(tmp_path, "decode", "x.latent", "--vae", path, "-o", "missing/out.mp4", nodes=1, ranks=1)
     assert codes != [0]
     assert "there is no folder" in outputs[0]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.latent"]

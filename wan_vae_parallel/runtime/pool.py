@@ -216,16 +216,17 @@ class WorkerPool:
         return list(self.workers)
 
     def gather(
-        self, kind: str, count: int, *, patience: float = _SILENCE_SECONDS, limit: float | None = None
+        self, kind: str, count: int, *, patience: float | None = None, limit: float | None = None
     ) -> list[tuple[Any, ...]]:
         """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers.
 
         Args:
             kind: of message.
             count: of workers.
-            patience: seconds that any of them may say nothing at all.
+            patience: seconds that any of them may say nothing at all; by default a few.
             limit: seconds until all must have answered.
         """
+        patience = _SILENCE_SECONDS if patience is None else patience
         answers: dict[int, tuple[Any, ...]] = {}
         workers = self._living()
         waiting: dict[object, WorkerProcess] = {worker.connection: worker for worker in workers}
