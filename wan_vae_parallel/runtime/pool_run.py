@@ -68,7 +68,7 @@ class PoolRun:
                 if self._begun <= 1:
                     raise OutOfMemoryError(f"{error}; not even one latent frame at a time fits") from error
                 chunk = self._begun // 2
-                logger.warning("%s; going on with chunk %d, same frames", error, chunk)
+                logger.warning("%s; going on with chunk %d, same frames", str(error), chunk)
             except WorkerError:
                 self._pool.stop(grace=0.5)
                 raise
@@ -132,7 +132,7 @@ class PoolRun:
                 pool.gather("finished", len(pool.workers))
         except WanVAEError as error:
             # The decode is over either way; the next one starts new workers.
-            logger.warning("%s", error)
+            logger.warning("%s", str(error))
             pool.stop()
         finally:
             self._latents_memory.close()
