@@ -109,7 +109,8 @@ def test_one_latent_frame_without_its_axis(family, oracle):
     ("family", "width", "rows", "columns"),
     [
         ("wan2.1", 96, 3, 2),  # as published
-        ("wan2.2", 256, 1, 2),  # as published; 2.2 GB of weights, so as few pixels as make sense
+        # As published; 2.2 GB of weights, so as few pixels as make sense.
+        pytest.param("wan2.2", 256, 1, 2, marks=pytest.mark.slow),
     ],
 )
 def test_published_widths(family, width, rows, columns):

@@ -348,6 +348,7 @@ def check_rank(rank, world_size):
     return rank, world_size, dist.get_rank()
 
 
+@pytest.mark.slow
 def test_the_launcher_brings_back_what_ranks_return_and_raise(tmp_path):
     with launch.Ranks(2, tmp_path) as ranks:
         assert ranks.run(check_rank) == [(0, 2, 0), (1, 2, 1)]

@@ -291,6 +291,7 @@ def test_torchrun_on_two_nodes_decodes_one_video_and_the_first_rank_writes(path,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "x.latent"]
 
 
+@pytest.mark.slow
 def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_path):
     save_latents(tmp_path / "x.latent", latents_of(4, 3))
     codes, outputs = torchrun(tmp_path, "decode", "x.latent", "--vae", path, "-o", "missing/out.mp4", nodes=1, ranks=1)
@@ -305,6 +306,7 @@ def test_other_commands_than_decode_are_refused_under_torchrun(capsys, monkeypat
     assert "run demo and info without it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_error_on_one_node_ends_the_other_and_is_named_there(path, tmp_path):
     nodes = [tmp_path / "first", tmp_path / "second"]
     for node in nodes:
@@ -320,6 +322,7 @@ def test_an_error_on_one_node_ends_the_other_and_is_named_there(path, tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == ["first", "second", "x.latent"]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_the_middle_ends_both_nodes_and_leaves_no_half_written_file(path, tmp_path):
     latents = latents_of(8, 8).repeat(1, 1, 200, 1, 1)
     save_latents(tmp_path / "x.latent", latents)
@@ -334,6 +337,7 @@ def test_a_rank_killed_in_the_middle_ends_both_nodes_and_leaves_no_half_written_
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "x.latent"]
 
 
+@pytest.mark.slow
 def test_an_interface_that_is_not_there_ends_both_nodes_with_its_name(path, tmp_path):
     save_latents(tmp_path / "x.latent", latents_of(4, 3))
     arguments = "decode", "x.latent", "--vae", path, "-o", "out.mp4"

@@ -692,6 +692,7 @@ def test_releasing_during_a_decode_ends_it_with_an_error(program):
     assert output.splitlines() == ["program runs", "told", "told", f"{FRAMES} frames"]
 
 
+@pytest.mark.slow
 def test_releasing_while_workers_start_ends_the_start(program):
     lines = [
         "import threading",
@@ -708,6 +709,7 @@ def test_releasing_while_workers_start_ends_the_start(program):
     assert f"False {FRAMES}" in output
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_with_an_open_stream_ends_and_takes_its_workers_along(program, tmp_path):
     process = program("stream = vae.decode_stream(latents); next(stream); raise SystemExit(3)")
     process.communicate(timeout=30)
@@ -717,6 +719,7 @@ def test_a_program_that_ends_with_an_open_stream_ends_and_takes_its_workers_alon
     assert wait_until(lambda: all(map(gone, seen)), 5)
 
 
+@pytest.mark.slow
 def test_a_forked_child_neither_keeps_the_workers_nor_ends_them(program, tmp_path):
     lines = [
         "vae.decode(latents)",
