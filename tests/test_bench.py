@@ -16,7 +16,7 @@ SMALL = ["--width", "8", "--sizes", "32x16", "--frames", "5", "--devices", "cpu,
 
 @pytest.mark.slow
 def test_bench_draws_a_plot(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot needs the extra [bench]")
     assert main(["bench", *SMALL, "-o", str(tmp_path)]) == 0
     with Image.open(tmp_path / "bench.png") as plot:
         assert plot.width > 500

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 from collections.abc import Sequence
 
@@ -11,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import DeviceError
-
-logger = logging.getLogger(__name__)
+from .ops.dispatch import say_once
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,7 +47,7 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
     if [str(name) for name in names] == ["auto"]:
         gpus = there[1:] or there
         if len(gpus) > 1 and (reason := _why_alone(gpus)):
-            _say_once(f"decoding on {gpus[0]} alone, though there are {len(gpus)} GPUs: {reason}")
+            say_once(f"decoding on {gpus[0]} alone, though there are {len(gpus)} GPUs: {reason}")
             return gpus[:1]
         return gpus
     if not names:
@@ -64,11 +61,6 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
     if len(parsed) > 1 and (reason := _why_alone(parsed)):
         raise DeviceError(f"{devices!r} are {len(parsed)} devices, but {reason}; name one")
     return parsed
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    logger.warning("%s", text)
 
 
 def parse_rank_device(

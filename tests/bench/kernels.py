@@ -99,12 +99,12 @@ class Bench:
             if kernel == (1, 1, 1):
                 self.row(name, lambda: pointwise_conv(arena, weight, bias), flops=flops)  # noqa: B023 (called at once)
                 continue
-            self.row(name, lambda: conv(arena, slots, weight, bias), flops=flops)  # noqa: B023
+            self.row(name, lambda: conv(arena, slots, weight, bias), flops=flops)  # noqa: B023 (called at once)
             if channels == out_channels:
                 residual = self.random(frames, height, width, out_channels)
                 self.row(
                     f"{name}, residual",
-                    lambda: conv(arena, slots, weight, bias, residual=residual),  # noqa: B023
+                    lambda: conv(arena, slots, weight, bias, residual=residual),  # noqa: B023 (called at once)
                     flops=flops,
                     torch_too=False,
                 )
@@ -117,7 +117,7 @@ class Bench:
             flops = 2 * 4 * frames * height * width * out_channels * channels * 4
             self.row(
                 f"upsampling {channels} to {out_channels}, from {height}x{width}, T {frames}",
-                lambda: upsample_conv(arena, slots, weight, bias, folded=folded),  # noqa: B023
+                lambda: upsample_conv(arena, slots, weight, bias, folded=folded),  # noqa: B023 (called at once)
                 flops=flops,
             )
 
@@ -131,7 +131,7 @@ class Bench:
             moved = (arena.numel() + frames * height * width * out_channels) * arena.element_size()
             self.row(
                 f"3x3x3 {channels} to {out_channels}, {height}x{width}, T {frames}",
-                lambda: head_conv(arena, slots, weight, bias, prepared=prepared),  # noqa: B023
+                lambda: head_conv(arena, slots, weight, bias, prepared=prepared),  # noqa: B023 (called at once)
                 moved=moved,
                 torch_too=False,
             )
@@ -142,7 +142,7 @@ class Bench:
             x, gamma = self.random(frames, height, width, channels), self.random(channels)
             self.row(
                 f"norm and SiLU, {channels} channels, {height}x{width}, T {frames}",
-                lambda: norm_silu(x, gamma, arena=arena, slots=slots),  # noqa: B023
+                lambda: norm_silu(x, gamma, arena=arena, slots=slots),  # noqa: B023 (called at once)
                 moved=2 * x.nbytes,
             )
 
@@ -151,7 +151,7 @@ class Bench:
             query, key, value = (self.random(frames, n, channels) for n in (queries, keys, keys))
             self.row(
                 f"attention, width {channels}, {queries} of {keys}, T {frames}",
-                lambda: frame_attention(query, key, value),  # noqa: B023
+                lambda: frame_attention(query, key, value),  # noqa: B023 (called at once)
                 flops=4 * frames * queries * keys * channels,
             )
 
@@ -160,7 +160,7 @@ class Bench:
         for transposed in (False, True):
             self.row(
                 f"frames, 720x1280, T 8{', transposed' if transposed else ''}",
-                lambda: to_frames(x, 1, transposed=transposed),  # noqa: B023
+                lambda: to_frames(x, 1, transposed=transposed),  # noqa: B023 (called at once)
                 moved=x.numel() * (x.element_size() + 4),
             )
         x, out = self.random(2, 88, 160, 1024), self.random(4, 176, 320, 512)

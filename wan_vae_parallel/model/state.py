@@ -82,7 +82,6 @@ class Pages:
         self, slots: int, rows: int, columns: int, key: PageKey, *, users: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         border = key.border
-        self.border = border
         self.arena = torch.zeros(
             (slots, rows + 2 * border, columns + 2 * border, key.channels), dtype=dtype, device=device
         )
