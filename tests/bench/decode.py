@@ -81,7 +81,7 @@ def main() -> None:
     if not options.no_diffusers:
         with torch.inference_mode():
             seconds, peak = measured(functools.partial(theirs.decode, latents, return_dict=False), options.repeats)
-        print(f"| diffusers | {seconds:.2f} s on the device | {peak:.2f} GiB |", flush=True)
+        print(f"| diffusers | {seconds:.3f} s on the device | {peak:.2f} GiB |", flush=True)
     del theirs, checkpoint
     torch.cuda.empty_cache()
 
@@ -99,8 +99,8 @@ def main() -> None:
             host, _ = measured(lambda vae=vae: vae.decode(latents), options.repeats)
         planned = decode_memory(architecture, shape, chunk=chunk, dtype=torch.bfloat16)
         print(
-            f"| ours, chunk {chunk}{' (default)' if chunk == default else ''} | {seconds:.2f} s on the device, "
-            f"{host:.2f} s to the host | {peak:.2f} GiB, planned {planned.total / 2**30:.2f} |",
+            f"| ours, chunk {chunk}{' (default)' if chunk == default else ''} | {seconds:.3f} s on the device, "
+            f"{host:.3f} s to the host | {peak:.2f} GiB, planned {planned.total / 2**30:.2f} |",
             flush=True,
         )
 
