@@ -24,3 +24,11 @@ def _nothing_left_of_the_suite():
     assert shared_names() - names == set()
     assert shared_files() == 0
     assert sorted(listening()) == sorted(ports)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory):
+    """What tests measure is not what the user's decodes go by."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
