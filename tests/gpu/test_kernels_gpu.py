@@ -46,6 +46,7 @@ from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.ops import frames as frames_ops
 from wan_vae_parallel.ops import norm_silu as norm_ops
 from wan_vae_parallel.ops import shortcut as shortcut_ops
+from wan_vae_parallel.ops.kinds import LayerKind
 
 INTERPRETED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -335,12 +336,15 @@ DECODERS = [(96, 96), (192, 192), (384, 384), (16, 384), (384, 192), (192, 96), 
 
 
 def tiles_of_every_shape():
-    """One setting for each pair of positions and columns, a decoder's if there is one; steps and stages vary too."""
+    """One setting for each way to cut the work and share it out, a decoder's if there is one; steps vary too."""
     found = {}
     for channels, out_channels in (*DECODERS, *itertools.product(WIDTHS, WIDTHS)):
-        for tile, _ in tiles._settings(channels, out_channels):
-            found.setdefault((tile.positions, tile.first, tile.second), tile)
-    assert len(found) >= 18
+        kind = LayerKind("conv", channels, out_channels, (3, 3, 3))
+        shipped = [tile for tile, _ in tiles._settings(channels, out_channels)]
+        # Other GPUs' too: they run here as well.
+        for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(channels, out_channels)):
+            found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
+    assert len(found) >= 30
     assert {tile.step for tile in found.values()} == {16, 32, 64}
     assert {tile.swapped for tile in found.values()} == {False, True}
     return [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile in found.values()]
@@ -368,7 +372,7 @@ def test_upsample_conv_has_the_same_bits_with_other_tiles_and_without_descriptor
     channels, out_channels = (24, 48) if INTERPRETED else (192, 96)
     _, (arena, slots, weight, bias) = upsample_problem(SIZE, channels, out_channels, dtype=DTYPE)
     whole = upsampled(arena, slots, weight, bias)
-    settings = [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile, _ in tiles._settings(channels, out_channels)]
+    settings = tiles.candidates(LayerKind("upsample_conv", channels, out_channels, (1, 3, 3)), DEVICE)
     described = [(tile, conv_kernels.use_descriptors(arena)) for tile in settings]
     for tile, descriptors in [*described, (settings[-1], False)]:
         out = torch.full_like(whole, math.nan)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import KERNEL_DTYPES
+from ..kinds import LayerKind
 from .launch import launch
 from .tiles import Tile, choose_tile
 
@@ -254,10 +255,11 @@ def conv(
     as_matrix = weight.permute(0, 2, 3, 4, 1)
     if not as_matrix.is_contiguous():
         raise ValueError(f"weight must be channels_last_3d, not with strides {weight.stride()}")
+    kind = LayerKind("conv", channels, out_channels, (kernel[0], kernel[1], kernel[2]), halves)
     _launch(
-        arena, slots, as_matrix, bias, kernel=(kernel[0], kernel[1], kernel[2]), out_channels=out_channels,
-        strides=(channels, math.prod(kernel) * channels), border=kernel[1] - 1, scale=1, halves=halves,
-        residual=residual, out=out, out_slots=out_slots, transposed=transposed, tile=tile, descriptors=descriptors,
+        arena, slots, as_matrix, bias, kind=kind, kernel=kind.kernel,
+        strides=(channels, math.prod(kernel) * channels), border=kernel[1] - 1, residual=residual, out=out,
+        out_slots=out_slots, transposed=transposed, tile=tile, descriptors=descriptors,
     )  # fmt: skip
 
 
@@ -289,8 +291,8 @@ def upsample_conv(
     """
     out_channels, channels = folded.shape[4:]
     _launch(
-        arena, slots, folded, bias, kernel=(1, 2, 2), out_channels=out_channels,
-        strides=(out_channels * channels, channels), border=2, scale=2, halves=1, residual=None, out=out,
+        arena, slots, folded, bias, kind=LayerKind("upsample_conv", channels, out_channels, (1, 3, 3)),
+        kernel=(1, 2, 2), strides=(out_channels * channels, channels), border=2, residual=None, out=out,
         out_slots=None, transposed=transposed, tile=tile, descriptors=descriptors,
     )  # fmt: skip
 
@@ -308,12 +310,10 @@ def _launch(
     weight: torch.Tensor,
     bias: torch.Tensor,
     *,
+    kind: LayerKind,
     kernel: tuple[int, int, int],
-    out_channels: int,
     strides: tuple[int, int],
     border: int,
-    scale: int,
-    halves: int,
     residual: torch.Tensor | None,
     out: torch.Tensor,
     out_slots: torch.Tensor | None,
@@ -321,7 +321,7 @@ def _launch(
     tile: Tile | None,
     descriptors: bool | None,
 ) -> None:
-    channels = arena.shape[3]
+    channels, out_channels, scale, halves = arena.shape[3], kind.out_channels, kind.scale, kind.halves
     rows, columns = arena.shape[1] - border, arena.shape[2] - border
     frames = slots.numel() - kernel[0] + 1
     own = out_channels // halves
@@ -348,7 +348,7 @@ def _launch(
     pitch = columns + border
     in_frame = (rows - 1) * pitch + columns
     if tile is None:
-        tile = choose_tile(channels, own, in_frame, frames * halves * scale**2, device=arena.device)
+        tile = choose_tile(kind, in_frame, frames * halves * scale**2, dtype=arena.dtype, device=arena.device)
     tma = use_descriptors(arena) if descriptors is None else descriptors
     positions = arena.shape[:3].numel()
     tap_stride, o_stride = strides

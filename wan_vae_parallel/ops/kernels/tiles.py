@@ -1,6 +1,7 @@
 """Which tile a convolution's kernel takes: the one that a GPU's multiprocessors finish first.
 
-Settings change no bit of the result, so every size and shard may take its own.
+Settings change no bit of the result, so every size and shard may take its own. How fast each is was measured where it
+runs (`use`), or else on an H200.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ import dataclasses
 import functools
 
 import torch
-import triton
+
+from ..kinds import LayerKind, Measured
 
 # The accumulators of more channels don't fit one program's registers.
 _MAX_CHANNELS = 384
+# Shared memory of a program from which on products read both sides out of it, as on Hopper and the data centre's
+# Blackwell. Other GPUs' products take them from registers, which leaves fewer for accumulators.
+_WIDE_BYTES = 200 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +37,24 @@ class Tile:
     swapped: bool = False
 
 
+# Per device, dtype and kind of layer.
+_measured: dict[tuple[torch.device, torch.dtype, LayerKind], list[tuple[Tile, float]]] = {}
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
 def _split(channels: int) -> tuple[int, int]:
     """Two accumulators' columns that together hold the channels, or a part of more than 384, with little padding."""
     if channels > _MAX_CHANNELS:
         return min(((256, 128), (256, 64), (256, 0)), key=lambda pair: -(-channels // sum(pair)) * sum(pair))
-    power = max(16, triton.next_power_of_2(channels))
+    power = max(16, _power_of_2(channels))
     if power <= 32 or (power // 4 * 3 < channels and power <= 256):
         return power, 0
     if power // 4 * 3 < channels:
         return 256, 128
-    return power // 2, max(16, triton.next_power_of_2(channels - power // 2))
+    return power // 2, max(16, _power_of_2(channels - power // 2))
 
 
 def _step(channels: int) -> int:
@@ -49,7 +62,7 @@ def _step(channels: int) -> int:
     return min((64, 32, 16), key=lambda step: (-(-channels // step) * step, -step))
 
 
-def _settings(channels: int, out_channels: int) -> list[tuple[Tile, int]]:
+def _settings(channels: int, out_channels: int) -> list[tuple[Tile, float]]:
     """Settings for one program's channels, the best for large pictures first, with TFLOP/s measured on an H200."""
     first, second = _split(out_channels)
     step = _step(channels)
@@ -75,25 +88,82 @@ def _settings(channels: int, out_channels: int) -> list[tuple[Tile, int]]:
     return [(Tile(128, first, 0, step, 8, 6 if deep else 4), 705), (Tile(64, first, 0, step, 4, 4), 625), small]
 
 
-def choose_tile(channels: int, out_channels: int, frame_positions: int, frames: int, *, device: torch.device) -> Tile:
+def _narrow(channels: int, out_channels: int) -> list[Tile]:
+    """Settings for GPUs whose products take their operands from registers: at most 128 of a thread's to accumulate."""
+    step = min(32, _step(channels))
+    first, second = _split(out_channels)
+    if first + second <= 96:
+        return [
+            Tile(256, first, second, step, 8, 3),
+            Tile(128, first, second, step, 4, 4),
+            Tile(64, first, second, step, 4, 4),
+        ]
+    if first + second <= 192:
+        return [
+            Tile(128, first, second, step, 8, 3),
+            Tile(64, first, second, step, 4, 3),
+            Tile(128, 64, 0, step, 4, 4),
+            Tile(128, 64, 32, step, 4, 4),
+        ]
+    return [
+        Tile(128, 128, 64, step, 8, 3),
+        Tile(128, 128, 0, step, 8, 3),
+        Tile(128, 128, 0, step, 4, 3),
+        Tile(64, 128, 64, step, 4, 3),
+    ]
+
+
+def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
+    """Settings to measure for ``kind``: few, as each has to be compiled, and all with the same bits."""
+    shared = gpu(device)[1]
+    channels, own = kind.channels, kind.out_channels // kind.halves
+    if kind.op == "head_conv":
+        return [head_tile(64, 512, channels, device=device)]
+    if shared < _WIDE_BYTES:
+        return list(dict.fromkeys(fit(tile, shared) for tile in _narrow(channels, own)))
+    shipped = [tile for tile, _ in _settings(channels, own)]
+    first, second = _split(own)
+    step = _step(channels)
+    if first + second <= 96:
+        others = [Tile(256, first, second, min(32, step), 8, 4)]
+    elif first + second <= 192:
+        others = [Tile(128, first, second, step, 8, 3), Tile(128, first, second, step, 4, 3)]
+    else:
+        others = [Tile(128, 128, 64, step, 8, 4)]
+    return list(dict.fromkeys(fit(tile, shared) for tile in (*shipped, *others)))
+
+
+def use(measured: dict[LayerKind, Measured], device: torch.device, dtype: torch.dtype) -> None:
+    """Has `choose_tile` go by what was measured on ``device``'s model, of as many candidates as there are."""
+    for kind, one in measured.items():
+        pairs = zip(candidates(kind, device), one.tiles, strict=True)
+        if kind.op != "head_conv" and one.ours:
+            _measured[device, dtype, kind] = [(tile, speed) for tile, speed in pairs if speed]
+
+
+def choose_tile(
+    kind: LayerKind, frame_positions: int, frames: int, *, dtype: torch.dtype, device: torch.device
+) -> Tile:
     """Picks a setting; the convolution's bits are the same for all.
 
     Args:
-        channels: C.
-        out_channels: O of one output frame.
+        kind: of layer.
         frame_positions: positions of a frame, borders between rows included.
         frames: output frames, times the phases of each.
+        dtype: what it multiplies.
         device: where it runs.
     """
     processors, shared = gpu(device)
+    own = kind.out_channels // kind.halves
 
-    def cost(setting: tuple[Tile, int]) -> float:
+    def cost(setting: tuple[Tile, float]) -> float:
         tile, speed = setting
-        columns = tile.first + tile.second
-        programs = -(-frame_positions // tile.positions) * frames * -(-out_channels // columns)
-        return -(-programs // processors) * tile.positions * columns / speed
+        parts = -(-own // (tile.first + tile.second))
+        programs = -(-frame_positions // tile.positions) * frames * parts
+        return -(-programs // processors) * tile.positions / (parts * speed)
 
-    return fit(min(_settings(channels, out_channels), key=cost)[0], shared)
+    settings = _measured.get((device, dtype, kind)) or _settings(kind.channels, own)
+    return fit(min(settings, key=cost)[0], shared)
 
 
 def head_tile(columns: int, width: int, channels: int, *, device: torch.device) -> Tile:
