@@ -41,12 +41,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         collected[key] = functools.partial(kernel.warmup, *map(_stand_in, arguments), grid=grid, **options)
 
 
-def compile_all(run: Callable[[], None], device: torch.device) -> None:
+def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: bool = False) -> None:
     """Compiles what ``run()`` would launch, in parallel; kernels that are compiled already take no time.
 
     Args:
         run: does everything but launch; what its tensors hold is never written.
         device: where it would be launched.
+        forgiving: what can't be compiled is left for its launch to fail.
     """
     collected: dict[Hashable, Callable[[], Any]] = {}
     token = _collected.set(collected)
@@ -59,7 +60,11 @@ def compile_all(run: Callable[[], None], device: torch.device) -> None:
     def compile_one(job: Callable[[], Any]) -> None:
         # Each thread has a current device of its own.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            job()
+            try:
+                job()
+            except Exception:
+                if not forgiving:
+                    raise
 
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(compile_one, collected.values()))

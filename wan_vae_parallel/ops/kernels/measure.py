@@ -1,0 +1,184 @@
+"""How fast this GPU convolves: each candidate's setting of our kernels, and cuDNN, on the same kind of layer.
+
+T frames, H rows, W columns, C channels in, O channels out
+
+Shape  Four frames, 512 wide, as tall as keeps all multiprocessors busy for eight whole turns of the largest tile, so
+       that no setting suffers from a turn that is not full; less tall where that would pass 384 MiB.
+Time   GPU events around single launches, of which the median counts. The contestants take turns, so that drifting
+       clocks hit all alike. Random data: zeros draw less power and run faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..conv import fold_upsample_weight
+from ..kinds import LayerKind, Measured
+from . import conv, head_conv
+from .launch import compile_all
+from .tiles import Tile, candidates, gpu
+
+logger = logging.getLogger(__name__)
+
+_FRAMES = 4
+_COLUMNS = 512
+_TURNS = 8
+_MOST_BYTES = 384 * 2**20
+_ROUNDS = 9
+# About 1.5 ms in which the GPU waits, so that the host's launches are ahead of it for the rest of a round.
+_HEAD_START_CYCLES = 3_000_000
+# How PyTorch, Triton and cuDNN say it.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+
+@torch.inference_mode()
+def measure(kinds: Sequence[LayerKind], dtype: torch.dtype, device: torch.device) -> dict[LayerKind, Measured]:
+    """Compiles all candidates for ``kinds``, and times them and cuDNN one kind after the other.
+
+    Args:
+        kinds: of layers.
+        dtype: bf16 or fp16.
+        device: a GPU that kernels run on, with up to 512 MiB to spare.
+
+    Raises:
+        RuntimeError: something else than a single contestant failed; memory, above all.
+    """
+    with torch.cuda.device(device):
+
+        def run() -> None:
+            for kind in kinds:
+                problem = _Problem(kind, 1, 1, dtype, device)
+                for tile in candidates(kind, device):
+                    problem.ours(tile)
+
+        compile_all(run, device, forgiving=True)
+        try:
+            return {kind: _measured(kind, dtype, device) for kind in kinds}
+        finally:
+            torch.cuda.empty_cache()
+
+
+class _Problem:
+    """A layer of a kind, and frames of ``rows`` x ``columns`` for it."""
+
+    def __init__(self, kind: LayerKind, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Its own generator: the host program's random numbers stay as they are.
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+        kt, kh, kw = kind.kernel
+        channels, out_channels, scale = kind.channels, kind.out_channels, kind.scale
+        self.kind = kind
+        self.arena = random(_FRAMES + kt - 1, rows + kh - 1, columns + kw - 1, channels)
+        self.slots = torch.arange(_FRAMES + kt - 1, dtype=torch.int32, device=device)
+        weight = random(out_channels, channels, *kind.kernel).div_((channels * kt * kh * kw) ** 0.5)
+        self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        self.bias = random(out_channels)
+        shape = _FRAMES * kind.halves, rows * scale, columns * scale, out_channels // kind.halves
+        self.out = torch.empty(shape, dtype=dtype, device=device)
+        if kind.op == "upsample_conv":
+            self.folded = fold_upsample_weight(self.weight.squeeze(2))
+            self.doubled = random(_FRAMES, scale * rows + 2, scale * columns + 2, channels)
+        if kind.op == "head_conv":
+            self.spread_over = head_conv.tiling(_FRAMES, out_channels)
+            self.spread = head_conv.spread_weight(self.weight, *self.spread_over, transposed=False)
+
+    def ours(self, tile: Tile) -> None:
+        """Our kernel with this setting."""
+        arena, slots, bias, out = self.arena, self.slots, self.bias, self.out
+        if self.kind.op == "upsample_conv":
+            conv.upsample_conv(arena, slots, self.folded, bias, out=out, transposed=False, tile=tile)
+        elif self.kind.op == "head_conv":
+            frames, rows = self.spread_over
+            head_conv.head_conv(
+                arena, slots, self.spread, bias, frames=frames, rows=rows, out=out, transposed=False, tile=tile
+            )
+        else:
+            conv.conv(
+                arena, slots, self.weight, bias, residual=None, out=out, out_slots=None, halves=self.kind.halves,
+                transposed=False, tile=tile,
+            )  # fmt: skip
+
+    def cudnn(self) -> None:
+        """What `ops.conv` would do otherwise, once it has the frames side by side, and doubled."""
+        if self.kind.op == "upsample_conv":
+            F.conv2d(self.doubled.permute(0, 3, 1, 2), self.weight.squeeze(2), self.bias)
+        else:
+            F.conv3d(self.arena.unsqueeze(0).permute(0, 4, 1, 2, 3), self.weight, self.bias)
+
+
+def _measured(kind: LayerKind, dtype: torch.dtype, device: torch.device) -> Measured:
+    tiles = candidates(kind, device)
+    rows = _rows(kind, tiles, gpu(device)[0], dtype.itemsize)
+    problem = _Problem(kind, rows, _COLUMNS, dtype, device)
+    found = _time(problem, tiles, device)
+    if found.lost:
+        # Giving up equal bits takes more than one bad moment.
+        found = min(found, _time(problem, tiles, device), key=lambda one: one.cudnn / max(one.ours, 1e-9))
+    logger.debug("%s: %s TFLOP/s, cuDNN %.0f", kind, [round(speed) for speed in found.tiles], found.cudnn)
+    return found
+
+
+def _time(problem: _Problem, tiles: Sequence[Tile], device: torch.device) -> Measured:
+    contestants: list[Callable[[], None]] = [*(functools.partial(problem.ours, tile) for tile in tiles), problem.cudnn]
+    running = [i for i, call in enumerate(contestants) if _runs(call, f"{problem.kind}, contestant {i}", device)]
+    if not running:
+        raise RuntimeError(f"nothing runs {problem.kind} in {problem.arena.dtype} on {device}")
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in contestants]
+    for turn in range(_ROUNDS):
+        torch.cuda._sleep(_HEAD_START_CYCLES)
+        first = turn % len(running)
+        for i in running[first:] + running[:first]:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            contestants[i]()
+            stop.record()
+            events[i].append((start, stop))
+    torch.cuda.synchronize(device)
+    flops = problem.kind.flops * problem.out.numel() / problem.kind.out_channels
+    speeds = [
+        flops / statistics.median(start.elapsed_time(stop) for start, stop in pairs) / 1e9 if pairs else 0.0
+        for pairs in events
+    ]
+    return Measured(tuple(speeds[:-1]), speeds[-1])
+
+
+def _runs(call: Callable[[], None], name: str, device: torch.device) -> bool:
+    """Warms up; whether that worked. A setting that a GPU does not take is no reason to have none."""
+    try:
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        logger.debug("%s does not run: %s", name, error)
+        return False
+    return True
+
+
+def _rows(kind: LayerKind, tiles: Sequence[Tile], processors: int, itemsize: int) -> int:
+    """H, see above."""
+    positions = max(tile.positions for tile in tiles)
+    # Programs for as many positions of each frame as one of them takes.
+    programs = _FRAMES * kind.halves * kind.scale**2
+    if kind.op == "head_conv":
+        together, rows = head_conv.tiling(_FRAMES, kind.out_channels)
+        positions, programs = positions * rows, _FRAMES // together
+    # The arena, its frames doubled, our output and cuDNN's.
+    doubled = 4 if kind.op == "upsample_conv" else 0
+    elements = kind.channels * ((_FRAMES + kind.kernel[0] - 1) / _FRAMES + doubled)
+    elements += 2 * kind.scale**2 * kind.out_channels
+    turn = processors * positions / programs * _FRAMES * elements * itemsize
+    turns = min(_TURNS, max(1, math.floor(_MOST_BYTES / turn)))
+    of_a_frame = max(1, turns * processors // programs) * positions
+    return max(1, (of_a_frame - _COLUMNS) // (_COLUMNS + kind.kernel[2] - 1) + 1)
