@@ -55,12 +55,26 @@ class DecodeMemory:
 
 
 def decode_memory(
-    architecture: Architecture, shape: tuple[int, int, int, int], *, chunk: int, dtype: torch.dtype
+    architecture: Architecture,
+    shape: tuple[int, int, int, int],
+    *,
+    chunk: int,
+    dtype: torch.dtype,
+    cudnn: bool = False,
 ) -> DecodeMemory:
-    """What decoding latents of ``shape`` ``(B, T, h, w)`` takes with ``chunk`` latent frames at once."""
+    """What decoding latents of ``shape`` ``(B, T, h, w)`` takes with ``chunk`` latent frames at once.
+
+    Args:
+        architecture: of the decoder.
+        shape: of the latents.
+        chunk: latent frames at once.
+        dtype: to compute in.
+        cudnn: some layers are cuDNN's even in a dtype that our kernels take (`LocalDecoder.cudnn`); which ones is not
+            asked, so it is an upper bound.
+    """
     batch, latent_frames, rows, columns = shape
     chunk = max(1, min(chunk, latent_frames - 1))
-    kept, others = _page_elements(architecture, shape, chunk=chunk, dtype=dtype)
+    kept, others = _page_elements(architecture, shape, chunk=chunk, gather=cudnn or dtype not in KERNEL_DTYPES)
     live = _live_elements(architecture, batch, rows, columns, chunk)
     finest = architecture.stages[-1].scale ** 2 * architecture.width
     frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
@@ -84,26 +98,39 @@ def parameter_count(architecture: Architecture) -> int:
 
 
 def largest_chunk(
-    architecture: Architecture, shape: tuple[int, int, int, int], *, dtype: torch.dtype, free: int
+    architecture: Architecture,
+    shape: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype,
+    free: int,
+    cudnn: bool = False,
 ) -> int:
     """The chunk that ``chunk="auto"`` takes: enough to keep the device busy, fewer if ``free`` bytes are short."""
     _, latent_frames, rows, columns = shape
     height, width = architecture.frame_size(rows, columns)
     chunk = max(1, min(round(_ENOUGH_PIXELS / (height * width)), latent_frames - 1))
-    while chunk > 1 and decode_memory(architecture, shape, chunk=chunk, dtype=dtype).total > _USABLE * free:
+    while chunk > 1:
+        if decode_memory(architecture, shape, chunk=chunk, dtype=dtype, cudnn=cudnn).total <= _USABLE * free:
+            break
         chunk -= 1
     return chunk
 
 
 def largest_frame(
-    architecture: Architecture, shape: tuple[int, int, int, int], *, dtype: torch.dtype, free: int
+    architecture: Architecture,
+    shape: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype,
+    free: int,
+    cudnn: bool = False,
 ) -> str:
     """The largest frame of the same proportions that would fit into ``free`` bytes, as ``"832x480"``."""
     batch, latent_frames, rows, columns = shape
     for share in range(99, 0, -1):
         smaller = (max(1, rows * share // 100), max(1, columns * share // 100))
-        needed = decode_memory(architecture, (batch, latent_frames, *smaller), chunk=1, dtype=dtype).total
-        if needed <= _USABLE * free:
+        size = (batch, latent_frames, *smaller)
+        needed = decode_memory(architecture, size, chunk=1, dtype=dtype, cudnn=cudnn)
+        if needed.total <= _USABLE * free:
             height, width = architecture.frame_size(*smaller)
             return f"{width}x{height}"
     return "no frame"
@@ -153,9 +180,9 @@ def _folded_elements(architecture: Architecture) -> int:
 
 
 def _page_elements(
-    architecture: Architecture, shape: tuple[int, int, int, int], *, chunk: int, dtype: torch.dtype
+    architecture: Architecture, shape: tuple[int, int, int, int], *, chunk: int, gather: bool
 ) -> tuple[int, int]:
-    """Elements of all pages: those that keep past frames, and the others."""
+    """Elements of all pages: those that keep past frames, and the others, with what is made of them to ``gather``."""
     batch, latent_frames, rows, columns = shape
     kept, others, gathered = 0, 0, 0
     for key, need in _skeleton(architecture).page_needs(chunk).items():
@@ -163,9 +190,9 @@ def _page_elements(
         slots, keeps = need.slots(batch, keeps=latent_frames > 1), batch * need.kept if latent_frames > 1 else 0
         kept += keeps * frame
         others += (slots - keeps) * frame
-        # Without kernels of our own a convolution's frames are gathered, and doubled one by one before it.
+        # Without a kernel of our own a convolution's frames are gathered, and doubled one by one before it.
         gathered = max(gathered, (need.passing + 2) * frame, 12 * frame)
-    return kept, others if dtype in KERNEL_DTYPES else others + gathered
+    return kept, others + gathered if gather else others
 
 
 def _live_elements(architecture: Architecture, batch: int, rows: int, columns: int, chunk: int) -> int:

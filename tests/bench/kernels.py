@@ -2,19 +2,26 @@
 
     python tests/bench/kernels.py [--dtype bfloat16] [--only conv]
 
+``--only settings`` measures what a first decode does: all candidates for each kind of layer, and cuDNN.
+
 Random data. Prints rows for BENCHMARKS.md: ours, then PyTorch's own kernels on the same tensors.
 """
 
 import argparse
+import time
 
 import torch
 import triton
 from triton.testing import do_bench
 
+from wan_vae_parallel.architecture import Architecture
+from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.ops.attention import frame_attention
 from wan_vae_parallel.ops.conv import conv, fold_upsample_weight, head_conv, pointwise_conv, prepare_head, upsample_conv
 from wan_vae_parallel.ops.dispatch import torch_kernels_only
 from wan_vae_parallel.ops.frames import to_frames
+from wan_vae_parallel.ops.kernels.measure import measure
+from wan_vae_parallel.ops.kernels.tiles import candidates
 from wan_vae_parallel.ops.norm_silu import norm_silu
 from wan_vae_parallel.ops.shortcut import add_duplicated
 
@@ -170,15 +177,27 @@ class Bench:
             moved=x.nbytes + 2 * out.nbytes,
         )
 
+    def settings(self):
+        for family in ("wan2.1", "wan2.2"):
+            with torch.device("meta"):
+                model = WanDecoder(Architecture.published(family))
+            began = time.monotonic()
+            found = measure([*dict.fromkeys(conv.kind for conv in model.convolutions())], self.dtype, CUDA)
+            print(f"# {family}: {len(found)} kinds of layers in {time.monotonic() - began:.1f} s")
+            for kind, one in found.items():
+                best = candidates(kind, CUDA)[one.tiles.index(one.ours)]
+                speeds = ", ".join(f"{speed:.0f}" for speed in one.tiles)
+                print(f"| {kind} | {speeds} TFLOP/s | best {best} | cuDNN {one.cudnn:.0f} |", flush=True)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    parser.add_argument("--only", choices=["conv", "upsample", "head", "norm", "attention", "rest"])
+    parser.add_argument("--only", choices=["conv", "upsample", "head", "norm", "attention", "rest", "settings"])
     options = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench(getattr(torch, options.dtype))
-    for name in ("conv", "upsample", "head", "norm", "attention", "rest"):
+    for name in ("conv", "upsample", "head", "norm", "attention", "rest", "settings"):
         if options.only in (None, name):
             getattr(bench, name)()
 

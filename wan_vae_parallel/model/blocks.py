@@ -134,7 +134,8 @@ class Resample(nn.Module):
         self._conv = (UpsampleConv(channels, out_channels, scale=scale),)
         # "1" is the index in the published nn.Sequential, whose upsampling holds nothing.
         self.resample = nn.ModuleDict({"1": self._conv[0]})
-        self.time_conv = CausalConv3d(channels, 2 * channels, scale=scale, kernel=(3, 1, 1)) if time else None
+        # Two halves: each frame's channels are the two frames that it becomes.
+        self.time_conv = CausalConv3d(channels, 2 * channels, scale=scale, kernel=(3, 1, 1), halves=2) if time else None
         self.time_factor = 2 if time else 1
 
     def needs(self, chunk: int) -> Needs:
@@ -158,7 +159,7 @@ class Resample(nn.Module):
         if self.time_conv is None or state.first:
             return frames
         waiting = state.take(self._conv[0].key, 2 * len(frames))
-        self.time_conv(frames, state, into=waiting, halves=2)
+        self.time_conv(frames, state, into=waiting)
         return waiting
 
     def upsample(self, frames: Frames, state: DecodeState) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..architecture import Architecture
 from .blocks import AttentionBlock, Needs, Resample, ResidualBlock, StageRun, UpBlock, Waiting, add_needs, stage_modules
-from .layers import CausalConv3d, HeadConv, PointwiseConv, RMSNorm, norm_silu_frames
+from .layers import CausalConv3d, HeadConv, PointwiseConv, RMSNorm, UpsampleConv, norm_silu_frames
 from .state import DecodeState, PageKey, Pages
 
 
@@ -64,6 +64,10 @@ class WanDecoder(nn.Module):
             runs.append(StageRun(entry, lead, own, exit, shortcut=residual and exit is not None))
             lead, entry = [], exit
         return runs
+
+    def convolutions(self) -> list[CausalConv3d | UpsampleConv]:
+        """All layers that see more than one position; the others are matrix products, and take little time."""
+        return [module for module in self.modules() if isinstance(module, (CausalConv3d, UpsampleConv))]
 
     def page_needs(self, chunk: int) -> Needs:
         """The pages that a decode of ``chunk`` latent frames at once writes its convolutions' inputs to."""

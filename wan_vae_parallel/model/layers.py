@@ -21,6 +21,7 @@ from ..ops.conv import (
     upsample_conv,
 )
 from ..ops.dispatch import kernels_run
+from ..ops.kinds import LayerKind
 from ..ops.norm_silu import norm_silu
 from .state import DecodeState, Frames, PageKey, PageNeed
 
@@ -58,15 +59,27 @@ class CausalConv3d(_Weights):
     """A convolution that sees the present and the past, never the future.
 
     Its input are frames in pages: `take` some, write them, call the layer. It remembers those that it will want to
-    have seen.
+    have seen. Two ``halves`` make two frames of half the channels of each.
+
+    Attributes:
+        kind: what it has in common with other layers.
+        cudnn: whether PyTorch's convolution does the work, see `runtime.tuning`.
     """
 
     memory_format = torch.channels_last_3d
+    cudnn = False
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, scale: int, kernel: tuple[int, int, int] = (3, 3, 3)
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        scale: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        halves: int = 1,
     ) -> None:
         super().__init__()
+        self.kind = LayerKind("conv", in_channels, out_channels, kernel, halves)
         self.weight = _empty(out_channels, in_channels, *kernel)
         self.bias = _empty(out_channels)
         self.past_frames = kernel[0] - 1
@@ -88,7 +101,6 @@ class CausalConv3d(_Weights):
         residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         into: Frames | None = None,
-        halves: int = 1,
     ) -> torch.Tensor:
         """Convolves frames that `take` gave and a producer wrote.
 
@@ -98,7 +110,6 @@ class CausalConv3d(_Weights):
             residual: ``[T, H, W, O]``, added.
             out: ``[T, H, W, O]`` to write to, such as ``residual``.
             into: frames to write to instead.
-            halves: 2 makes two frames of half the channels of each.
 
         Returns:
             ``[T * halves, H, W, O / halves]``, or the arena of ``into``.
@@ -112,8 +123,9 @@ class CausalConv3d(_Weights):
             residual=residual,
             out=into.arena if into else out,
             out_slots=into.index if into else None,
-            halves=halves,
+            halves=self.kind.halves,
             transposed=state.transposed,
+            cudnn=self.cudnn,
         )
         state.keep_past(self, seen, self.past_frames)
         return result
@@ -131,6 +143,7 @@ class HeadConv(CausalConv3d):
 
     def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
         super().__init__(in_channels, out_channels, scale=scale)
+        self.kind = self.kind._replace(op="head_conv")
         self._prepared: dict[tuple[int, bool], PreparedHead | None] = {}
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -141,30 +154,33 @@ class HeadConv(CausalConv3d):
         """Convolves frames that `take` gave and a producer wrote, to ``[T, H, W, O]``."""
         seen = self.see(frames, state)
         key = min(len(frames), 4), state.transposed
-        if key not in self._prepared:
+        if key not in self._prepared and not self.cudnn:
             self._prepared[key] = prepare_head(self.weight, key[0], transposed=state.transposed)
         result = head_conv(
             seen.arena,
             seen.index,
             self.weight,
             self.bias,
-            prepared=self._prepared[key],
+            prepared=self._prepared.get(key),
             transposed=state.transposed,
+            cudnn=self.cudnn,
         )
         state.keep_past(self, seen, self.past_frames)
         return result
 
 
 class UpsampleConv(_Weights):
-    """The 3x3 convolution behind the doubling of rows and columns, frame by frame."""
+    """The 3x3 convolution behind the doubling of rows and columns, frame by frame; attributes as `CausalConv3d`'s."""
 
     memory_format = torch.channels_last
+    cudnn = False
 
     def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
         super().__init__()
         self.weight = _empty(out_channels, in_channels, 3, 3)
         self.bias = _empty(out_channels)
         self.key = PageKey(scale, in_channels, 1)
+        self.kind = LayerKind("upsample_conv", in_channels, out_channels, (1, 3, 3))
         self._folded: torch.Tensor | None = None
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -174,10 +190,16 @@ class UpsampleConv(_Weights):
     def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:
         """Upsamples frames of its key to ``[T, 2H, 2W, O]``; they belong to the layer from now on."""
         state.edges.fill_halo(frames)
-        if self._folded is None and kernels_run(self.weight):
+        if self._folded is None and not self.cudnn and kernels_run(self.weight):
             self._folded = fold_upsample_weight(self.weight)
         result = upsample_conv(
-            frames.arena, frames.index, self.weight, self.bias, folded=self._folded, transposed=state.transposed
+            frames.arena,
+            frames.index,
+            self.weight,
+            self.bias,
+            folded=self._folded,
+            transposed=state.transposed,
+            cudnn=self.cudnn,
         )
         frames.pages.give(frames.slots)
         return result

@@ -3,7 +3,7 @@
 T frames, H rows, W columns, C channels in, O channels out, S slots of an arena
 Layout  an arena is ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, and ``slots`` say in which of its slots the frames
         lie; outputs are contiguous ``[T, H, W, O]``. To torch both are channels_last_3d, as the weights are.
-Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py; else those of torch's own convolutions.
+Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py; else, or if told to, those of torch's own convolutions.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def conv(
     out_slots: torch.Tensor | None = None,
     halves: int = 1,
     transposed: bool = False,
+    cudnn: bool = False,
 ) -> torch.Tensor:
     """Convolves the frames that lie in an arena's slots.
 
@@ -43,6 +44,7 @@ def conv(
         halves: 2 makes two frames of O / 2 channels of each, the earlier one first: where T stands above it is 2T
             then, and O is O / 2 but in ``weight`` and ``bias``.
         transposed: the arena's rows are the picture's columns.
+        cudnn: leave it to PyTorch's convolution, even where a kernel of ours would take it.
 
     Returns:
         ``out``.
@@ -59,7 +61,7 @@ def conv(
             f"{arena.stride()}, {slots.numel()} slots, a weight {tuple(weight.shape)} and {halves} halves"
         )
     _check(arena, shape, residual, out, out_slots)
-    if kernels_run(arena):
+    if not cudnn and kernels_run(arena):
         from .kernels import conv as kernels
 
         if kernels.takes(arena, weight):
@@ -92,6 +94,7 @@ def upsample_conv(
     *,
     folded: torch.Tensor | None,
     transposed: bool = False,
+    cudnn: bool = False,
 ) -> torch.Tensor:
     """Doubles rows and columns by repeating them, then convolves each frame.
 
@@ -102,6 +105,7 @@ def upsample_conv(
         bias: ``[O]``.
         folded: `fold_upsample_weight` of ``weight``, which the GPU's kernel takes; needed only there.
         transposed: the arena's rows are the picture's columns.
+        cudnn: as in `conv`.
 
     Returns:
         ``[T, 2H, 2W, O]``, contiguous.
@@ -115,7 +119,7 @@ def upsample_conv(
             f"strides {arena.stride()}"
         )
     frames, rows, columns = slots.numel(), 2 * (arena.shape[1] - 2), 2 * (arena.shape[2] - 2)
-    if kernels_run(arena):
+    if not cudnn and kernels_run(arena):
         from .kernels import conv as kernels
 
         if folded is not None and kernels.takes(arena, weight.unsqueeze(2)):
@@ -165,6 +169,7 @@ def head_conv(
     *,
     prepared: PreparedHead | None,
     transposed: bool = False,
+    cudnn: bool = False,
 ) -> torch.Tensor:
     """`conv` with a 3x3x3 kernel to a few channels, for which GPUs have a kernel of its own.
 
@@ -175,14 +180,15 @@ def head_conv(
         bias: ``[O]``.
         prepared: what `prepare_head` made of ``weight``.
         transposed: as in `conv`.
+        cudnn: as in `conv`.
 
     Returns:
         ``[T, H, W, O]``, contiguous.
     """
     if prepared and prepared.transposed != transposed:
         raise ValueError(f"weights were prepared for transposed={prepared.transposed}, not {transposed}")
-    if prepared is None:
-        return conv(arena, slots, weight, bias, transposed=transposed)
+    if prepared is None or cudnn:
+        return conv(arena, slots, weight, bias, transposed=transposed, cudnn=cudnn)
     from .kernels import head_conv as kernels
 
     out = arena.new_empty((slots.numel() - 2, arena.shape[1] - 2, arena.shape[2] - 2, weight.shape[0]))
