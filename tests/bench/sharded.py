@@ -40,6 +40,7 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
         latents = latents.transpose(-1, -2)
     latents = latents[:, :, :, plan.bounds[rank] : plan.bounds[rank + 1]].to(device)
     decoder = LocalDecoder(ARCHITECTURE, read_checkpoint(weights).decoder, device=device, dtype=torch.bfloat16)
+    decoder.settle()
     height = plan.tallest if world == 1 else min(plan.tallest + 2, plan.rows)
     chunk = largest_chunk(
         ARCHITECTURE, (1, frames, height, plan.columns), dtype=torch.bfloat16, free=torch.cuda.mem_get_info()[0]

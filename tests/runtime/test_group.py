@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ from tests.parallel import launch
 from tests.processes import wait_until
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.latents import save_latents
+from wan_vae_parallel.ops.kernels import tiles
+from wan_vae_parallel.ops.kinds import LayerKind, Measured
+from wan_vae_parallel.parallel.agree import Board
+from wan_vae_parallel.runtime import tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -90,6 +95,38 @@ def test_the_first_rank_may_end_a_decode_for_all(ranks, path):
     assert seen == 5
     assert [theirs for theirs, _ in others] == [0, 0, 0]
     torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
+
+
+def _settles(rank, _world, folder):
+    models = ["A", "B", "B", ""]
+    wide, narrow = (LayerKind("conv", channels, channels, (3, 3, 3)) for channels in (384, 96))
+    asked = []
+
+    def measure(kinds, _dtype, device):
+        asked.append(rank)
+        return {
+            kind: Measured(
+                tuple(100.0 + i + rank for i, _ in enumerate(tiles.candidates(kind, device))),
+                500.0 if (models[rank], kind) == ("B", narrow) else 50.0,
+            )
+            for kind in kinds
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", f"{folder}/{rank}")  # as on hosts of their own
+        patch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.measure", types.SimpleNamespace(measure=measure))
+        patch.setattr(tuning, "_key", lambda *_: {"GPU": models[rank], "dtype": "bf16"} if models[rank] else {})
+        patch.setattr(tiles, "_measured", {})
+        given = tuning.settle([wide, narrow], torch.device("cpu"), torch.bfloat16, Board(launch.group()))
+        return sorted(map(str, given)), asked, [speed for pairs in tiles._measured.values() for _, speed in pairs]
+
+
+def test_the_first_rank_of_each_gpu_model_measures_and_all_agree_on_cudnns_layers(ranks, tmp_path):
+    given, asked, speeds = zip(*ranks.run(_settles, tmp_path), strict=True)
+    assert given == (["conv 3x3x3 96 to 96"],) * 4
+    assert asked == ([0], [1], [], [])
+    assert speeds[1] == speeds[2] != speeds[0]
+    assert speeds[3] == []
 
 
 def _fails(rank, _world, path, what):

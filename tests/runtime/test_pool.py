@@ -43,7 +43,10 @@ from tests.processes import (
     wait_until,
 )
 from wan_vae_parallel.memory import decode_memory
+from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.parallel.plan import plan_shards
+from wan_vae_parallel.runtime import pool
+from wan_vae_parallel.runtime.worker import _ToParent
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -584,6 +587,20 @@ def test_logs_name_devices_and_rows(vae, latents, caplog):
     text = caplog.text
     assert "2 workers on cpu, cpu started" in text
     assert "cpu: rows 0-1, cpu: rows 2-3" in text
+
+
+def test_what_workers_log_reaches_the_parents_log_once(caplog):
+    dispatch.say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for rank in (0, 1):
+            worker = types.SimpleNamespace(rank=rank, send=lambda _kind, *words: pool._pass_on(*words))
+            log = logging.Logger("a worker's")
+            log.addHandler(_ToParent(worker))
+            log.debug("for nobody")
+            log.info("measured by %d", rank)
+            log.warning("cuDNN it is")
+    assert [record.getMessage() for record in caplog.records] == ["measured by 0", "cuDNN it is"]
+    dispatch.say_once.cache_clear()
 
 
 def test_more_workers_than_rows_are_said_to_be_idle(vae, caplog):

@@ -61,6 +61,8 @@ class LocalEngine:
             self._decoder = LocalDecoder(
                 checkpoint.architecture, checkpoint.decoder, device=self.device, dtype=self.dtype
             )
+            # Before a chunk is chosen: cuDNN's layers take more memory.
+            self._decoder.settle()
         return self._decoder
 
     def _free_cached(self) -> None:
@@ -125,16 +127,18 @@ class LocalRun:
         if self._chunk:
             return min(self._chunk, max(1, size[1] - 1))
         engine = self._engine
-        architecture = engine.decoder().architecture
-        return largest_chunk(architecture, size, dtype=engine.dtype, free=free_memory(engine.device))
+        decoder = engine.decoder()
+        free = free_memory(engine.device)
+        return largest_chunk(decoder.architecture, size, dtype=engine.dtype, free=free, cudnn=decoder.cudnn)
 
     def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
         engine, (batch, _, rows, columns) = self._engine, size
         architecture = engine.decoder().architecture
         height, width = architecture.frame_size(rows, columns)
-        needed = decode_memory(architecture, size, chunk=1, dtype=engine.dtype)
+        cudnn = engine.decoder().cudnn
+        needed = decode_memory(architecture, size, chunk=1, dtype=engine.dtype, cudnn=cudnn)
         free = free_memory(engine.device) + needed.weights
-        ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free)} would fit"]
+        ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free, cudnn=cudnn)} would fit"]
         if batch > 1:
             ways.append(f"or decode the batch of {batch} one by one")
         return (

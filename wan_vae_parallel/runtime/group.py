@@ -115,6 +115,7 @@ class GroupRun:
         self._over = True
         self._board = engine.meet(call="decode", latents=_described(latents))
         check_same(self._board.gather(lambda: engine.decoder().facts(), WORK_SECONDS))
+        engine.decoder().settle(self._board)
         engine.connect(self._board)
         self._plan = plan_shards(latents.shape[3], latents.shape[4], len(engine.names))
         if engine.rank == 0:

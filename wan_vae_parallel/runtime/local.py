@@ -16,6 +16,8 @@ from ..model.decoder import WanDecoder
 from ..model.state import DecodeState, Edges, PageKey, Pages, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_run
 from ..ops.frames import to_frames
+from ..parallel.agree import Board
+from . import tuning
 
 
 class LocalDecoder:
@@ -48,6 +50,19 @@ class LocalDecoder:
         self.model.load_state_dict(own, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
         self._compiled: set[tuple[Any, ...]] = set()
+
+    def settle(self, board: Board | None = None) -> None:
+        """Measures, or looks up, what convolves fastest here; with a ``board`` all its ranks call and agree on it."""
+        convolutions = self.model.convolutions()
+        with self._exact_arithmetic():
+            given = tuning.settle([conv.kind for conv in convolutions], self.device, self.dtype, board)
+        for conv in convolutions:
+            conv.cudnn = conv.kind in given
+
+    @property
+    def cudnn(self) -> bool:
+        """Whether some layers are cuDNN's though our kernels could run them."""
+        return any(conv.cudnn for conv in self.model.convolutions())
 
     @torch.inference_mode()
     def stream(

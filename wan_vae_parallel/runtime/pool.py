@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from ..checkpoint import Checkpoint
 from ..errors import WanVAEError, WorkerError
+from ..ops.dispatch import say_once
 from .pool_run import PoolRun, StepOutOfMemory
 from .process import WorkerProcess
 from .shared_memory import SharedMemory
@@ -242,6 +243,8 @@ class WorkerPool:
                     worker.heard = time.monotonic()
                     if message[0] == "failed":
                         raise self._cause(workers, {worker.rank: message[1:]})
+                    if message[0] == "said":
+                        _pass_on(*message[1:])
                     if message[0] == kind or (message[0] == "end" and kind == "done"):
                         answers[worker.rank] = message
             except (EOFError, OSError):
@@ -339,3 +342,11 @@ class WorkerPool:
     def __del__(self) -> None:
         if getattr(self, "workers", None):
             self.stop()
+
+
+def _pass_on(level: int, text: str) -> None:
+    """Logs what a worker said; of warnings, which all of them may have, one."""
+    if level >= logging.WARNING:
+        say_once(text)
+    else:
+        logger.log(level, "%s", text)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from .._version import __version__
 from ..checkpoint import Checkpoint
 from ..memory import decode_memory, free_memory, largest_chunk
-from ..parallel.agree import fingerprint
+from ..parallel.agree import Board, fingerprint
 from ..parallel.edges import ShardEdges
 from ..parallel.plan import ShardPlan
 from .local import LocalDecoder
@@ -48,6 +48,10 @@ class ShardDecoder:
             "weights": self._fingerprint,
         }
 
+    def settle(self, board: Board) -> None:
+        """Agrees with all ranks on what convolves; see `runtime.tuning`."""
+        self._decoder.settle(board)
+
     def room(self, plan: ShardPlan, shard: int, shape: torch.Size, asked: int) -> int:
         """The largest chunk of at most ``asked`` that ``shard`` has the memory for; 0 for none.
 
@@ -59,11 +63,12 @@ class ShardDecoder:
         """
         size = (shape[0], shape[2], plan.height(shard) + 2, plan.columns)
         free = free_memory(self.device)
-        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free)
+        cudnn = self._decoder.cudnn
+        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free, cudnn=cudnn)
         if self.device.type != "cuda":
             return chunk
         while chunk:
-            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype)
+            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, cudnn=cudnn)
             try:
                 # Taken now, while no other rank waits for this one; torch keeps it for the steps.
                 torch.empty(needed.caches + needed.step, dtype=torch.uint8, device=self.device)

@@ -6,6 +6,7 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 | --- | --- |
 | ``("store",)``, then a file descriptor | nothing; the file is where the ranks find one another |
 | | ``("alive",)`` about once a second while it starts or decodes, whatever else goes on |
+| | ``("said", level, text)`` what it logs; of news that concern all ranks the first one's |
 | | ``("ready",)`` once, when the group stands and the weights are there |
 | ``("open", request)``, then two file descriptors | ``("room", chunk)``: most latent frames at once that fit, or 0 |
 | ``("begin", chunk)`` | nothing |
@@ -57,6 +58,17 @@ def main(connection: Connection, options: dict[str, Any]) -> None:
         worker.send("failed", kind, f"{type(error).__name__}: {error}")
         worker.end(1)
     worker.end(0)
+
+
+class _ToParent(logging.Handler):
+    """Passes on what the engine logs here to the parent, whose log people read."""
+
+    def __init__(self, worker: _Worker) -> None:
+        super().__init__(logging.WARNING if worker.rank else logging.INFO)
+        self._worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._worker.send("said", record.levelno, record.getMessage())
 
 
 class _Worker:
@@ -112,12 +124,18 @@ class _Worker:
             self._commands.put(message)
 
     def serve(self) -> None:
+        logging.basicConfig()
+        package = logging.getLogger(__name__.partition(".")[0])
+        package.setLevel(logging.INFO)
+        package.addHandler(_ToParent(self))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         torch.set_num_threads(self.options["threads"])
         self._join_group()
         self._decoder = ShardDecoder(read_checkpoint(self.options["weights"]), self.device, self.dtype)
-        check_agreement(self._decoder.facts(), Board(self._group))
+        board = Board(self._group)
+        check_agreement(self._decoder.facts(), board)
+        self._decoder.settle(board)
         connect(self._group, self.device)
         self._heard = False
         self.send("ready")
