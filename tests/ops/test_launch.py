@@ -109,3 +109,20 @@ def test_a_run_that_fails_leaves_launching_as_it_was():
         compile_all(run, CPU)
     launch(kernel, (1,))
     assert len(kernel.launched) == 1
+
+
+def test_what_can_not_be_compiled_may_be_left_to_its_launch():
+    class Broken(Kernel):
+        def warmup(self, *_arguments, **_options):
+            raise RuntimeError("out of registers")
+
+    good, broken = Kernel(), Broken()
+
+    def run():
+        launch(broken, (1,), BLOCK=1)
+        launch(good, (1,), BLOCK=2)
+
+    compile_all(run, CPU, forgiving=True)
+    assert len(good.compiled) == 1
+    with pytest.raises(RuntimeError, match="out of registers"):
+        compile_all(run, CPU)
