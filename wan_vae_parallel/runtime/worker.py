@@ -35,6 +35,7 @@ from ..checkpoint import read_checkpoint
 from ..memory import is_out_of_memory
 from ..parallel.agree import Board, check_agreement
 from ..parallel.edges import connect
+from ..parallel.mailbox import Mailbox, open_mailbox
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
@@ -75,6 +76,7 @@ class _Worker:
         self._store = recv_handle(connection)
         self._decoder: ShardDecoder
         self._group: dist.ProcessGroup
+        self._mailbox: Mailbox | None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def send(self, *message: object) -> None:
@@ -117,8 +119,10 @@ class _Worker:
         torch.set_num_threads(self.options["threads"])
         self._join_group()
         self._decoder = ShardDecoder(read_checkpoint(self.options["weights"]), self.device, self.dtype)
-        check_agreement(self._decoder.facts(), Board(self._group))
+        board = Board(self._group)
+        check_agreement(self._decoder.facts(), board)
         connect(self._group, self.device)
+        self._mailbox = open_mailbox(self._group, self.device, board)
         self._heard = False
         self.send("ready")
         while True:
@@ -169,7 +173,7 @@ class _Worker:
     def _steps(self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int) -> Iterator[int]:
         """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
         ratio = self._decoder.architecture.spatial_ratio
-        shards = self._decoder.steps(latents, plan, self._group, chunk)
+        shards = self._decoder.steps(latents, plan, self._group, chunk, self._mailbox)
         own = (to_own_rows(frames, plan, self._group, ratio) for frames in shards)
         start, stop = frame_rows(plan, self.rank, ratio)
         done = 0
