@@ -163,12 +163,13 @@ class _Worker:
                 self.send("end") if frames is None else self.send("done", frames)
             elif command == "finish":
                 break
-        del steps, latents, video, latents_memory, frames_memory
+        del steps
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
         self._heard = False
         self.send("finished")
+        # The mappings go after that word: the parent has its own, and need not wait.
 
     def _steps(self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int) -> Iterator[int]:
         """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
