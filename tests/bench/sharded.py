@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from wan_vae_parallel import Architecture, load_vae
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict, read_checkpoint
 from wan_vae_parallel.memory import largest_chunk
+from wan_vae_parallel.parallel.agree import Board
 from wan_vae_parallel.parallel.edges import ShardEdges
+from wan_vae_parallel.parallel.mailbox import open_mailbox
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime.local import LocalDecoder
 
@@ -44,7 +46,9 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
     chunk = largest_chunk(
         ARCHITECTURE, (1, frames, height, plan.columns), dtype=torch.bfloat16, free=torch.cuda.mem_get_info()[0]
     )
-    edges = ShardEdges(plan, dist.group.WORLD) if world > 1 else None
+    edges = None
+    if world > 1:
+        edges = ShardEdges(plan, dist.group.WORLD, open_mailbox(dist.group.WORLD, device, Board(dist.group.WORLD)))
 
     def decode():
         for _ in decoder.stream(latents, chunk, edges, transposed=plan.transposed):
