@@ -28,10 +28,12 @@ class Mailbox:
     Args:
         buffers: by rank, bytes that this rank's device can reach.
         rank: whose own.
+        memory: what the buffers are views of, and does not go while this has it.
     """
 
-    def __init__(self, buffers: list[torch.Tensor], rank: int) -> None:
+    def __init__(self, buffers: list[torch.Tensor], rank: int, memory: object) -> None:
         self._buffers = buffers
+        self._memory = memory
         self._rank = rank
         self._views: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._count = 0
@@ -93,11 +95,12 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -
     if device.type != "cuda":
         return None
     buffers: list[torch.Tensor] = []
+    memory: object = None
     indices = board.exchange(device.index)
     reasons = board.exchange(_why_not(device, indices))
     if not any(reasons):
         try:
-            buffers = _rendezvous(group, device)
+            buffers, memory = _rendezvous(group, device)
             buffers[board.rank].zero_()
             torch.cuda.synchronize(device)
         except RuntimeError as error:
@@ -112,7 +115,7 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -
         arrived = bool(buffers[board.rank][: len(buffers)].all())
         reasons = board.exchange("" if arrived else f"what other devices write to {device} does not arrive")
     if not any(reasons):
-        return Mailbox(buffers, board.rank)
+        return Mailbox(buffers, board.rank, memory)
     if board.rank == 0:
         logger.info("halo rows travel through NCCL: %s", next(filter(None, reasons)))
     return None
@@ -130,10 +133,10 @@ def _why_not(device: torch.device, indices: list[int]) -> str:
     return ""
 
 
-def _rendezvous(group: dist.ProcessGroup, device: torch.device) -> list[torch.Tensor]:
-    """Every rank's bytes, by rank: boxes and signals. All ranks wait for one another."""
+def _rendezvous(group: dist.ProcessGroup, device: torch.device) -> tuple[list[torch.Tensor], object]:
+    """Every rank's bytes, by rank, for boxes and signals; and what holds them. All ranks wait for one another."""
     from torch.distributed import _symmetric_memory
 
     own = _symmetric_memory.empty(4 * _BOX_BYTES + _SIGNAL_BYTES, dtype=torch.uint8, device=device)
     handle = _symmetric_memory.rendezvous(own, group)
-    return [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(dist.get_world_size(group))]
+    return [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(dist.get_world_size(group))], (own, handle)
