@@ -9,11 +9,13 @@ Signals a program of one device waits for the program of the same number on the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import Call
 
 # Programs a direction: all have to be on the device together, as each waits for its like on another device.
 PROGRAMS = 32
@@ -50,7 +52,7 @@ def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, the
     for item in range(first, items, step):
         frame = item // blocks
         offset = item % blocks * BLOCK + tl.arange(0, BLOCK)
-        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + own_row.to(tl.int64) * row_values)
+        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + own_row * row_values)
         values = tl.load(row + offset, mask=offset < row_values)
         tl.store(other + theirs + frame * row_values + offset, values, mask=offset < row_values)
     # All threads' values, before any thread's word.
@@ -62,7 +64,7 @@ def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, the
     for item in range(first, items, step):
         frame = item // blocks
         offset = item % blocks * BLOCK + tl.arange(0, BLOCK)
-        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + halo_row.to(tl.int64) * row_values)
+        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + halo_row * row_values)
         values = tl.load(own + mine + frame * row_values + offset, mask=offset < row_values, volatile=True)
         tl.store(row + offset, values, mask=offset < row_values)
 
@@ -77,7 +79,7 @@ def _swap_kernel(arena, slots, boxes, above, below, signals, above_signals, belo
     # What goes up arrives from below, and the other way round.
     if tl.program_id(1) == 0:
         if ABOVE:
-            _swap(arena, slots, boxes, above, rows * 0 + 1, rows * 0, from_above, from_below, signals,
+            _swap(arena, slots, boxes, above, 1, 0, from_above, from_below, signals,
                   above_signals + per_side, number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
     else:
         if BELOW:
@@ -111,34 +113,30 @@ def swap_rows(
     Raises:
         ValueError: the frames don't fit in the boxes, or a layout that can't be.
     """
-    row_values = arena.shape[2] * arena.shape[3]
-    frames = slots.numel()
+    frames, row_values, box_values = slots.numel(), arena.shape[2] * arena.shape[3], boxes.shape[2]
     if not arena.is_contiguous() or boxes.dtype != arena.dtype or boxes.dim() != 3 or slots.dtype != torch.int32:
         raise ValueError(f"no rows of arena {tuple(arena.shape)} {arena.dtype} for boxes of {boxes.dtype}")
-    if frames * row_values > boxes.shape[2]:
-        raise ValueError(f"{frames} rows of {row_values} values don't fit in a box of {boxes.shape[2]}")
-    blocks = triton.cdiv(row_values, _BLOCK)
-    other_boxes, other_signals = above or below or (boxes, signals)
-    launch(
-        _swap_kernel,
-        (PROGRAMS, 2),
-        arena,
-        slots,
-        boxes,
-        above[0] if above else other_boxes,
-        below[0] if below else other_boxes,
-        signals,
-        above[1] if above else other_signals,
-        below[1] if below else other_signals,
-        number,
-        frames * blocks,
-        blocks,
-        arena.shape[1] - 2,
-        row_values,
-        arena.stride(0),
-        boxes.shape[2],
-        ABOVE=above is not None,
-        BELOW=below is not None,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    if frames * row_values > box_values:
+        raise ValueError(f"{frames} rows of {row_values} values don't fit in a box of {box_values}")
+    call, numbers = _plan(tuple(arena.shape), frames, box_values, above is not None, below is not None, arena.device)
+    # At the picture's edge any others stand in.
+    other = above or below or (boxes, signals)
+    (up, up_signals), (down, down_signals) = above or other, below or other
+    call(arena, slots, boxes, up, down, signals, up_signals, down_signals, number, *numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    arena: tuple[int, ...],
+    frames: int,
+    box_values: int,
+    above: bool,
+    below: bool,
+    device: torch.device,  # noqa: ARG001 (a launch is for one device)
+) -> tuple[Call, tuple[int, ...]]:
+    """The launch, and the kernel's integers behind the number."""
+    _, rows, columns, channels = arena
+    blocks = triton.cdiv(columns * channels, _BLOCK)
+    call = Call(_swap_kernel, (PROGRAMS, 2), ABOVE=above, BELOW=below, BLOCK=_BLOCK, num_warps=4)
+    row_values = columns * channels
+    return call, (frames * blocks, blocks, rows - 2, row_values, rows * row_values, box_values)
