@@ -25,6 +25,7 @@ from wan_vae_parallel.parallel.mailbox import open_mailbox
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime.local import LocalDecoder
 
+_PAUSE_SECONDS = 0.3
 ARCHITECTURE = Architecture.published("wan2.1")
 
 
@@ -116,8 +117,11 @@ def main() -> None:
                     seconds = []
                     for _ in range(options.repeats):
                         started = time.perf_counter()
-                        vae.decode(latents)
+                        frames = vae.decode(latents)
                         seconds.append(time.perf_counter() - started)
+                        # As long as anyone may look at frames. The workers then take back the memory of those before.
+                        del frames
+                        time.sleep(_PAUSE_SECONDS)
                 host = statistics.median(seconds)
                 first = first or (device_seconds, host)
                 print(
