@@ -21,6 +21,7 @@ from tests.layouts import layouts_of_a_decode
 from tests.oracle import FAMILIES, load, max_error, oracle_frames, oracle_vae, random_latents
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.memory import decode_memory
+from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.runtime.download import to_host
 from wan_vae_parallel.runtime.local import LocalDecoder
 
