@@ -89,10 +89,16 @@ class Engine:
         parts = check_latents(latents, self.architecture).split(1)
         self._make_room(self._vae.memory_needed(parts[0].shape))
         progress = ChunkProgress(parts=len(parts))
-        decoded = [
-            self._vae.decode(part, normalized=normalized, on_chunk=progress.part(i)) for i, part in enumerate(parts)
-        ]
-        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+        decoded = torch.empty(0)
+        for i, part in enumerate(parts):
+            video = self._vae.decode(part, normalized=normalized, on_chunk=progress.part(i))
+            if len(parts) == 1:
+                return video
+            if i == 0:
+                decoded = video.new_empty((len(parts), *video.shape[1:]))
+            decoded[i : i + 1] = video
+            del video  # while the next one is decoded, only the batch is there
+        return decoded
 
     def _make_room(self, needed: int) -> None:
         extra = needed - self.weights_size()

@@ -19,10 +19,13 @@ from safetensors.torch import save_file
 from wan_vae_parallel import Architecture, load_vae
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict, read_checkpoint
 from wan_vae_parallel.memory import largest_chunk
+from wan_vae_parallel.parallel.agree import Board
 from wan_vae_parallel.parallel.edges import ShardEdges
+from wan_vae_parallel.parallel.mailbox import open_mailbox
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime.local import LocalDecoder
 
+_PAUSE_SECONDS = 0.3
 ARCHITECTURE = Architecture.published("wan2.1")
 
 
@@ -45,7 +48,9 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
     chunk = largest_chunk(
         ARCHITECTURE, (1, frames, height, plan.columns), dtype=torch.bfloat16, free=torch.cuda.mem_get_info()[0]
     )
-    edges = ShardEdges(plan, dist.group.WORLD) if world > 1 else None
+    edges = None
+    if world > 1:
+        edges = ShardEdges(plan, dist.group.WORLD, open_mailbox(dist.group.WORLD, device, Board(dist.group.WORLD)))
 
     def decode():
         for _ in decoder.stream(latents, chunk, edges, transposed=plan.transposed):
@@ -113,8 +118,11 @@ def main() -> None:
                     seconds = []
                     for _ in range(options.repeats):
                         started = time.perf_counter()
-                        vae.decode(latents)
+                        frames = vae.decode(latents)
                         seconds.append(time.perf_counter() - started)
+                        # As long as anyone may look at frames. The workers then take back the memory of those before.
+                        del frames
+                        time.sleep(_PAUSE_SECONDS)
                 host = statistics.median(seconds)
                 first = first or (device_seconds, host)
                 print(

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from wan_vae_parallel.model.state import DecodeState, Frames, PageKey, PageNeed, Pages, WholePicture
+from wan_vae_parallel.model.state import DecodeState, Frames, PageKey, PageNeed, Pages, SlotLists, WholePicture
 
 KEY = PageKey(scale=2, channels=3, border=1)
+CPU = torch.device("cpu")
 
 
 def pages(slots=7, key=KEY, users=1):
-    return Pages(slots, 4, 5, key, users=users, dtype=torch.float32, device=torch.device("cpu"))
+    return Pages(slots, 4, 5, key, users=users, dtype=torch.float32, device=CPU, lists=SlotLists(CPU))
 
 
 @pytest.mark.parametrize("border", [0, 1])
@@ -44,13 +45,22 @@ def test_slots_are_handed_out_once_until_they_come_back_and_the_blank_one_when_n
     assert 0 in pages(users=0).take(7).slots  # where nobody has a past
 
 
-def test_the_index_is_the_slots_and_made_once():
+def test_the_index_is_the_slots_and_made_once_for_all_pages():
     space = pages()
     frames = Frames(space, (5, 3, 4))
     assert frames.index.tolist() == [5, 3, 4]
     assert frames.index.dtype == torch.int32
     assert Frames(space, (5, 3, 4)).index is frames.index
+    others = Pages(7, 2, 3, KEY, users=1, dtype=torch.float32, device=CPU, lists=space.lists)
+    assert Frames(others, (5, 3, 4)).index is frames.index
     assert [part.slots for part in frames.split(2)] == [(5, 3), (4,)]
+
+
+def test_lists_of_slots_do_not_pile_up():
+    lists = SlotLists(CPU)
+    for first in range(3 * SlotLists.MOST):
+        assert lists((first, 1)).tolist() == [first, 1]
+    assert len(lists._lists) <= SlotLists.MOST
 
 
 @pytest.mark.parametrize("new", [1, 2, 3])

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from wan_vae_parallel.ops.kernels.launch import compile_all, launch
+from wan_vae_parallel.ops.kernels.launch import Call, compile_all, launch
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,23 @@ class Kernel:
         self.compiled.append((grid, arguments, options))
 
 
+class Compiling(Kernel):
+    """As Triton's do: the first launch returns what later ones can be launched with."""
+
+    arg_names = ("x", "count", "BLOCK", "SILU")
+
+    def __init__(self):
+        super().__init__()
+        self.ready = []
+
+    def __getitem__(self, grid):
+        def first(*arguments, **options):
+            self.launched.append((grid, arguments, options))
+            return {grid: lambda *arguments: self.ready.append((grid, arguments))}
+
+        return first
+
+
 @dataclasses.dataclass
 class Descriptor:
     base: torch.Tensor
@@ -46,6 +63,29 @@ def test_a_kernel_is_launched_at_once():
     launch(kernel, (2,), x, 7, BLOCK=16)
     assert kernel.launched == [((2,), (x, 7), {"BLOCK": 16})]
     assert kernel.compiled == []
+
+
+def test_a_call_goes_straight_to_the_compiled_kernel_from_the_second_time_on():
+    kernel, x, y = Compiling(), torch.zeros(64), torch.ones(64)
+    call = Call(kernel, (2,), SILU=True, BLOCK=16, num_warps=4)
+    call(x, 7)
+    assert kernel.launched == [((2, 1, 1), (x, 7), {"SILU": True, "BLOCK": 16, "num_warps": 4})]
+    call(y, 8)
+    assert kernel.ready == [((2, 1, 1), (y, 8, 16, True))]  # constants in the kernel's own order
+    assert len(kernel.launched) == 1
+    call(y[1:], 7)  # compiled for tensors that are aligned
+    assert len(kernel.launched) == 2
+    compile_all(lambda: call(y, 7), CPU)
+    assert len(kernel.compiled) == 1
+    assert (len(kernel.launched), len(kernel.ready)) == (2, 1)
+
+
+def test_a_call_that_compiles_nothing_is_launched_each_time():
+    kernel, x = Kernel(), torch.zeros(64)
+    call = Call(kernel, (2,), BLOCK=16)
+    call(x)
+    call(x)
+    assert len(kernel.launched) == 2
 
 
 def test_what_a_run_would_launch_is_compiled_once_a_kind_and_not_launched():

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel import launch
-from wan_vae_parallel.model.state import Frames, PageKey, Pages
+from wan_vae_parallel.model.state import Frames, PageKey, Pages, SlotLists
 from wan_vae_parallel.parallel.edges import ShardEdges
 from wan_vae_parallel.parallel.plan import ShardPlan, plan_shards
 from wan_vae_parallel.parallel.rows import frame_rows, to_own_rows
@@ -55,7 +55,16 @@ def paged(buffer):
     """The frames of ``buffer``, borders and all, in slots of an arena out of order; the other slots are 7."""
     frames, rows, columns, channels = buffer.shape
     key = PageKey(1, channels, 1)
-    pages = Pages(2 * frames + 2, rows - 2, columns - 2, key, users=0, dtype=buffer.dtype, device=buffer.device)
+    pages = Pages(
+        2 * frames + 2,
+        rows - 2,
+        columns - 2,
+        key,
+        users=0,
+        dtype=buffer.dtype,
+        device=buffer.device,
+        lists=SlotLists(buffer.device),
+    )
     pages.arena.fill_(7)
     placed = Frames(pages, tuple(range(2 * frames, 0, -2)))
     pages.arena[list(placed.slots)] = buffer
@@ -106,6 +115,47 @@ def test_halo_is_the_neighbours_rows_and_nothing_else_changes(ranks, size, scale
     sent = ranks.run(check_halo, dtype, scale, members=size)
     # One row a frame and neighbour: outer edges send nothing.
     assert sent == [3 * ((rank > 0) + (rank < size - 1)) for rank in range(size)]
+
+
+class Recorder:
+    """A mailbox that has room for so many frames, and remembers what it is asked for."""
+
+    def __init__(self, room):
+        self.room = room
+        self.swaps = []
+
+    def capacity(self, arena):  # noqa: ARG002 (as a mailbox)
+        return self.room
+
+    def swap(self, arena, slots, *, above, below, trial=False):  # noqa: ARG002 (as a mailbox)
+        self.swaps.append((slots.tolist(), above, below, trial))
+
+
+def check_mailbox(rank, world_size):
+    plan = uneven_plan(world_size)
+    frames = paged(poisoned_buffer(picture(5, plan.rows, 4, 5, torch.float32), plan, rank))
+    above, below = (rank - 1 if rank else None), (rank + 1 if rank + 1 < world_size else None)
+    mailbox = Recorder(2)
+    edges = ShardEdges(plan, launch.group(), mailbox)
+    before = frames.arena.clone()
+    edges.fill_halo(frames)
+    edges.silent().fill_halo(frames)
+    parts = [[10, 8], [6, 4], [2]] if world_size > 1 else []
+    assert mailbox.swaps == [(part, above, below, trial) for trial in (False, True) for part in parts]
+    assert same_bits(frames.arena, before)
+    assert edges.rows_sent == 5 * ((above is not None) + (below is not None))
+
+    # What is too large for it goes as messages.
+    too_small = ShardEdges(plan, launch.group(), Recorder(0))
+    too_small.fill_halo(frames)
+    messages = paged(poisoned_buffer(picture(5, plan.rows, 4, 5, torch.float32), plan, rank))
+    ShardEdges(plan, launch.group()).fill_halo(messages)
+    assert same_bits(frames.arena, messages.arena)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_rows_go_through_the_mailbox_in_parts_that_fit(ranks, size):
+    ranks.run(check_mailbox, members=size)
 
 
 class Copies(torch.overrides.TorchFunctionMode):

@@ -32,14 +32,6 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A small Wan 2.1 VAE."""
-    path = tmp_path_factory.mktemp("weights") / "vae.safetensors"
-    wvp.save_demo_checkpoint(path, "wan2.1", 8)
-    return path
-
-
-@pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     with launch.Ranks(4, tmp_path_factory.mktemp("ranks")) as ranks:
         yield ranks

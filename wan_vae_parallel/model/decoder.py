@@ -15,7 +15,7 @@ from torch import nn
 from ..architecture import Architecture
 from .blocks import AttentionBlock, Needs, Resample, ResidualBlock, StageRun, UpBlock, Waiting, add_needs, stage_modules
 from .layers import CausalConv3d, HeadConv, PointwiseConv, RMSNorm, UpsampleConv, norm_silu_frames
-from .state import DecodeState, PageKey, Pages
+from .state import DecodeState, PageKey, Pages, SlotLists
 
 
 class _Decoder(nn.Module):
@@ -80,9 +80,19 @@ class WanDecoder(nn.Module):
         )
 
     def pages(
-        self, rows: int, columns: int, *, chunk: int, videos: int, keeps: bool, dtype: torch.dtype, device: torch.device
+        self,
+        rows: int,
+        columns: int,
+        *,
+        chunk: int,
+        videos: int,
+        keeps: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        lists: SlotLists | None = None,
     ) -> dict[PageKey, Pages]:
-        """Pages for videos of ``rows`` x ``columns`` latents that take turns."""
+        """Pages for videos of ``rows`` x ``columns`` latents that take turns; ``lists`` of earlier ones save time."""
+        lists = lists or SlotLists(device)
         return {
             key: Pages(
                 need.slots(videos, keeps=keeps),
@@ -92,6 +102,7 @@ class WanDecoder(nn.Module):
                 users=videos * need.convs,
                 dtype=dtype,
                 device=device,
+                lists=lists,
             )
             for key, need in self.page_needs(chunk).items()
         }

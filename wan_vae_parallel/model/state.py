@@ -61,6 +61,35 @@ class PageNeed:
         return past + self.passing + (videos - 1) * self.waiting
 
 
+class SlotLists:
+    """Lists of slots on a device. The same ones come in every decode of a size, so they are kept there.
+
+    Args:
+        device: where.
+    """
+
+    MOST = 4096
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lists: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+
+    def __call__(self, slots: tuple[int, ...]) -> torch.Tensor:
+        """``slots`` as int32 on the device."""
+        cuda = self._device.type == "cuda"
+        # A list is there for the stream that it was copied on.
+        key = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0, slots
+        found = self._lists.get(key)
+        if found is None:
+            if len(self._lists) >= self.MOST:
+                self._lists.clear()
+            # From page-locked memory and without waiting: else the device would run dry at each new list.
+            listed = torch.tensor(slots, dtype=torch.int32, pin_memory=cuda)
+            found = listed.to(self._device, non_blocking=True)
+            self._lists[key] = found
+        return found
+
+
 class Pages:
     """An arena of frames of one size; a frame lies in a slot of it and never moves.
 
@@ -76,17 +105,27 @@ class Pages:
         users: convolutions, times videos, that begin with a blank past.
         dtype: of the values.
         device: where.
+        lists: of slots, on ``device``.
     """
 
     def __init__(
-        self, slots: int, rows: int, columns: int, key: PageKey, *, users: int, dtype: torch.dtype, device: torch.device
+        self,
+        slots: int,
+        rows: int,
+        columns: int,
+        key: PageKey,
+        *,
+        users: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lists: SlotLists,
     ) -> None:
         border = key.border
         self.arena = torch.zeros(
             (slots, rows + 2 * border, columns + 2 * border, key.channels), dtype=dtype, device=device
         )
         self._users = users
-        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        self.lists = lists
         self._begin()
 
     def reset(self) -> None:
@@ -108,17 +147,6 @@ class Pages:
         self._need_blank -= 1
         if not self._need_blank:
             self._free.append(0)
-
-    def index(self, slots: tuple[int, ...]) -> torch.Tensor:
-        """``slots`` on the device, int32. They come again and again, so they are kept there."""
-        found = self._indices.get(slots)
-        if found is None:
-            device = self.arena.device
-            # From page-locked memory and without waiting: else the device would run dry at each new index.
-            listed = torch.tensor(slots, dtype=torch.int32, pin_memory=device.type == "cuda")
-            found = listed.to(device, non_blocking=True)
-            self._indices[slots] = found
-        return found
 
     def _begin(self) -> None:
         self._need_blank = self._users
@@ -143,7 +171,7 @@ class Frames:
     @property
     def index(self) -> torch.Tensor:
         """The slots on the device, ``[T]`` int32."""
-        return self.pages.index(self.slots)
+        return self.pages.lists(self.slots)
 
     def split(self, count: int) -> list[Frames]:
         """Parts of at most ``count`` frames."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..model.state import Frames
+from .mailbox import Mailbox
 from .plan import ShardPlan
 
 
@@ -35,16 +36,28 @@ class ShardEdges:
 
     Ranks here are ranks in ``group``, which need not begin at global rank 0; shard r is rank r's, and the group may
     have more ranks than there are shards. All ranks with a shard must make the same calls in the same order.
+
+    Args:
+        plan: the split.
+        group: the ranks.
+        mailbox: through which halo rows travel; without one they are messages.
     """
 
-    def __init__(self, plan: ShardPlan, group: dist.ProcessGroup) -> None:
+    def __init__(self, plan: ShardPlan, group: dist.ProcessGroup, mailbox: Mailbox | None = None) -> None:
         self.plan = plan
         self.group = group
+        self._mailbox = mailbox
         self.shard = dist.get_rank(group)
         if self.shard >= plan.shards or plan.shards > dist.get_world_size(group):
             raise ValueError(
                 f"rank {self.shard} of {dist.get_world_size(group)} has no part in a plan of {plan.shards} shards"
             )
+        # Rank, the own row that it gets, and where its row goes: above, below.
+        self._neighbours = [
+            (self.shard + step, own, halo)
+            for step, own, halo in ((-1, 1, 0), (1, -2, -1))
+            if 0 <= self.shard + step < plan.shards
+        ]
         # Buffers for rows on their way, one a direction and neighbour, made anew only when they have to differ.
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self.rows_sent = 0
@@ -57,27 +70,22 @@ class ShardEdges:
         Args:
             frames: with a border of 1, their inside written.
         """
-        neighbours = [
-            (self.shard + step, own, halo)
-            for step, own, halo in ((-1, 1, 0), (1, -2, -1))  # above, below
-            if 0 <= self.shard + step < self.plan.shards
-        ]
-        if not neighbours:
+        self.rows_sent += len(self._neighbours) * len(frames)
+        if self._swap(frames):
             return
         arena, index = frames.arena, frames.index
         shape = torch.Size((len(frames), *arena.shape[2:]))
         operations = []
-        for peer, own, _ in neighbours:
+        for peer, own, _ in self._neighbours:
             outgoing = self._buffer("out", peer, shape, arena)
             torch.index_select(arena[:, own], 0, index, out=outgoing)
             incoming = self._buffer("in", peer, shape, arena)
             global_peer = dist.get_global_rank(self.group, peer)
             operations.append(dist.P2POp(dist.isend, outgoing, global_peer, self.group))
             operations.append(dist.P2POp(dist.irecv, incoming, global_peer, self.group))
-            self.rows_sent += len(frames)
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-        for peer, _, halo in neighbours:
+        for peer, _, halo in self._neighbours:
             arena[:, halo].index_copy_(0, index.long(), self._buffer("in", peer, shape, arena))
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
@@ -107,6 +115,18 @@ class ShardEdges:
         """The same without the other ranks, see `model.state.Edges`."""
         return _SilentEdges(self)
 
+    def _swap(self, frames: Frames, *, trial: bool = False) -> bool:
+        """`fill_halo` through the mailbox, if there is one and a frame's row fits; whether nothing is left to do."""
+        if not self._neighbours:
+            return True
+        if self._mailbox is None or not (at_once := self._mailbox.capacity(frames.arena)):
+            return False
+        above = self.shard - 1 if self.shard else None
+        below = self.shard + 1 if self.shard + 1 < self.plan.shards else None
+        for part in frames.split(at_once):
+            self._mailbox.swap(part.arena, part.index, above=above, below=below, trial=trial)
+        return True
+
     def _buffer(self, direction: str, peer: int, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         """A contiguous buffer; the last one, unless shape, dtype or device differ from it."""
         key = direction, peer
@@ -118,13 +138,13 @@ class ShardEdges:
 
 
 class _SilentEdges:
-    """Edges of a shard that exchanges nothing."""
+    """Edges of a shard that exchanges nothing; kernels that it would exchange with are noted for compiling."""
 
     def __init__(self, edges: ShardEdges) -> None:
         self._edges = edges
 
     def fill_halo(self, frames: Frames) -> None:
-        pass
+        self._edges._swap(frames, trial=True)
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         plan = self._edges.plan

@@ -13,7 +13,7 @@ import torch
 
 from ..architecture import Architecture
 from ..model.decoder import WanDecoder
-from ..model.state import DecodeState, Edges, PageKey, Pages, WholePicture
+from ..model.state import DecodeState, Edges, PageKey, Pages, SlotLists, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_run
 from ..ops.frames import to_frames
 from ..parallel.agree import Board
@@ -50,6 +50,7 @@ class LocalDecoder:
         self.model.load_state_dict(own, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
         self._compiled: set[tuple[Any, ...]] = set()
+        self._lists = SlotLists(device)
 
     def settle(self, board: Board | None = None) -> None:
         """Measures, or looks up, what convolves fastest here; with a ``board`` all its ranks call and agree on it."""
@@ -83,7 +84,14 @@ class LocalDecoder:
         count, _, steps, rows, columns = latents.shape
         chunk = max(1, min(chunk, steps - 1))
         pages = self.model.pages(
-            rows, columns, chunk=chunk, videos=count, keeps=steps > 1, dtype=self.dtype, device=self.device
+            rows,
+            columns,
+            chunk=chunk,
+            videos=count,
+            keeps=steps > 1,
+            dtype=self.dtype,
+            device=self.device,
+            lists=self._lists,
         )
         edges = edges or WholePicture()
         self._compile(latents.shape, pages, chunk, edges, transposed)

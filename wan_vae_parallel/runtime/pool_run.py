@@ -35,11 +35,9 @@ class PoolRun:
         pool.enter()
         try:
             self._latents_shape = latents.shape
-            # In shared memory once, for all workers.
-            source = latents.detach().to("cpu").contiguous()
-            self._latents_memory = SharedMemory.create(max(1, source.nbytes))
-            self._latents_memory.tensor(source.shape, source.dtype).copy_(source)
-            self._latents_dtype = source.dtype
+            # In shared memory once, for all workers, as they will compute with them.
+            self._latents_memory = SharedMemory.create(max(1, latents.numel() * pool.dtype.itemsize))
+            self._latents_memory.tensor(latents.shape, pool.dtype).copy_(latents.detach())
             dtype = torch.promote_types(pool.dtype, torch.float32)
             self._video_memory = SharedMemory.create(video_shape.numel() * dtype.itemsize)
             self.video = self._video_memory.tensor(video_shape, dtype)
@@ -105,7 +103,7 @@ class PoolRun:
     def _open(self, chunk: int) -> None:
         request = {
             "latents_shape": self._latents_shape,
-            "latents_dtype": self._latents_dtype,
+            "latents_dtype": self._pool.dtype,
             "latents_size": self._latents_memory.size,
             "frames_shape": self.video.shape,
             "frames_dtype": self.video.dtype,

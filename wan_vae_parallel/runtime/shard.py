@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint
 from ..memory import decode_memory, free_memory, largest_chunk
 from ..parallel.agree import Board, fingerprint
 from ..parallel.edges import ShardEdges
+from ..parallel.mailbox import Mailbox
 from ..parallel.plan import ShardPlan
 from .local import LocalDecoder
 
@@ -79,7 +80,12 @@ class ShardDecoder:
         return 0
 
     def steps(
-        self, latents: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, chunk: int
+        self,
+        latents: torch.Tensor,
+        plan: ShardPlan,
+        group: dist.ProcessGroup,
+        chunk: int,
+        mailbox: Mailbox | None = None,
     ) -> Iterator[torch.Tensor]:
         """Decodes this rank's rows.
 
@@ -88,6 +94,7 @@ class ShardDecoder:
             plan: the split; rank r of ``group`` has shard r.
             group: at least as many ranks as shards; those with one must take the same steps.
             chunk: latent frames at once, the same on all.
+            mailbox: the group's, if it has one.
 
         Yields:
             ``[B, t, rows, W, C]`` on the device, of a transposed plan ``[B, t, H, columns, C]``.
@@ -96,4 +103,4 @@ class ShardDecoder:
         if plan.transposed:
             latents = latents.transpose(-1, -2)
         rows = latents[:, :, :, plan.bounds[shard] : plan.bounds[shard + 1]]
-        return self._decoder.stream(rows, chunk, ShardEdges(plan, group), transposed=plan.transposed)
+        return self._decoder.stream(rows, chunk, ShardEdges(plan, group, mailbox), transposed=plan.transposed)

@@ -36,6 +36,7 @@ from ..checkpoint import read_checkpoint
 from ..memory import is_out_of_memory
 from ..parallel.agree import Board, check_agreement
 from ..parallel.edges import connect
+from ..parallel.mailbox import Mailbox, open_mailbox
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
@@ -87,6 +88,7 @@ class _Worker:
         self._store = recv_handle(connection)
         self._decoder: ShardDecoder
         self._group: dist.ProcessGroup
+        self._mailbox: Mailbox | None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def send(self, *message: object) -> None:
@@ -137,6 +139,7 @@ class _Worker:
         check_agreement(self._decoder.facts(), board)
         self._decoder.settle(board)
         connect(self._group, self.device)
+        self._mailbox = open_mailbox(self._group, self.device, board)
         self._heard = False
         self.send("ready")
         while True:
@@ -177,17 +180,18 @@ class _Worker:
                 self.send("end") if frames is None else self.send("done", frames)
             elif command == "finish":
                 break
-        del steps, latents, video, latents_memory, frames_memory
+        del steps
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
         self._heard = False
         self.send("finished")
+        # The mappings go after that word: the parent has its own, and need not wait.
 
     def _steps(self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int) -> Iterator[int]:
         """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
         ratio = self._decoder.architecture.spatial_ratio
-        shards = self._decoder.steps(latents, plan, self._group, chunk)
+        shards = self._decoder.steps(latents, plan, self._group, chunk, self._mailbox)
         own = (to_own_rows(frames, plan, self._group, ratio) for frames in shards)
         start, stop = frame_rows(plan, self.rank, ratio)
         done = 0

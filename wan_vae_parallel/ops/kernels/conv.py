@@ -17,8 +17,9 @@ Bits    fp32 accumulation that starts at bias and residual, then taps in the pic
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,8 +27,9 @@ import triton.language as tl
 
 from ..dispatch import KERNEL_DTYPES
 from ..kinds import LayerKind
-from .launch import launch
-from .tiles import Tile, choose_tile
+from . import tiles
+from .launch import Call
+from .tiles import Tile
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -321,56 +323,93 @@ def _launch(
     tile: Tile | None,
     descriptors: bool | None,
 ) -> None:
-    channels, out_channels, scale, halves = arena.shape[3], kind.out_channels, kind.scale, kind.halves
-    rows, columns = arena.shape[1] - border, arena.shape[2] - border
-    frames = slots.numel() - kernel[0] + 1
-    own = out_channels // halves
-    shape = (frames * halves, rows * scale, columns * scale, own)
-    out_border = 0 if out_slots is None else out.shape[1] - shape[1]
-    for name, indices, count in (("slots", slots, frames + kernel[0] - 1), ("out_slots", out_slots, shape[0])):
-        if indices is not None and (indices.dtype != torch.int32 or indices.shape != (count,)):
-            raise ValueError(f"{name} must be {count} int32, not {indices.dtype} {tuple(indices.shape)}")
+    channels, out_channels, scale = arena.shape[3], kind.out_channels, kind.scale
     for name, tensor in (("arena", arena), ("residual", residual), ("out", out), ("weight", weight)):
         if tensor is not None and (not tensor.is_contiguous() or tensor.dtype != arena.dtype):
             raise ValueError(f"{name} must be contiguous {arena.dtype}, not {tensor.dtype} {tensor.stride()}")
+    for name, indices in (("slots", slots), ("out_slots", out_slots)):
+        if indices is not None and (indices.dtype != torch.int32 or indices.dim() != 1):
+            raise ValueError(f"{name} must be a row of int32, not {indices.dtype} {tuple(indices.shape)}")
     if arena.dtype not in KERNEL_DTYPES or weight.shape[-1] != channels:
         raise ValueError(f"the kernel takes bfloat16 or float16 of {weight.shape[-1]} channels, not {arena.dtype}")
-    if min(rows, columns, frames) < 1 or bias.numel() != out_channels or out_border not in (0, 2):
-        raise ValueError(f"no output of {out_channels} channels in arena {tuple(arena.shape)}, {slots.numel()} slots")
-    wanted = (out.shape[0] if out_border else shape[0], shape[1] + out_border, shape[2] + out_border, own)
-    if out_slots is not None:
-        wanted = (out.shape[0], *wanted[1:])
-    if tuple(out.shape) != wanted or (residual is not None and tuple(residual.shape) != shape):
-        raise ValueError(f"out must be {wanted} and a residual {shape}, not {tuple(out.shape)}")
-    if arena.shape[:3].numel() >= 2**31 or (shape[1] + 2) * (shape[2] + 2) * own >= 2**31:
-        raise ValueError(f"a frame of {shape[1:]} or an arena {tuple(arena.shape)} overflows the kernel's int32")
-
-    pitch = columns + border
-    in_frame = (rows - 1) * pitch + columns
-    if tile is None:
-        tile = choose_tile(kind, in_frame, frames * halves * scale**2, dtype=arena.dtype, device=arena.device)
     tma = use_descriptors(arena) if descriptors is None else descriptors
-    positions = arena.shape[:3].numel()
-    tap_stride, o_stride = strides
+    geometry = _Geometry(
+        kind, tuple(arena.shape), slots.numel(), bias.numel(), kernel, strides, border,
+        None if residual is None else tuple(residual.shape), tuple(out.shape),
+        None if out_slots is None else out_slots.numel(), transposed, tile, tma, arena.dtype, arena.device,
+        tiles.changes(),
+    )  # fmt: skip
+    tile, call, numbers = _plan(geometry)
     source: Any = arena
     weights: list[Any] = [weight, weight]
     if tma:
         taps = math.prod(kernel) * scale**2
-        source = TensorDescriptor(arena, [positions, channels], [channels, 1], [tile.positions, tile.step])
+        tap_stride, o_stride = strides
+        source = TensorDescriptor(arena, [numbers[2], channels], [channels, 1], [tile.positions, tile.step])
         weights = [
             TensorDescriptor(weight, [taps, out_channels, channels], [tap_stride, o_stride, 1], [1, n, tile.step])
-            for n in (tile.first, tile.second or tile.first)
+            for n in dict.fromkeys((tile.first, tile.second or tile.first))
         ]
+    call(source, weights[0], weights[-1], slots, bias, residual, out, out_slots, *numbers)
+
+
+class _Geometry(NamedTuple):
+    """All of a convolution but its tensors."""
+
+    kind: LayerKind
+    arena: tuple[int, ...]
+    slots: int
+    biases: int
+    kernel: tuple[int, int, int]
+    strides: tuple[int, int]
+    border: int
+    residual: tuple[int, ...] | None
+    out: tuple[int, ...]
+    out_slots: int | None
+    transposed: bool
+    tile: Tile | None
+    tma: bool
+    dtype: torch.dtype
+    device: torch.device
+    # What `choose_tile` goes by may become better known.
+    changes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
+    """The tile, the launch, and the kernel's integers; raises `ValueError` as `conv` does."""
+    kind, kernel, scale, halves = geometry.kind, geometry.kernel, geometry.kind.scale, geometry.kind.halves
+    rows, columns = geometry.arena[1] - geometry.border, geometry.arena[2] - geometry.border
+    frames = geometry.slots - kernel[0] + 1
+    own = kind.out_channels // halves
+    shape = (frames * halves, rows * scale, columns * scale, own)
+    paged = geometry.out_slots is not None
+    out_border = geometry.out[1] - shape[1] if paged else 0
+    if paged and geometry.out_slots != shape[0]:
+        raise ValueError(f"out_slots must be {shape[0]}, not {geometry.out_slots}")
+    if min(rows, columns, frames) < 1 or geometry.biases != kind.out_channels or out_border not in (0, 2):
+        raise ValueError(f"no output of {kind.out_channels} channels in arena {geometry.arena}, {geometry.slots} slots")
+    wanted = (geometry.out[0] if paged else shape[0], shape[1] + out_border, shape[2] + out_border, own)
+    if geometry.out != wanted or geometry.residual not in (None, shape):
+        raise ValueError(f"out must be {wanted} and a residual {shape}, not {geometry.out} and {geometry.residual}")
+    positions = math.prod(geometry.arena[:3])
+    if positions >= 2**31 or (shape[1] + 2) * (shape[2] + 2) * own >= 2**31:
+        raise ValueError(f"a frame of {shape[1:]} or an arena {geometry.arena} overflows the kernel's int32")
+
+    pitch = columns + geometry.border
+    in_frame = (rows - 1) * pitch + columns
+    tile = geometry.tile or tiles.choose_tile(
+        kind, in_frame, frames * halves * scale**2, dtype=geometry.dtype, device=geometry.device
+    )
     parts = -(-own // (tile.first + tile.second)) * halves * scale**2
-    launch(
+    call = Call(
         _conv_kernel,
         (-(-in_frame // tile.positions) * frames * parts,),
-        source, *weights, slots, bias, residual, out, out_slots,
-        rows, columns, positions, tap_stride, o_stride,
-        C=channels, O=out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=border,
-        SCALE=scale, HALVES=halves, HAS_RESIDUAL=residual is not None,
-        OUT_PAGED=out_slots is not None, OUT_BORDER=out_border, TRANSPOSED=transposed,
-        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
-        HIDE=arena.is_cuda and torch.version.hip is None,
+        C=kind.channels, O=kind.out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=geometry.border,
+        SCALE=scale, HALVES=halves, HAS_RESIDUAL=geometry.residual is not None,
+        OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
+        HIDE=geometry.device.type == "cuda" and torch.version.hip is None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    return tile, call, (rows, columns, positions, *geometry.strides)

@@ -18,11 +18,19 @@ from typing import Any
 
 import torch
 
+try:
+    import triton
+except ImportError:  # where no kernel runs either
+    triton = None
+
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
 # What takes longer than this is worth a word.
 _WORD_SECONDS = 2.0
+
+# Since Triton 3.4 compiled kernels take all arguments, constants too.
+_COMPILED_TAKE_ALL = triton is None or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
 _collected: contextvars.ContextVar[dict[Hashable, Callable[[], Any]] | None] = contextvars.ContextVar(
     "collected", default=None
@@ -39,6 +47,40 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if key not in collected:
         # Not the tensors themselves, which would all stay in memory.
         collected[key] = functools.partial(kernel.warmup, *map(_stand_in, arguments), grid=grid, **options)
+
+
+class Call:
+    """A kernel's launches on one device that differ in their tensors alone, and in numbers it is not specialised for.
+
+    From the second on they go straight to the compiled kernel: looking it up again takes longer than launching it.
+
+    Args:
+        kernel: what to launch.
+        grid: of how many programs.
+        options: its constants by name, and the compiler's options; its other arguments come with each launch, before
+            these.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], **options: Any) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._options = options
+        self._constants: tuple[Any, ...] = ()
+        self._compiled: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launches it; within `compile_all` it is only noted."""
+        # The compiler takes 16 bytes' alignment, which all tensors have that are not views, for granted.
+        aligned = all(a.data_ptr() % 16 == 0 for a in arguments if isinstance(a, torch.Tensor))
+        if self._compiled and aligned and _collected.get() is None:
+            self._compiled(*arguments, *self._constants)
+        elif not aligned or _collected.get() is not None or not _COMPILED_TAKE_ALL:
+            launch(self._kernel, self._grid, *arguments, **self._options)
+        else:
+            compiled = self._kernel[self._grid](*arguments, **self._options)
+            if compiled is not None:  # as it is in the interpreter
+                self._constants = tuple(self._options[name] for name in self._kernel.arg_names[len(arguments) :])
+                self._compiled = compiled[self._grid]
 
 
 def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: bool = False) -> None:

@@ -14,13 +14,15 @@ Bits    statistics in fp32, one rounding at the end. A position's sum is G fused
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import Call
 
 # Norms below this count as this, as in norm_silu.py.
 _MIN_NORM = 1e-12
@@ -85,12 +87,12 @@ def _norm_kernel(
 
 def can_normalize(x: torch.Tensor, gamma: torch.Tensor) -> bool:
     """Whether `rms_norm` takes these: see its ValueErrors."""
-    return _why_not(x, gamma) is None
+    return isinstance(_plan(x, gamma), _Plan)
 
 
 def can_norm_silu(x: torch.Tensor, gamma: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor) -> bool:
     """Whether `norm_silu` takes these: see its ValueErrors."""
-    return (_why_not(x, gamma) or _why_not_into(x, arena, slots)) is None
+    return isinstance(_plan(x, gamma, arena, slots), _Plan)
 
 
 def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
@@ -106,11 +108,12 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the tensors are none of the above.
     """
-    if reason := _why_not(x, gamma):
-        raise ValueError(f"rms_norm {reason}")
+    plan = _plan(x, gamma)
+    if isinstance(plan, str):
+        raise ValueError(f"rms_norm {plan}")
     out = torch.empty_like(x)
     # No slots: any tensor stands in for them.
-    _launch(x, gamma, out, out, border=0, silu=False, paged=False)
+    plan.call(x, gamma, out, out, *plan.numbers)
     return out
 
 
@@ -127,54 +130,72 @@ def norm_silu(x: torch.Tensor, gamma: torch.Tensor, arena: torch.Tensor, slots: 
     Raises:
         ValueError: the tensors don't fit.
     """
-    if reason := _why_not(x, gamma) or _why_not_into(x, arena, slots):
-        raise ValueError(f"norm_silu {reason}")
-    _launch(x, gamma, arena, slots, border=(arena.shape[1] - x.shape[1]) // 2, silu=True, paged=True)
+    plan = _plan(x, gamma, arena, slots)
+    if isinstance(plan, str):
+        raise ValueError(f"norm_silu {plan}")
+    plan.call(x, gamma, arena, slots, *plan.numbers)
 
 
-def _launch(
-    x: torch.Tensor,
-    gamma: torch.Tensor,
-    out: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    border: int,
-    silu: bool,
-    paged: bool,
-) -> None:
+class _Kind(NamedTuple):
+    """All of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    contiguous: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Kind:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
+
+
+class _Plan(NamedTuple):
+    """A launch, and the kernel's integers."""
+
+    call: Call
+    numbers: tuple[int, ...]
+
+
+def _plan(
+    x: torch.Tensor, gamma: torch.Tensor, arena: torch.Tensor | None = None, slots: torch.Tensor | None = None
+) -> _Plan | str:
+    """How to norm ``x``, into an arena with SiLU or else without; or why that can't be."""
+    if x.data_ptr() % 16 or gamma.data_ptr() % 16:
+        return "takes tensors that start at a multiple of 16 bytes: other loads would sum in another order; clone them"
+    into = None if arena is None or slots is None else (_Kind.of(arena), _Kind.of(slots))
+    return _plan_of(_Kind.of(x), _Kind.of(gamma), into, x.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(x: _Kind, gamma: _Kind, into: tuple[_Kind, _Kind] | None, device: torch.device) -> _Plan | str:  # noqa: ARG001 (a launch is for one device)
+    if reason := _why_not(x, gamma) or (_why_not_into(x, *into) if into else None):
+        return reason
     frames, rows, columns, channels = x.shape
+    out_rows, out_columns = into[0].shape[1:3] if into else (rows, columns)
+    border = (out_rows - rows) // 2
     lanes = channels & -channels
     groups = channels // lanes
     positions = max(_MIN_BLOCK, _TILE_VALUES // triton.next_power_of_2(groups)) // lanes
-    launch(
+    call = Call(
         _norm_kernel,
         (triton.cdiv(columns, positions), rows, frames),
-        x,
-        gamma,
-        out,
-        slots,
-        columns,
-        x.stride(0),
-        x.stride(1),
-        out.stride(0),
-        out.stride(1),
-        border * (out.stride(1) + out.stride(2)),
         ROOT=math.sqrt(channels),
         MIN_NORM=_MIN_NORM,
         GROUPS=groups,
         LANES=lanes,
         POSITIONS=positions,
-        SILU=silu,
-        PAGED=paged,
+        SILU=into is not None,
+        PAGED=into is not None,
         num_warps=_WARPS,
     )
+    row, out_row = columns * channels, out_columns * channels
+    return _Plan(call, (columns, rows * row, row, out_rows * out_row, out_row, border * (out_row + channels)))
 
 
-def _why_not(x: torch.Tensor, gamma: torch.Tensor) -> str | None:
-    if x.dim() != 4 or 0 in x.shape or x.dtype not in _DTYPES or not x.is_contiguous():
+def _why_not(x: _Kind, gamma: _Kind) -> str | None:
+    if len(x.shape) != 4 or 0 in x.shape or x.dtype not in _DTYPES or not x.contiguous:
         return (
-            f"takes a contiguous [T, H, W, C] in bf16, fp16 or fp32, not {tuple(x.shape)} in {x.dtype} "
-            f"with strides {x.stride()}; norm_silu.py takes any"
+            f"takes a contiguous [T, H, W, C] in bf16, fp16 or fp32, not {x.shape} in {x.dtype} "
+            f"({'' if x.contiguous else 'not '}contiguous); norm_silu.py takes any"
         )
     channels = x.shape[-1]
     lanes = channels & -channels
@@ -182,22 +203,20 @@ def _why_not(x: torch.Tensor, gamma: torch.Tensor) -> str | None:
         return (
             f"takes channels of 1, 3 or 5 times a power of two from 16 to 1024, not {channels}; norm_silu.py takes any"
         )
-    if gamma.numel() != channels or gamma.dtype != x.dtype or not gamma.is_contiguous():
-        return f"takes {channels} values of gamma in {x.dtype}, not {tuple(gamma.shape)} in {gamma.dtype}"
-    if x.data_ptr() % 16 or gamma.data_ptr() % 16:
-        return "takes tensors that start at a multiple of 16 bytes: other loads would sum in another order; clone them"
+    if math.prod(gamma.shape) != channels or gamma.dtype != x.dtype or not gamma.contiguous:
+        return f"takes {channels} values of gamma in {x.dtype}, not {gamma.shape} in {gamma.dtype}"
     if max(x.shape[:2]) > 65535 or x.shape[2] * channels >= 2**31:
-        return f"takes up to 65535 frames and rows, and rows under 2^31 values, not {tuple(x.shape)}"
+        return f"takes up to 65535 frames and rows, and rows under 2^31 values, not {x.shape}"
     return None
 
 
-def _why_not_into(x: torch.Tensor, arena: torch.Tensor, slots: torch.Tensor) -> str | None:
+def _why_not_into(x: _Kind, arena: _Kind, slots: _Kind) -> str | None:
     frames, rows, columns, channels = x.shape
-    if arena.dim() != 4 or arena.dtype != x.dtype or not arena.is_contiguous():
-        return f"takes a contiguous [S, H, W, C] arena in {x.dtype}, not {tuple(arena.shape)} in {arena.dtype}"
+    if len(arena.shape) != 4 or arena.dtype != x.dtype or not arena.contiguous:
+        return f"takes a contiguous [S, H, W, C] arena in {x.dtype}, not {arena.shape} in {arena.dtype}"
     border = (arena.shape[1] - rows) // 2
     if border < 0 or arena.shape[1:] != (rows + 2 * border, columns + 2 * border, channels):
-        return f"takes x {tuple(x.shape)} and an arena of that size and a border, not {tuple(arena.shape)}"
-    if slots.dtype != torch.int32 or slots.shape != (frames,) or not slots.is_contiguous():
-        return f"takes {frames} contiguous int32 slots, not {tuple(slots.shape)} in {slots.dtype}"
+        return f"takes x {x.shape} and an arena of that size and a border, not {arena.shape}"
+    if slots.dtype != torch.int32 or slots.shape != (frames,) or not slots.contiguous:
+        return f"takes {frames} contiguous int32 slots, not {slots.shape} in {slots.dtype}"
     return None

@@ -37,8 +37,9 @@ class Tile:
     swapped: bool = False
 
 
-# Per device, dtype and kind of layer.
+# Per device, dtype and kind of layer; and how often that changed.
 _measured: dict[tuple[torch.device, torch.dtype, LayerKind], list[tuple[Tile, float]]] = {}
+_changes = 0
 
 
 def _power_of_2(least: int) -> int:
@@ -135,10 +136,17 @@ def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
 
 def use(measured: dict[LayerKind, Measured], device: torch.device, dtype: torch.dtype) -> None:
     """Has `choose_tile` go by what was measured on ``device``'s model, of as many candidates as there are."""
+    global _changes
     for kind, one in measured.items():
-        pairs = zip(candidates(kind, device), one.tiles, strict=True)
-        if kind.op != "head_conv" and one.ours:
-            _measured[device, dtype, kind] = [(tile, speed) for tile, speed in pairs if speed]
+        settings = [(tile, speed) for tile, speed in zip(candidates(kind, device), one.tiles, strict=True) if speed]
+        if settings and kind.op != "head_conv" and settings != _measured.get((device, dtype, kind)):
+            _measured[device, dtype, kind] = settings
+            _changes += 1
+
+
+def changes() -> int:
+    """Another number whenever `choose_tile` may choose otherwise than before."""
+    return _changes
 
 
 def choose_tile(

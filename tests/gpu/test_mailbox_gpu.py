@@ -1,0 +1,113 @@
+"""Halo rows that kernels write to the neighbours' devices: exact, whatever the order in which devices get there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parallel import launch, test_edges
+from wan_vae_parallel.model.state import Frames, PageKey, Pages, SlotLists
+from wan_vae_parallel.parallel import mailbox as mailbox_module
+from wan_vae_parallel.parallel.agree import Board
+from wan_vae_parallel.parallel.edges import ShardEdges
+from wan_vae_parallel.parallel.mailbox import open_mailbox
+from wan_vae_parallel.parallel.plan import plan_shards
+
+COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.multigpu,
+    pytest.mark.skipif(COUNT < 2, reason=f"needs two CUDA devices, there are {COUNT}"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with launch.Ranks(COUNT, tmp_path_factory.mktemp("ranks"), backend="nccl") as ranks:
+        yield ranks
+
+
+def opened():
+    torch.cuda.set_device(launch.device())
+    return open_mailbox(launch.group(), launch.device(), Board(launch.group()))
+
+
+def check_halos(rank, world_size):
+    mailbox = opened()
+    assert mailbox
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for frames, columns, channels in ((3, 4, 5), (1, 1, 3), (7, 130, 96), (20, 362, 192)):
+            plan = test_edges.uneven_plan(world_size, columns=columns)
+            whole = test_edges.picture(frames, plan.rows, columns, channels, dtype)
+            buffer = test_edges.poisoned_buffer(whole, plan, rank)
+            edges = ShardEdges(plan, launch.group(), mailbox)
+            assert mailbox.capacity(buffer) >= frames
+            filled = test_edges.fill_halo(edges, buffer)
+            expected = test_edges.fill_halo(ShardEdges(plan, launch.group()), buffer)
+            assert test_edges.same_bits(filled, expected), (dtype, frames, columns, channels)
+
+
+def test_halos_are_those_that_messages_bring(ranks):
+    ranks.run(check_halos, members=COUNT, timeout=120)
+
+
+def check_parts(rank, world_size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mailbox_module, "_BOX_BYTES", 2 * 6 * 5 * 4)  # two frames' rows
+        mailbox = opened()
+        for frames in (1, 2, 5):
+            plan = test_edges.uneven_plan(world_size)
+            buffer = test_edges.poisoned_buffer(test_edges.picture(frames, plan.rows, 4, 5, torch.float32), plan, rank)
+            filled = test_edges.fill_halo(ShardEdges(plan, launch.group(), mailbox), buffer)
+            expected = test_edges.fill_halo(ShardEdges(plan, launch.group()), buffer)
+            assert test_edges.same_bits(filled, expected), frames
+
+
+def test_rows_that_do_not_fit_go_in_parts(ranks):
+    ranks.run(check_parts, members=COUNT, timeout=120)
+
+
+def check_order(rank, world_size):
+    """Hundreds of swaps that nothing but themselves keeps in step, of many sizes, while devices lag at random."""
+    mailbox = opened()
+    device = launch.device()
+    plan = plan_shards(2 * world_size, 2 * world_size, world_size)
+    edges = ShardEdges(plan, launch.group(), mailbox)
+    pages = Pages(24, 2, 640, PageKey(1, 96, 1), users=0, dtype=torch.float32, device=device, lists=SlotLists(device))
+    lag = torch.Generator().manual_seed(rank)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    rows, above, below = pages.arena.shape[1], rank > 0, rank + 1 < world_size
+    for number in range(400):
+        frames = Frames(pages, tuple(range(number % 23, 24, 1 + number % 3)))
+        chosen = frames.index.long()
+        pages.arena[chosen] = 1000.0 * rank + number
+        if torch.rand((), generator=lag) < 0.2:
+            torch.cuda._sleep(int(2e6 * torch.rand((), generator=lag)))
+        edges.fill_halo(frames)
+        wrong += (pages.arena[chosen, 0] != 1000.0 * (rank - above) + number).sum()
+        wrong += (pages.arena[chosen, rows - 1] != 1000.0 * (rank + below) + number).sum()
+        wrong += (pages.arena[chosen, 1 : rows - 1] != 1000.0 * rank + number).sum()
+    assert wrong.item() == 0
+
+
+def test_devices_that_lag_take_no_rows_for_others(ranks):
+    ranks.run(check_order, members=COUNT, timeout=120)
+
+
+def check_refusal(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NCCL_P2P_DISABLE", "1")
+        assert opened() is None
+    # One that can't is enough for all.
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(torch.cuda, "can_device_access_peer", lambda *_: False)
+        assert opened() is None
+    assert opened() is not None
+    dist.barrier(launch.group())
+
+
+def test_all_ranks_have_one_or_none_does(ranks):
+    ranks.run(check_refusal, members=COUNT, timeout=120)

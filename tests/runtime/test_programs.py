@@ -1,0 +1,220 @@
+"""Whole programs that decode on several workers: what these import, and what is left when a program ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import gone, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMES = 21
+# Without a guard for __main__, as users write it, and as ComfyUI's main.py is for a child.
+PROGRAM = """
+    import os, sys, time
+    import comfy
+    import torch
+    import wan_vae_parallel as wvp
+    print("program runs", flush=True)
+    vae = wvp.load_vae(sys.argv[1], devices="cpu,cpu", chunk=1)
+    torch.manual_seed(1)
+    latents = torch.randn(1, 16, 6, 4, 3)
+    {decode}
+"""
+# Python imports it first of all, in each process: it writes down what the process imports and its environment.
+SPY = """
+    import json, os, sys, threading, time
+    def write():
+        while True:
+            seen = {"modules": sorted(sys.modules), "environment": dict(os.environ), "arguments": sys.argv}
+            path = os.path.join(os.environ["SPY_FOLDER"], f"{os.getpid()}.json")
+            with open(path + ".new", "w") as file:
+                json.dump(seen, file)
+            os.replace(path + ".new", path)
+            time.sleep(0.2)
+    threading.Thread(target=write, daemon=True).start()
+"""
+
+
+@pytest.fixture
+def program(path, tmp_path):
+    """Starts PROGRAM with the lines given; temporary files go to ``tmp_path / "temporary"``."""
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "__init__.py").touch()
+    (tmp_path / "spy").mkdir()
+    (tmp_path / "spy" / "sitecustomize.py").write_text(textwrap.dedent(SPY))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "seen").mkdir()
+    started = []
+
+    def start(decode):
+        main = tmp_path / "main.py"
+        main.write_text(textwrap.dedent(PROGRAM).format(decode=decode))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path / "spy"), str(ROOT)]),
+            "SPY_FOLDER": str(tmp_path / "seen"),
+            "TMPDIR": str(tmp_path / "temporary"),
+            "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+        }
+        process = subprocess.Popen(
+            [sys.executable, str(main), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_workers_do_not_run_the_program_again_nor_import_what_it_imports(program, tmp_path):
+    process = program("print(vae.decode(latents).shape[1], 'frames', flush=True); time.sleep(0.5); vae.close()")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert output.splitlines() == ["program runs", f"{FRAMES} frames"]
+    seen = {int(file.stem): json.loads(file.read_text()) for file in (tmp_path / "seen").glob("*.json")}
+    assert "comfy" in seen[process.pid]["modules"]
+    workers = [one for one in seen.values() if "wan_vae_parallel.runtime.worker" in one["modules"]]
+    assert len(workers) == 2
+    for worker in workers:
+        assert not [name for name in worker["modules"] if name.partition(".")[0] in ("comfy", "nodes", "main")]
+        # Theirs to choose: what a program sets for itself may not work between processes.
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in worker["environment"]
+    assert "PYTORCH_CUDA_ALLOC_CONF" in seen[process.pid]["environment"]
+    assert os.listdir(tmp_path / "temporary") == []
+
+
+def test_releasing_during_a_decode_ends_it_with_an_error(program):
+    # In a process of its own, since a thread that hangs can't be ended.
+    lines = [
+        "import threading",
+        "release = vae.release, threading.Thread(target=vae.release).start",
+        "for action in release:",
+        "    try: vae.decode(latents, on_chunk=lambda done, *_: action() if done == 1 else None)",
+        "    except wvp.WanVAEError as error: print('told', flush=True)",
+        "print(vae.decode(latents).shape[1], 'frames', flush=True)",
+        "vae.close()",
+    ]
+    process = program("\n".join(lines))
+    try:
+        output, _ = process.communicate(timeout=15)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the decode hangs")
+    assert output.splitlines() == ["program runs", "told", "told", f"{FRAMES} frames"]
+
+
+@pytest.mark.slow
+def test_releasing_while_workers_start_ends_the_start(program):
+    lines = [
+        "import threading",
+        "def release():",
+        "    while not vae._engine.workers: time.sleep(0.01)",
+        "    vae.release()",
+        "threading.Thread(target=release).start()",
+        "try: vae.decode(latents)",
+        "except wvp.WorkerError as error: print(error, flush=True)",
+        "print(vae.loaded, vae.decode(latents).shape[1], flush=True)",
+    ]
+    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    assert "were ended while they" in output
+    assert f"False {FRAMES}" in output
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_with_an_open_stream_ends_and_takes_its_workers_along(program, tmp_path):
+    process = program("stream = vae.decode_stream(latents); next(stream); raise SystemExit(3)")
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    seen = {int(file.stem) for file in (tmp_path / "seen").glob("*.json")}
+    assert len(seen) >= 3
+    assert wait_until(lambda: all(map(gone, seen)), 5)
+
+
+@pytest.mark.slow
+def test_a_forked_child_neither_keeps_the_workers_nor_ends_them(program, tmp_path):
+    lines = [
+        "vae.decode(latents)",
+        "if os.fork() == 0:",
+        "    try: vae.decode(latents)",
+        "    except wvp.WanVAEError as error: print(error, flush=True)",
+        "    vae.close(); del vae",
+        "    time.sleep(60)",
+        "time.sleep(1)",
+        "print(vae.decode(latents).shape[1], 'frames', flush=True)",
+        "time.sleep(60)",
+    ]
+    process = program("\n".join(lines))
+    output = [process.stdout.readline() for _ in range(3)]
+    assert any("forked" in line for line in output)
+    assert f"{FRAMES} frames\n" in output
+    workers = [
+        int(file.stem)
+        for file in (tmp_path / "seen").glob("*.json")
+        if "wan_vae_parallel.runtime.worker" in json.loads(file.read_text())["modules"]
+    ]
+    forked = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    assert len(workers) == 2
+    assert wait_until(lambda: all(map(gone, workers)), 5)
+    for pid in set(forked) - set(workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("when", ["starting", "decoding", "idle"])
+def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
+    names = set(os.listdir("/dev/shm"))
+    wait = "lambda *_: (print('now', flush=True), time.sleep(60))" if when == "decoding" else "None"
+    process = program(f"vae.decode(latents, on_chunk={wait}); print('now', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "program runs\n"
+
+    def descendants():
+        return [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and _parent(entry) == process.pid and "resource_tracker" not in _command(entry)
+        ]
+
+    if when == "starting":
+        assert wait_until(lambda: len(descendants()) == 2, 20)
+        time.sleep(0.3)  # they import torch
+    else:
+        assert process.stdout.readline() == "now\n"
+    workers = descendants()
+    assert len(workers) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    try:
+        # A worker that imports torch looks up when it is done with that, which takes a while on a busy machine.
+        assert wait_until(lambda: all(map(gone, workers)), 15 if when == "starting" else 5)
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: os.listdir(tmp_path / "temporary") == [], 1)
+    assert set(os.listdir("/dev/shm")) <= names
+
+
+def _parent(entry):
+    with contextlib.suppress(OSError):
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _command(entry):
+    with contextlib.suppress(OSError):
+        return (entry / "cmdline").read_bytes().decode(errors="replace")
+    return ""
