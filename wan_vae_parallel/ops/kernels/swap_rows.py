@@ -118,7 +118,8 @@ def swap_rows(
         raise ValueError(f"no rows of arena {tuple(arena.shape)} {arena.dtype} for boxes of {boxes.dtype}")
     if frames * row_values > box_values:
         raise ValueError(f"{frames} rows of {row_values} values don't fit in a box of {box_values}")
-    call, numbers = _plan(tuple(arena.shape), frames, box_values, above is not None, below is not None, arena.device)
+    ends = above is not None, below is not None
+    call, numbers = _plan(tuple(arena.shape), arena.dtype, frames, box_values, *ends, arena.device)
     # At the picture's edge any others stand in.
     other = above or below or (boxes, signals)
     (up, up_signals), (down, down_signals) = above or other, below or other
@@ -128,11 +129,12 @@ def swap_rows(
 @functools.lru_cache(maxsize=4096)
 def _plan(
     arena: tuple[int, ...],
+    dtype: torch.dtype,  # noqa: ARG001 (a launch is for one dtype)
     frames: int,
     box_values: int,
     above: bool,
     below: bool,
-    device: torch.device,  # noqa: ARG001 (a launch is for one device)
+    device: torch.device,  # noqa: ARG001 (and one device)
 ) -> tuple[Call, tuple[int, ...]]:
     """The launch, and the kernel's integers behind the number."""
     _, rows, columns, channels = arena
