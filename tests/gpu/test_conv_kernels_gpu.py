@@ -1,118 +1,55 @@
-"""The Triton kernels of each op against fp64, and their bits against those of other tiles, shards, chunks and axes.
+"""The convolutions' Triton kernels against fp64, and their bits against those of other tiles, shards, chunks and axes.
 
-T frames, H rows, W columns, C channels in, O channels out, S slots of an arena
-
-Without a GPU the same tests run on small shapes in Triton's interpreter, in fp16 (of bf16 it multiplies the bits):
-``TRITON_INTERPRET=1 python -m pytest tests/gpu/test_kernels_gpu.py``. Each kernel setting takes a GPU about a second to
-compile, so that tests share settings where they can: widths, dtypes and columns are not chosen at random.
+T frames, H rows, W columns, C channels in, O channels out, S slots of an arena; see kernel_tests.py
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.plain import (
-    bits,
-    changed_alone,
+from tests.gpu.kernel_tests import (
+    DEVICE,
+    DTYPE,
+    DTYPES,
+    INTERPRETED,
+    MARKS,
+    SIZE,
+    WIDTHS,
     conv_problem,
+    here,
+    norm_inputs,
+    order,
+    random,
+    upsample_problem,
+)
+from tests.ops.plain import (
+    changed_alone,
     eager_conv,
-    eager_norm,
     errs_at_most_twice_as_much,
     in_arena,
     inside,
-    order,
-    plain_attention,
     plain_conv,
-    plain_duplicated,
-    plain_frames,
-    plain_norm,
     plain_upsample_conv,
-    random,
     relative_error,
     turned,
-    upsample_problem,
 )
-from wan_vae_parallel.ops import attention as attention_ops
 from wan_vae_parallel.ops import conv as conv_ops
 from wan_vae_parallel.ops import dispatch
-from wan_vae_parallel.ops import frames as frames_ops
 from wan_vae_parallel.ops import norm_silu as norm_ops
-from wan_vae_parallel.ops import shortcut as shortcut_ops
 from wan_vae_parallel.ops.kinds import LayerKind
 
-INTERPRETED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="no CUDA device is there"),
-]
+pytestmark = MARKS
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
-from wan_vae_parallel.ops.kernels import attention as attention_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import conv as conv_kernels  # noqa: E402
-from wan_vae_parallel.ops.kernels import frames as frames_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import head_conv as head_kernels  # noqa: E402
-from wan_vae_parallel.ops.kernels import norm as norm_kernels  # noqa: E402
-from wan_vae_parallel.ops.kernels import shortcut as shortcut_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import tiles  # noqa: E402
-
-DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
-DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
-DTYPE = DTYPES[0]
-# Several tiles of positions, and none full.
-SIZE = (2, 3, 5) if INTERPRETED else (2, 11, 45)
-# As channels in and out: all widths of the decoders, and others.
-WIDTHS = [16, 48, 80, 96, 128, 160, 192, 256, 320, 384, 512, 1024]
-OPS = (conv_ops, norm_ops, attention_ops, frames_ops, shortcut_ops)
-
-
-@pytest.fixture(autouse=True)
-def _kernels_alone(monkeypatch):
-    """No test passes because PyTorch's own kernels stood in; and all that an op allocates is NaN at first."""
-    monkeypatch.setattr(conv_ops, "F", None)
-    monkeypatch.setattr(attention_ops, "F", None)
-    monkeypatch.setattr(norm_ops, "_wide_norm", None)
-
-    def poisoned(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    if INTERPRETED:
-        for module in OPS:
-            monkeypatch.setattr(module, "kernels_run", lambda _: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-
-
-def here(*interpreted, gpu):
-    """Cases for a GPU, or fewer and smaller ones for the interpreter."""
-    return list(interpreted) if INTERPRETED else gpu
-
-
-def eager_of(module, function, *args, **kwargs):
-    """What an op makes on PyTorch's own kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "kernels_run", lambda _: False)
-        return function(*args, **kwargs)
-
-
-on_device = {"device": DEVICE}
-conv_problem = functools.partial(conv_problem, **on_device)
-upsample_problem = functools.partial(upsample_problem, **on_device)
-random = functools.partial(random, **on_device)
-order = functools.partial(order, **on_device)
-
 
 # conv.
 
@@ -416,184 +353,6 @@ def test_convs_kernel_says_what_it_does_not_take(change, names):
     arguments |= {"out_slots": None} | {name: tensor.to(DEVICE) for name, tensor in change.items()}
     with pytest.raises(ValueError, match=names):
         conv_kernels.conv(**arguments, halves=1, transposed=False)
-
-
-# norm_silu, rms_norm.
-
-
-def norm_inputs(shape, dtype):
-    return 3 * random(*shape, dtype=dtype), 1 + 0.1 * random(shape[-1], dtype=dtype, seed=1)
-
-
-def into_slots(x, gamma, border=1):
-    """The arena that `norm_silu` wrote, NaN before; the slots, in no order; and what lies in them."""
-    frames, rows, columns, channels = x.shape
-    arena = x.new_full((frames + 2, rows + 2 * border, columns + 2 * border, channels), math.nan)
-    slots = order(frames, spare=2)
-    norm_ops.norm_silu(x, gamma, arena=arena, slots=slots)
-    return arena, slots, inside(arena, slots, border)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "channels"),
-    here(
-        (torch.float16, 96),
-        (torch.float32, 16),
-        gpu=[(torch.bfloat16, channels) for channels in WIDTHS]
-        + [(torch.float16, channels) for channels in (80, 384)]
-        + [(torch.float32, 96)],
-    ),
-)
-@pytest.mark.parametrize("border", [0, 1])
-def test_norm_silu_errs_at_most_twice_as_much_as_eager_and_writes_its_slots_alone(dtype, channels, border):
-    x, gamma = norm_inputs((*SIZE, channels), dtype)
-    arena, slots, out = into_slots(x, gamma, border)
-    exact = F.silu(plain_norm(x, gamma))
-    if dtype == torch.float32:  # eager's is no measure where a GPU approximates roots and exponentials
-        assert relative_error(out, exact) < 1e-6
-    else:
-        assert errs_at_most_twice_as_much(out, F.silu(eager_norm(x, gamma)), exact)
-    assert changed_alone(arena, torch.full_like(arena, math.nan), slots, border)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_errs_at_most_twice_as_much_as_eager(dtype):
-    x, gamma = norm_inputs((*SIZE, 96 if INTERPRETED else 384), dtype)
-    out = norm_ops.rms_norm(x, gamma)
-    assert out.is_contiguous()
-    assert errs_at_most_twice_as_much(out, eager_norm(x, gamma), plain_norm(x, gamma))
-
-
-@pytest.mark.parametrize("channels", here(96, gpu=[96, 384, 1024]))
-def test_a_norms_bits_depend_on_no_chunk_shard_slot_or_tile(monkeypatch, channels):
-    x, gamma = norm_inputs((3, *SIZE[1:], channels), DTYPE)
-    *_, whole = into_slots(x, gamma)
-    *_, shard = into_slots(x[1:, 1:3].contiguous(), gamma, border=0)
-    assert torch.equal(shard, whole[1:, 1:3])
-    *_, columns = into_slots(x[:, :, 1:4].contiguous(), gamma)
-    assert torch.equal(columns, whole[:, :, 1:4])
-    *_, transposed = into_slots(turned(x), gamma)
-    assert torch.equal(turned(transposed), whole)
-    # A tile of four times the size.
-    monkeypatch.setattr(norm_kernels, "_MIN_BLOCK", 8192)
-    assert torch.equal(into_slots(x, gamma)[2], whole)
-
-
-def test_a_norm_of_zeros_is_zeros_and_of_large_fp16_is_finite():
-    _, _, out = into_slots(torch.zeros(1, 2, 3, 96, device=DEVICE, dtype=DTYPE), random(96, dtype=DTYPE))
-    assert torch.equal(out, torch.zeros_like(out))
-    _, _, out = into_slots(torch.full((1, 2, 3, 96), 1000.0, device=DEVICE, dtype=torch.float16), random(96).half())
-    assert out.isfinite().all()
-
-
-# frame_attention.
-
-
-def attention_inputs(frames, queries, keys, channels, dtype=DTYPE):
-    """Slices of one projection with NaN behind each frame's positions, as a gathered buffer may have."""
-    qkv = random(frames, max(queries, keys) + 5, 3 * channels, dtype=dtype)
-    qkv[:, queries:, :channels] = math.nan
-    qkv[:, keys:, channels:] = math.nan
-    return qkv[:, :queries, :channels], *qkv[:, :keys, channels:].chunk(2, dim=2)
-
-
-def attention_kernels_for(inputs):
-    """All kernels that take these."""
-    found = [attention_kernels.frame_attention]
-    try:
-        from wan_vae_parallel.ops.kernels import attention_hopper
-    except ImportError:
-        return found
-    return [*found, attention_hopper.frame_attention] if attention_hopper.can_attend(*inputs) else found
-
-
-from_hopper_on = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability(0) < (9, 0), reason="older GPUs have PyTorch's"
-)
-
-
-@from_hopper_on
-@pytest.mark.parametrize(
-    ("dtype", "channels"),
-    here(
-        (torch.float16, 80),
-        (torch.float16, 512),
-        # Parts of 16 and 128 channels, one to five of them; then the kernels for many channels.
-        gpu=[(torch.bfloat16, channels) for channels in (16, 80, 256, 384, 512, 1024)] + [(torch.float16, 384)],
-    ),
-)
-def test_attention_errs_at_most_twice_as_much_as_eager_and_all_kernels_have_the_same_bits(dtype, channels):
-    # Neither fills its tiles; and no multiples of 16, nor 1, for which kernels would be compiled anew.
-    inputs = attention_inputs(*here((2, 3, 150), gpu=[(2, 200, 333)])[0], channels, dtype)
-    exact = plain_attention(*(tensor.double() for tensor in inputs))
-    eager = F.scaled_dot_product_attention(*(tensor.contiguous()[:, None] for tensor in inputs))[:, 0]
-    out = attention_ops.frame_attention(*inputs)
-    assert out.is_contiguous()
-    assert errs_at_most_twice_as_much(out, eager, exact)
-    for kernel in attention_kernels_for(inputs):
-        assert torch.equal(kernel(*inputs), out), kernel.__module__
-
-
-@from_hopper_on
-@pytest.mark.parametrize("channels", here(80, 512, gpu=[256, 384, 1024]))
-def test_a_querys_bits_depend_on_its_own_frame_alone(monkeypatch, channels):
-    query, key, value = attention_inputs(*here((2, 5, 150), gpu=[(2, 200, 333)])[0], channels)
-    whole = attention_ops.frame_attention(query, key, value)
-    queries = query.shape[1]
-    for first, stop in ((0, 3), (queries // 5, queries * 4 // 5)):  # a shard's queries
-        for kernel in attention_kernels_for((query, key, value)):
-            shard = kernel(query[1:, first:stop], key[1:], value[1:])
-            assert torch.equal(shard, whole[1:, first:stop]), kernel.__module__
-    # Other frames' keys may be anything.
-    key[0], value[0] = math.nan, math.nan
-    out = attention_ops.frame_attention(query, key, value)
-    assert out[0].isnan().all()
-    assert torch.equal(out[1], whole[1])
-    # Few weights at a time: a frame's queries in several goes.
-    monkeypatch.setattr(attention_kernels, "WEIGHTS_AT_ONCE", 1)
-    assert torch.equal(attention_ops.frame_attention(query, key, value)[1], whole[1])
-
-
-# to_frames, add_duplicated: every value by itself, so that PyTorch's bits are the kernels'.
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("patch", [1, 2])
-def test_to_frames_has_eagers_bits(dtype, transposed, patch):
-    x = 2 * random(*SIZE, 3 * patch**2, dtype=dtype)  # beyond [-1, 1] on both sides
-    x[0, 0, 0, 0] = math.nan
-    x[0, 0, 1] = math.inf
-    seen = turned(x) if transposed else x
-    assert frames_kernels.can_convert_to_frames(seen, patch)
-    frames = frames_ops.to_frames(seen, patch, transposed=transposed)
-    assert frames.is_contiguous()
-    assert torch.equal(bits(frames), bits(eager_of(frames_ops, frames_ops.to_frames, x, patch)))
-    torch.testing.assert_close(frames.double(), plain_frames(x, patch), atol=1e-7, rtol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "channels", "out_channels", "time_factor", "phases"),
-    [
-        (DTYPE, 64, 64, 2, (0, 2)),  # Wan 2.2's first stages
-        (DTYPE, 64, 64, 2, (1, 2)),  # and their first frame
-        (DTYPE, 64, 32, 1, (0, 1)),  # its third stage
-        (DTYPE, 48, 12, 2, (0, 1)),  # channels that fill no block
-        *here(gpu=[(DTYPE, 1024, 1024, 2, (0, 2))]),  # more than a block of channels
-        (torch.float16, 64, 64, 2, (0, 2)),
-        (torch.float32, 64, 64, 2, (0, 2)),
-    ],
-)
-def test_add_duplicated_has_eagers_bits(dtype, channels, out_channels, time_factor, phases, transposed):
-    x = random(*SIZE, channels, dtype=dtype)
-    shortcut = plain_duplicated(x, out_channels, time_factor, phases)
-    before = random(*shortcut.shape, dtype=dtype, seed=1)
-    out = turned(before) if transposed else before.clone()
-    x = turned(x) if transposed else x
-    assert shortcut_kernels.takes(x, out)
-    shortcut_ops.add_duplicated(x, time_factor=time_factor, phases=phases, transposed=transposed, out=out)
-    assert torch.equal(turned(out) if transposed else out, before + shortcut)
 
 
 # Sizes and dtypes beyond.
