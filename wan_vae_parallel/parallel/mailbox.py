@@ -5,6 +5,7 @@ T frames, H rows of a shard, W columns, C channels
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 
@@ -36,7 +37,8 @@ class Mailbox:
         self._memory = memory
         self._rank = rank
         self._views: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._count = 0
+        # By the other rank: both of a pair count the same swaps, though others may have had more or fewer.
+        self._counts: collections.Counter[int | None] = collections.Counter()
 
     def capacity(self, arena: torch.Tensor) -> int:
         """How many frames of ``arena`` ``[S, H + 2, W + 2, C]`` can swap rows at once."""
@@ -59,7 +61,7 @@ class Mailbox:
         from ..ops.kernels.swap_rows import swap_rows
 
         if not trial:
-            self._count += 1
+            self._counts.update((above, below))
         boxes, signals = self._of(self._rank, arena.dtype)
         swap_rows(
             arena,
@@ -68,16 +70,16 @@ class Mailbox:
             signals,
             above=None if above is None else self._of(above, arena.dtype),
             below=None if below is None else self._of(below, arena.dtype),
-            number=self._count,
+            numbers=(self._counts[above], self._counts[below]),
         )
 
     def _of(self, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A rank's boxes, ``[2, 2, N]``, and signals, ``[2, n]`` int32."""
+        """A rank's boxes, ``[2, 2, N]``, and signals, int32."""
         views = self._views.get((rank, dtype))
         if views is None:
             buffer = self._buffers[rank]
             boxes = buffer[: 4 * _BOX_BYTES].view(dtype).view(2, 2, -1)
-            views = boxes, buffer[4 * _BOX_BYTES :].view(torch.int32).view(2, -1)
+            views = boxes, buffer[4 * _BOX_BYTES :].view(torch.int32)
             self._views[rank, dtype] = views
         return views
 

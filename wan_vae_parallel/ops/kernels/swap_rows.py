@@ -69,22 +69,22 @@ def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, the
         tl.store(row + offset, values, mask=offset < row_values)
 
 
-@triton.jit(do_not_specialize=["number"])
-def _swap_kernel(arena, slots, boxes, above, below, signals, above_signals, below_signals, number, items, blocks, rows,
-                 row_values, frame_values, box_values, ABOVE: tl.constexpr, BELOW: tl.constexpr,
+@triton.jit(do_not_specialize=["above_number", "below_number"])
+def _swap_kernel(arena, slots, boxes, above, below, signals, above_signals, below_signals, above_number, below_number,
+                 items, blocks, rows, row_values, frame_values, box_values, ABOVE: tl.constexpr, BELOW: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    from_above = (number & 1) * 2 * box_values
-    from_below = from_above + box_values
     per_side = tl.num_programs(0)
     # What goes up arrives from below, and the other way round.
     if tl.program_id(1) == 0:
         if ABOVE:
-            _swap(arena, slots, boxes, above, 1, 0, from_above, from_below, signals,
-                  above_signals + per_side, number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
+            from_above = (above_number & 1) * 2 * box_values
+            _swap(arena, slots, boxes, above, 1, 0, from_above, from_above + box_values, signals,
+                  above_signals + per_side, above_number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
     else:
         if BELOW:
-            _swap(arena, slots, boxes, below, rows, rows + 1, from_below, from_above, signals + per_side,
-                  below_signals, number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
+            from_above = (below_number & 1) * 2 * box_values
+            _swap(arena, slots, boxes, below, rows, rows + 1, from_above + box_values, from_above, signals + per_side,
+                  below_signals, below_number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
 
 
 def swap_rows(
@@ -95,7 +95,7 @@ def swap_rows(
     *,
     above: tuple[torch.Tensor, torch.Tensor] | None,
     below: tuple[torch.Tensor, torch.Tensor] | None,
-    number: int,
+    numbers: tuple[int, int],
 ) -> None:
     """Sends the first and last row inside some frames to the neighbours, and puts theirs around them.
 
@@ -105,10 +105,10 @@ def swap_rows(
         arena: ``[S, H + 2, W + 2, C]``, contiguous.
         slots: ``[T]`` int32: which frames, the same on all devices.
         boxes: ``[2, 2, N]`` of this device, of ``arena``'s dtype: for even and odd numbers, from above and below.
-        signals: ``[2, PROGRAMS]`` int32 of this device: from above and below; zero at first.
+        signals: int32 of this device, at least PROGRAMS for above and as many for below; zero at first.
         above: the other device's boxes and signals; None at the picture's edge, whose halo is left alone.
         below: likewise.
-        number: how many swaps there have been, with this one; below 2^31.
+        numbers: how many swaps there have been with the device above, and below, this one among them; below 2^31.
 
     Raises:
         ValueError: the frames don't fit in the boxes, or a layout that can't be.
@@ -119,11 +119,11 @@ def swap_rows(
     if frames * row_values > box_values:
         raise ValueError(f"{frames} rows of {row_values} values don't fit in a box of {box_values}")
     ends = above is not None, below is not None
-    call, numbers = _plan(tuple(arena.shape), arena.dtype, frames, box_values, *ends, arena.device)
+    call, sizes = _plan(tuple(arena.shape), arena.dtype, frames, box_values, *ends, arena.device)
     # At the picture's edge any others stand in.
     other = above or below or (boxes, signals)
     (up, up_signals), (down, down_signals) = above or other, below or other
-    call(arena, slots, boxes, up, down, signals, up_signals, down_signals, number, *numbers)
+    call(arena, slots, boxes, up, down, signals, up_signals, down_signals, *numbers, *sizes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,7 +136,7 @@ def _plan(
     below: bool,
     device: torch.device,  # noqa: ARG001 (and one device)
 ) -> tuple[Call, tuple[int, ...]]:
-    """The launch, and the kernel's integers behind the number."""
+    """The launch, and the kernel's integers behind the numbers."""
     _, rows, columns, channels = arena
     blocks = triton.cdiv(columns * channels, _BLOCK)
     call = Call(_swap_kernel, (PROGRAMS, 2), ABOVE=above, BELOW=below, BLOCK=_BLOCK, num_warps=4)

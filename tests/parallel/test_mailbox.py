@@ -1,0 +1,48 @@
+"""Mailboxes as far as no device is needed; tests/gpu/test_mailbox_gpu.py has the rest."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import torch
+
+from wan_vae_parallel.parallel.mailbox import Mailbox, open_mailbox
+
+
+def test_pairs_of_ranks_count_their_swaps_by_themselves(monkeypatch):
+    # Rank 1 had no rows in a decode of ranks 0 and 1's, say: it must not be behind in the next.
+    seen = []
+    kernels = types.SimpleNamespace(swap_rows=lambda *_, **options: seen.append(options))
+    monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.swap_rows", kernels)
+    mailbox = Mailbox([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(3)], 1, None)
+    arena, slots = torch.zeros(2, 4, 5, 3), torch.zeros(1, dtype=torch.int32)
+    for above, below, trial in ((0, None, False), (0, None, False), (0, 2, True), (0, 2, False), (0, 2, False)):
+        mailbox.swap(arena, slots, above=above, below=below, trial=trial)
+    assert [options["numbers"][0] for options in seen] == [1, 2, 2, 3, 4]
+    assert [options["numbers"][1] for options in seen if options["below"]] == [0, 1, 2]
+    assert [options["below"] is None for options in seen] == [True, True, False, False, False]
+
+
+def test_boxes_and_signals_of_a_rank_are_parts_of_its_memory_alone(monkeypatch):
+    seen = []
+    kernels = types.SimpleNamespace(swap_rows=lambda *given, **options: seen.append((given, options)))
+    monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.swap_rows", kernels)
+    buffers = [torch.full((4 * 8 * 2**20 + 4096,), rank, dtype=torch.uint8) for rank in range(3)]
+    mailbox = Mailbox(buffers, 1, None)
+    arena = torch.zeros(2, 4, 5, 3, dtype=torch.bfloat16)
+    mailbox.swap(arena, torch.zeros(1, dtype=torch.int32), above=0, below=2)
+    ((given, options),) = seen
+    for rank, (boxes, signals) in ((1, given[2:]), (0, options["above"]), (2, options["below"])):
+        assert boxes.shape == (2, 2, 8 * 2**20 // 2)
+        assert boxes.dtype == torch.bfloat16
+        assert signals.shape == (1024,)
+        assert signals.dtype == torch.int32
+        assert (boxes.view(torch.uint8) == rank).all()
+        assert (signals.view(torch.uint8) == rank).all()
+        assert signals.data_ptr() == buffers[rank].data_ptr() + boxes.nbytes
+    assert mailbox.capacity(arena) == 8 * 2**20 // (5 * 3 * 2)
+
+
+def test_there_is_none_on_the_cpu():
+    assert open_mailbox(None, torch.device("cpu"), None) is None
