@@ -21,6 +21,7 @@ from ..wan_vae_parallel import VAE, Architecture
 from ..wan_vae_parallel.devices import available_devices, parse_devices, parse_dtype
 from ..wan_vae_parallel.errors import DeviceError
 from ..wan_vae_parallel.latents import check_latents
+from ..wan_vae_parallel.memory import check_host_room
 from .progress import ChunkProgress
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,10 @@ class Engine:
         # Checked as a whole, then one after the other: a batch takes no more memory than one, and can be cancelled.
         parts = check_latents(latents, self.architecture).split(1)
         self._make_room(self._vae.memory_needed(parts[0].shape))
+        if len(parts) > 1:
+            # The batch, and the video that is just being decoded.
+            shape, dtype = self._vae.output_shape(parts[0].shape), torch.promote_types(self._vae.dtype, torch.float32)
+            check_host_room(shape, dtype, videos=len(parts) + 1)
         progress = ChunkProgress(parts=len(parts))
         decoded = torch.empty(0)
         for i, part in enumerate(parts):

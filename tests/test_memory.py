@@ -30,6 +30,7 @@ ARCHITECTURES = [
     Architecture(family="wan2.2", z_dim=20, width=8, output_channels=4),
 ]
 HD = (1, 21, 90, 160)
+BF16 = {"dtype": torch.bfloat16, "kernels": True}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -56,7 +57,7 @@ def test_page_elements_are_those_that_a_decode_allocates(architecture, frames, c
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=str)
 def test_memory_grows_with_what_is_decoded(architecture):
     def total(shape, chunk=1, dtype=torch.bfloat16):
-        return decode_memory(architecture, shape, chunk=chunk, dtype=dtype).total
+        return decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=dtype == torch.bfloat16).total
 
     by_chunk = [total(HD, chunk) for chunk in (1, 2, 3, 4, 8)]
     assert by_chunk == sorted(set(by_chunk))
@@ -71,47 +72,47 @@ def test_memory_grows_with_what_is_decoded(architecture):
 
 def test_the_parts_add_up_and_an_image_needs_no_caches():
     architecture = Architecture.published("wan2.1")
-    video = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16)
+    video = decode_memory(architecture, HD, chunk=1, **BF16)
     assert video.total == video.weights + video.caches + video.step
     assert 2 * parameter_count(architecture) < video.weights < 2.2 * parameter_count(architecture)
     assert 3.5 * 2**30 < video.caches < 4.5 * 2**30  # 4.06 GiB: two frames of each convolution's input
-    assert decode_memory(architecture, (1, 1, 90, 160), chunk=1, dtype=torch.bfloat16).caches == 0
+    assert decode_memory(architecture, (1, 1, 90, 160), chunk=1, **BF16).caches == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=str)
 def test_largest_chunk_shrinks_with_free_memory_and_never_below_one(architecture):
     shape = (1, 21, 30, 52)
     free = [2**40, 2**33, 2**32, 2**31, 2**30, 0]
-    chunks = [largest_chunk(architecture, shape, dtype=torch.bfloat16, free=bytes_free) for bytes_free in free]
+    chunks = [largest_chunk(architecture, shape, **BF16, free=bytes_free) for bytes_free in free]
     assert chunks == sorted(chunks, reverse=True)
     assert chunks[0] > 1
     assert chunks[-1] == 1
     for chunk, bytes_free in zip(chunks, free, strict=True):
         if chunk > 1:  # it was promised to fit
-            assert decode_memory(architecture, shape, chunk=chunk, dtype=torch.bfloat16).total <= bytes_free
+            assert decode_memory(architecture, shape, chunk=chunk, **BF16).total <= bytes_free
 
 
 def test_largest_chunk_is_no_more_than_follows_the_first_frame():
     architecture = Architecture.published("wan2.1")
     for frames, most in ((1, 1), (2, 1), (3, 2)):
-        assert largest_chunk(architecture, (1, frames, 2, 2), dtype=torch.bfloat16, free=2**50) == most
+        assert largest_chunk(architecture, (1, frames, 2, 2), **BF16, free=2**50) == most
 
 
 def test_largest_chunk_stays_small_where_one_frame_keeps_a_device_busy():
     # 4K has nine times the pixels of 720p: larger chunks would only cost memory.
-    assert largest_chunk(Architecture.published("wan2.1"), (1, 21, 270, 480), dtype=torch.bfloat16, free=2**50) == 1
+    assert largest_chunk(Architecture.published("wan2.1"), (1, 21, 270, 480), **BF16, free=2**50) == 1
 
 
 def test_largest_frame_fits_and_keeps_the_proportions():
     architecture = Architecture.published("wan2.1")
-    free = decode_memory(architecture, HD, chunk=1, dtype=torch.bfloat16).total
-    width, height = map(int, largest_frame(architecture, HD, dtype=torch.bfloat16, free=free).split("x"))
+    free = decode_memory(architecture, HD, chunk=1, **BF16).total
+    width, height = map(int, largest_frame(architecture, HD, **BF16, free=free).split("x"))
     assert width % 8 == height % 8 == 0
     assert abs(width / height - 16 / 9) < 0.1
     smaller = (1, 21, height // 8, width // 8)
-    assert decode_memory(architecture, smaller, chunk=1, dtype=torch.bfloat16).total <= free
+    assert decode_memory(architecture, smaller, chunk=1, **BF16).total <= free
     assert width * height > 0.5 * 1280 * 720
-    assert largest_frame(architecture, HD, dtype=torch.bfloat16, free=0) == "no frame"
+    assert largest_frame(architecture, HD, **BF16, free=0) == "no frame"
 
 
 def test_free_memory_of_the_host_is_no_more_than_it_has():

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from .files import replacing
 from .latents import check_latents, read_latents, save_latents
 from .launched import launched, torchrun_group
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
+from .ops.dispatch import kernels_multiply
 from .parallel.plan import describe_plan, plan_shards
 from .pictures import contact_sheet
 from .vae import VAE, load_vae
@@ -51,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except WanVAEError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Nobody reads what is printed any more; files are whole by then. Python itself would try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was left half-written", file=sys.stderr)
@@ -258,6 +265,8 @@ def _bench(options: argparse.Namespace) -> None:
     facts = bench.environment(devices)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     rows = []
+    settings = {"architecture": str(architecture), "dtype": _name(dtype), "repeats": options.repeats}
+    figures, plot = folder / "bench.json", folder / "bench.png"
     latent_frames = -(-(options.frames - 1) // architecture.temporal_ratio) + 1
     for row in bench.measure(
         architecture=architecture,
@@ -269,11 +278,10 @@ def _bench(options: argparse.Namespace) -> None:
         repeats=options.repeats,
     ):
         rows.append(row)
+        # After each, so that what comes to a bad end still has figures.
+        bench.save_json(figures, rows, facts, settings)
         print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {row.seconds or math.nan:.3f} s", file=sys.stderr)
     print(bench.table(rows))
-    settings = {"architecture": str(architecture), "dtype": _name(dtype), "repeats": options.repeats}
-    figures, plot = folder / "bench.json", folder / "bench.png"
-    bench.save_json(figures, rows, facts, settings)
     print(f"figures: {figures}")
     bench.save_plot(
         plot, rows, f"{architecture.name}, {rows[0].frames} frames, {_name(dtype)}, {facts.get('gpu', 'CPU')}"
@@ -294,9 +302,10 @@ def _info(options: argparse.Namespace) -> None:
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, latent_frames, tallest, plan.columns)
     free = min(free_memory(device) for device in devices)
-    chunk = largest_chunk(architecture, size, dtype=dtype, free=free) if options.chunk == "auto" else options.chunk
-    needed = decode_memory(architecture, size, chunk=chunk, dtype=dtype)
-    least = decode_memory(architecture, size, chunk=1, dtype=dtype)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_multiply(devices[0], dtype)}
+    chunk = largest_chunk(architecture, size, free=free, **given) if options.chunk == "auto" else options.chunk
+    needed = decode_memory(architecture, size, chunk=chunk, **given)
+    least = decode_memory(architecture, size, chunk=1, **given)
     frames = architecture.frame_count(latent_frames)
     host = frames * options.size[0] * options.size[1] * architecture.output_channels * 4
     encoder = "with encoder" if checkpoint.encoder else "without encoder"
@@ -326,7 +335,8 @@ class _Progress:
     """A bar on a terminal, nothing in a pipe."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        # There is none in a process whose parent closed it.
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
 
     def show(self, done: int, total: int) -> None:
         if self._shown:

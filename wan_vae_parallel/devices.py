@@ -21,8 +21,8 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "flo
 
 
 def available_devices() -> list[torch.device]:
-    """The CPU, and every CUDA device there is."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The CPU, and every CUDA device there is; AMD's, which torch calls by the same name, are none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() and torch.version.hip is None else 0
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(count))]
 
 

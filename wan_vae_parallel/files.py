@@ -84,9 +84,18 @@ def remove_unfinished() -> None:
 
 def readable_as_usual(path: Path) -> None:
     """Gives a file the mode that a plain ``open`` would have given it; some writers make theirs private."""
+    path.chmod(0o666 & ~_mask())
+
+
+def _mask() -> int:
+    """The process's umask, read without setting it where that can be: other threads may make files just then."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    return mask
 
 
 def check_writable(path: str | Path, *, needed: int = 0) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .architecture import Architecture
+from .errors import OutOfMemoryError
 from .model.decoder import WanDecoder
 from .model.layers import UpsampleConv
 from .ops.attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
@@ -60,7 +63,7 @@ def decode_memory(
     *,
     chunk: int,
     dtype: torch.dtype,
-    cudnn: bool = False,
+    kernels: bool,
 ) -> DecodeMemory:
     """What decoding latents of ``shape`` ``(B, T, h, w)`` takes with ``chunk`` latent frames at once.
 
@@ -69,12 +72,12 @@ def decode_memory(
         shape: of the latents.
         chunk: latent frames at once.
         dtype: to compute in.
-        cudnn: some layers are cuDNN's even in a dtype that our kernels take (`LocalDecoder.cudnn`); which ones is not
-            asked, so it is an upper bound.
+        kernels: our own do all of it (`LocalDecoder.kernels`). If not it is an upper bound, whichever layers they are
+            that PyTorch's do.
     """
     batch, latent_frames, rows, columns = shape
     chunk = max(1, min(chunk, latent_frames - 1))
-    kept, others = _page_elements(architecture, shape, chunk=chunk, gather=cudnn or dtype not in KERNEL_DTYPES)
+    kept, others = _page_elements(architecture, shape, chunk=chunk, gather=not kernels)
     live = _live_elements(architecture, batch, rows, columns, chunk)
     finest = architecture.stages[-1].scale ** 2 * architecture.width
     frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
@@ -83,7 +86,7 @@ def decode_memory(
         * dtype.itemsize,
         caches=kept * dtype.itemsize,
         step=(others + live) * dtype.itemsize
-        + (0 if dtype in KERNEL_DTYPES else min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * finest))
+        + (0 if kernels else min(_NORM_BYTES, 2 * 4 * chunk * rows * columns * finest))
         # Frames: the step's own, one step's in flight to the host, both at least fp32; and what they are made of.
         + 2 * frames * max(4, dtype.itemsize)
         + frames * dtype.itemsize
@@ -103,14 +106,14 @@ def largest_chunk(
     *,
     dtype: torch.dtype,
     free: int,
-    cudnn: bool = False,
+    kernels: bool,
 ) -> int:
     """The chunk that ``chunk="auto"`` takes: enough to keep the device busy, fewer if ``free`` bytes are short."""
     _, latent_frames, rows, columns = shape
     height, width = architecture.frame_size(rows, columns)
     chunk = max(1, min(round(_ENOUGH_PIXELS / (height * width)), latent_frames - 1))
     while chunk > 1:
-        if decode_memory(architecture, shape, chunk=chunk, dtype=dtype, cudnn=cudnn).total <= _USABLE * free:
+        if decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=kernels).total <= _USABLE * free:
             break
         chunk -= 1
     return chunk
@@ -122,18 +125,28 @@ def largest_frame(
     *,
     dtype: torch.dtype,
     free: int,
-    cudnn: bool = False,
+    kernels: bool,
 ) -> str:
     """The largest frame of the same proportions that would fit into ``free`` bytes, as ``"832x480"``."""
     batch, latent_frames, rows, columns = shape
     for share in range(99, 0, -1):
         smaller = (max(1, rows * share // 100), max(1, columns * share // 100))
         size = (batch, latent_frames, *smaller)
-        needed = decode_memory(architecture, size, chunk=1, dtype=dtype, cudnn=cudnn)
+        needed = decode_memory(architecture, size, chunk=1, dtype=dtype, kernels=kernels)
         if needed.total <= _USABLE * free:
             height, width = architecture.frame_size(*smaller)
             return f"{width}x{height}"
     return "no frame"
+
+
+def check_host_room(shape: Sequence[int], dtype: torch.dtype, *, videos: int) -> None:
+    """Raises `OutOfMemoryError` if the host has no room for so many videos of frames ``[B, T, H, W, C]``."""
+    needed, free = videos * math.prod(shape) * dtype.itemsize, free_memory(torch.device("cpu"))
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{videos * shape[0] * shape[1]} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, "
+            f"where {gibibytes(free)} are free; decode fewer latents at once, or take the frames from decode_stream"
+        )
 
 
 def free_memory(device: torch.device) -> int:

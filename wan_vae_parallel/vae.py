@@ -17,9 +17,10 @@ import torch.distributed as dist
 from .architecture import Architecture
 from .checkpoint import Checkpoint, checkpoint_file, checkpoint_from_state_dict, read_checkpoint
 from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, CheckpointError, OutOfMemoryError, WanVAEError
+from .errors import ArgumentError, CheckpointError, WanVAEError
 from .latents import check_fits, check_latents, denormalize
-from .memory import UNLIMITED, decode_memory, free_memory, gibibytes, largest_chunk, parameter_count
+from .memory import UNLIMITED, check_host_room, decode_memory, largest_chunk, parameter_count
+from .ops.dispatch import kernels_multiply
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEngine, GroupRun
@@ -219,12 +220,7 @@ class VAE:
             shape = torch.Size((shape[0], 0, *shape[2:]))
         total, done = shape[1], 0
         dtype = torch.promote_types(self.dtype, torch.float32)
-        needed, free = dtype.itemsize * shape.numel(), free_memory(torch.device("cpu"))
-        if needed > free:
-            raise OutOfMemoryError(
-                f"{total} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, where "
-                f"{gibibytes(free)} are free; decode fewer latents at once, or take the frames from decode_stream"
-            )
+        check_host_room(shape, dtype, videos=1)
         with self._running(latents, shape) as run:
             out = torch.empty(shape, dtype=dtype) if run.video is None else run.video
             for frames in run:
@@ -273,8 +269,11 @@ class VAE:
         if len(self.places) > 1:
             plan = plan_shards(rows, columns, len(self.places))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        chunk = self._chunk_number or largest_chunk(self.architecture, size, dtype=self.dtype, free=UNLIMITED)
-        return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype).total
+        kernels = kernels_multiply(self.devices[0], self.dtype)
+        chunk = self._chunk_number or largest_chunk(
+            self.architecture, size, dtype=self.dtype, free=UNLIMITED, kernels=kernels
+        )
+        return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, kernels=kernels).total
 
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""

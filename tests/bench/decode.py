@@ -85,7 +85,8 @@ def main() -> None:
     del theirs, checkpoint
     torch.cuda.empty_cache()
 
-    default = largest_chunk(architecture, shape, dtype=torch.bfloat16, free=torch.cuda.mem_get_info()[0])
+    given = {"dtype": torch.bfloat16, "kernels": True}
+    default = largest_chunk(architecture, shape, free=torch.cuda.mem_get_info()[0], **given)
     for chunk in dict.fromkeys((default, 1, 2)):
         with vae_from_state_dict(weights, devices="cuda:0", dtype="bfloat16", chunk=chunk) as vae:
             vae.decode(latents[:, :, :2])
@@ -97,7 +98,7 @@ def main() -> None:
 
             seconds, peak = measured(on_device, options.repeats)
             host, _ = measured(lambda vae=vae: vae.decode(latents), options.repeats)
-        planned = decode_memory(architecture, shape, chunk=chunk, dtype=torch.bfloat16)
+        planned = decode_memory(architecture, shape, chunk=chunk, **given)
         print(
             f"| ours, chunk {chunk}{' (default)' if chunk == default else ''} | {seconds:.3f} s on the device, "
             f"{host:.3f} s to the host | {peak:.2f} GiB, planned {planned.total / 2**30:.2f} |",

@@ -43,14 +43,18 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
         latents = latents.transpose(-1, -2)
     latents = latents[:, :, :, plan.bounds[rank] : plan.bounds[rank + 1]].to(device)
     decoder = LocalDecoder(ARCHITECTURE, read_checkpoint(weights).decoder, device=device, dtype=torch.bfloat16)
-    decoder.settle()
+    group = dist.group.WORLD
+    board = Board(group)
+    decoder.settle(board)
     height = plan.tallest if world == 1 else min(plan.tallest + 2, plan.rows)
     chunk = largest_chunk(
-        ARCHITECTURE, (1, frames, height, plan.columns), dtype=torch.bfloat16, free=torch.cuda.mem_get_info()[0]
+        ARCHITECTURE,
+        (1, frames, height, plan.columns),
+        dtype=torch.bfloat16,
+        free=torch.cuda.mem_get_info()[0],
+        kernels=decoder.kernels,
     )
-    edges = None
-    if world > 1:
-        edges = ShardEdges(plan, dist.group.WORLD, open_mailbox(dist.group.WORLD, device, Board(dist.group.WORLD)))
+    edges = ShardEdges(plan, group, open_mailbox(group, device, board)) if world > 1 else None
 
     def decode():
         for _ in decoder.stream(latents, chunk, edges, transposed=plan.transposed):

@@ -269,7 +269,7 @@ def test_720p_stays_within_its_memory_and_its_estimate(wan21):
     latents = random_latents("wan2.1", frames=HD[2], rows=HD[3], columns=HD[4])
     assert tuple(latents.shape) == HD
     decoded = {}
-    for chunk, limit in (("auto", 9.1 * GIB), (1, 6.5 * GIB)):
+    for chunk, limit in (("auto", 9.1 * GIB), (1, 5.5 * GIB)):
         with load(wan21, dtype="bfloat16", devices="cuda:0", chunk=chunk) as vae:
             vae.release()  # weights go up again inside the measurement
             decoded[chunk], peak = decode_and_measure(vae, latents)
@@ -277,9 +277,8 @@ def test_720p_stays_within_its_memory_and_its_estimate(wan21):
         print(f"\n720p, chunk {chunk}: peak {peak / GIB:.2f} GiB, estimated {estimate / GIB:.2f} GiB")
         assert peak < limit
         assert peak <= estimate <= 1.4 * peak
-    difference = max_error(decoded[1], decoded["auto"])
-    print(f"720p, chunk 1 against auto: max abs difference {difference:.2e}")
-    assert difference < 2e-2
+    assert decoded[1].std() > 0.05
+    assert torch.equal(decoded[1], decoded["auto"])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +295,7 @@ def test_the_estimate_is_an_upper_bound(family, oracle, frames, rows, columns, c
         vae.release()
         _, peak = decode_and_measure(vae, latents)
         size = (1, frames, rows, columns)
-        estimate = decode_memory(vae.architecture, size, chunk=chunk, dtype=torch.bfloat16).total
+        estimate = decode_memory(vae.architecture, size, chunk=chunk, dtype=torch.bfloat16, kernels=True).total
     print(f"\n{family} {size} chunk {chunk}: peak {peak / GIB:.2f} GiB, estimated {estimate / GIB:.2f} GiB")
     assert peak <= estimate
 
@@ -347,9 +346,7 @@ def test_running_out_of_memory_goes_on_with_a_smaller_chunk_and_the_same_frames(
         decoded = vae.decode(latents)
     warnings = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
     assert "chunk 8; going on with smaller" in warnings[0]
-    # cuDNN's algorithms differ by the chunk, in the last bits of bf16: each decode errs by 3e-3 on average.
-    assert max_error(decoded, expected) < 5e-2
-    assert (decoded - expected).abs().mean() < 5e-3
+    assert torch.equal(decoded, expected)
 
 
 def test_when_nothing_fits_it_says_what_would_and_a_smaller_decode_works_after_it(wan21):
@@ -360,7 +357,7 @@ def test_when_nothing_fits_it_says_what_would_and_a_smaller_decode_works_after_i
     limit_memory(vae.weights_size + 2**29)
     with pytest.raises(wvp.OutOfMemoryError, match=r"1280x720 does not fit on cuda:0 even one latent frame at a time"):
         vae.decode(latents)
-    assert max_error(vae.decode(small), expected) < 2e-2
+    assert torch.equal(vae.decode(small), expected)
 
 
 # The way to the host.

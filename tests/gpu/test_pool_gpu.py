@@ -129,10 +129,13 @@ def test_fp32_is_fp32_on_all_devices_whatever_the_chunk(vae, latents, expected, 
         vae.chunk = 1
 
 
-def test_few_rows_leave_devices_idle(vae, wan21):
-    latents = random_latents("wan2.1", frames=3, rows=1, columns=1)
-    with load(wan21, devices="cuda:0", dtype="float32", chunk=1) as alone:
-        assert max_error(vae.decode(latents), alone.decode(latents)) <= 1e-4
+def test_few_rows_leave_devices_idle_and_the_next_decode_takes_all(vae, wan21, latents, expected):
+    # One rank alone, and all but one.
+    for rows in (1, max(1, COUNT - 1)):
+        few = random_latents("wan2.1", frames=3, rows=rows, columns=1)
+        with load(wan21, devices="cuda:0", dtype="float32", chunk=1) as alone:
+            assert max_error(vae.decode(few), alone.decode(few)) <= 1e-4
+        assert max_error(vae.decode(latents), expected) <= 1e-4
 
 
 def arranged(state_dict, interleaved):
@@ -155,7 +158,7 @@ def test_frames_do_not_depend_on_the_format_that_weights_and_latents_come_in(fam
             frames.append(vae.decode(latents.contiguous(memory_format=torch.channels_last_3d)))
     assert all(torch.equal(one, frames[0]) for one in frames[1:])
     with load(oracle, devices="cuda:0", dtype="bfloat16", chunk=2) as alone:
-        assert max_error(frames[0], alone.decode(latents)) < 5e-2
+        assert torch.equal(frames[0], alone.decode(latents))
 
 
 def test_latents_on_any_device(vae, latents):
@@ -222,7 +225,7 @@ def test_a_worker_that_dies_or_stops_is_named_and_all_are_gone(vae, latents, sen
 
     with pytest.raises(wvp.WorkerError, match=message):
         vae.decode(latents, on_chunk=strike)
-    assert time.monotonic() - struck[0] < 12
+    assert time.monotonic() - struck[0] < 10
     assert wait_until(lambda: all(map(gone, before)), 2)
 
 

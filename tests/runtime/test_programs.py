@@ -32,9 +32,15 @@ PROGRAM = """
 """
 # Python imports it first of all, in each process: it writes down what the process imports and its environment.
 SPY = """
-    import json, os, sys, threading, time
+    import json, logging, os, sys, threading, time
     def write():
+        said = False
         while True:
+            # Only workers have a handler for the engine's words: it hands them to the parent.
+            if not said and "SPY_SPEAKS" in os.environ and logging.getLogger("wan_vae_parallel").handlers:
+                said = True
+                logging.getLogger("wan_vae_parallel.spy").warning("a word that all workers say")
+                logging.getLogger("wan_vae_parallel.spy").info("a word of " + str(os.getpid()))
             seen = {"modules": sorted(sys.modules), "environment": dict(os.environ), "arguments": sys.argv}
             path = os.path.join(os.environ["SPY_FOLDER"], f"{os.getpid()}.json")
             with open(path + ".new", "w") as file:
@@ -56,7 +62,7 @@ def program(path, tmp_path):
     (tmp_path / "seen").mkdir()
     started = []
 
-    def start(decode):
+    def start(decode, **more):
         main = tmp_path / "main.py"
         main.write_text(textwrap.dedent(PROGRAM).format(decode=decode))
         environment = {
@@ -65,6 +71,7 @@ def program(path, tmp_path):
             "SPY_FOLDER": str(tmp_path / "seen"),
             "TMPDIR": str(tmp_path / "temporary"),
             "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+            **more,
         }
         process = subprocess.Popen(
             [sys.executable, str(main), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -95,6 +102,18 @@ def test_workers_do_not_run_the_program_again_nor_import_what_it_imports(program
         assert "PYTORCH_CUDA_ALLOC_CONF" not in worker["environment"]
     assert "PYTORCH_CUDA_ALLOC_CONF" in seen[process.pid]["environment"]
     assert os.listdir(tmp_path / "temporary") == []
+
+
+def test_what_workers_log_reaches_the_programs_log_once(program):
+    lines = [
+        "import logging",
+        "logging.basicConfig(stream=sys.stdout, level=logging.INFO, format='%(name)s: %(message)s')",
+        "vae.decode(latents, on_chunk=lambda done, *_: time.sleep(0.3) if done == 1 else None)",
+        "vae.decode(latents); vae.close()",
+    ]
+    output, _ = program("\n".join(lines), SPY_SPEAKS="1").communicate(timeout=60)
+    assert output.count("a word that all workers say") == 1, output
+    assert output.count("a word of ") == 1  # the first rank's
 
 
 def test_releasing_during_a_decode_ends_it_with_an_error(program):

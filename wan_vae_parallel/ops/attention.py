@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .dispatch import kernels_run, say_once
+from .dispatch import KERNEL_DTYPES, kernels_run, say_once
 
 # Up to so many channels one pass suffices; for more the weights are written, so many at a time (128 MiB in bf16).
 FUSED_CHANNELS = 384
@@ -61,6 +61,14 @@ def _kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
         return None
     if attention_hopper.can_attend(query, key, value):
         return attention_hopper.frame_attention
-    if torch.cuda.get_device_capability(query.device) >= (9, 0) and attention.can_attend(query, key, value):
+    if torch.cuda.get_device_capability(query.device) < (9, 0) or not attention.fits(query):
+        reason = (
+            f"{torch.cuda.get_device_name(query.device)} has not what our kernel for {query.shape[2]} channels needs"
+        )
+    else:
+        reason = attention.why_not(query, key, value) or ""
+    if not reason:
         return attention.frame_attention
+    if query.dtype in KERNEL_DTYPES:
+        say_once(f"attention runs on PyTorch's kernels, whose last bits depend on chunks and devices: {reason}")
     return None

@@ -122,7 +122,7 @@ def upsample_conv(
     if not cudnn and kernels_run(arena):
         from .kernels import conv as kernels
 
-        if folded is not None and kernels.takes(arena, weight.unsqueeze(2)):
+        if folded is not None and kernels.takes(arena, weight.unsqueeze(2), scale=2):
             out = arena.new_empty((frames, rows, columns, weight.shape[0]))
             kernels.upsample_conv(arena, slots, folded, bias, out=out, transposed=transposed)
             return out
@@ -328,7 +328,12 @@ def put_frames(arena: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -
 
 
 def _say_slower(arena: torch.Tensor) -> None:
+    if arena.dtype in KERNEL_DTYPES:
+        what, instead = "frames as large as these", "on more devices each has a smaller part of them"
+    else:
+        what = f"{str(arena.dtype).removeprefix('torch.')} tensors"
+        instead = "bfloat16 and float16 have kernels of their own"
     say_once(
-        f"convolutions of {str(arena.dtype).removeprefix('torch.')} tensors run on cuDNN, which is slower and whose "
-        f"last bits depend on chunks and devices; bfloat16 and float16 have kernels of their own"
+        f"convolutions of {what} run on cuDNN, which is slower and whose last bits depend on chunks and devices; "
+        f"{instead}"
     )

@@ -24,6 +24,11 @@ def kernels_run(x: torch.Tensor) -> bool:
     return x.is_cuda and not _torch_only and _kernels_run_on(x.device)
 
 
+def kernels_multiply(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions in ``dtype`` on ``device`` have Triton kernels."""
+    return dtype in KERNEL_DTYPES and device.type == "cuda" and not _torch_only and _kernels_run_on(device)
+
+
 @contextlib.contextmanager
 def torch_kernels_only() -> Iterator[None]:
     """Within it PyTorch's own kernels do all the work: what ours are compared with."""

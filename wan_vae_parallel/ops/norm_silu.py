@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .dispatch import kernels_run
+from .dispatch import kernels_run, say_once
 
 # The wide intermediates live for this many elements at a time: 128 MiB of fp32, whatever the frame's size.
 BLOCK_ELEMENTS = 2**25
@@ -34,6 +34,7 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
         if kernels.can_normalize(x, gamma):
             return kernels.rms_norm(x, gamma)
+        _say_slower(x)
     return _wide_norm(x, gamma).to(x.dtype).contiguous()
 
 
@@ -77,6 +78,7 @@ def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, arena: torch.Tensor, slot
         if kernels.can_norm_silu(x, gamma, arena, slots):
             kernels.norm_silu(x, gamma, arena, slots)
             return
+        _say_slower(x)
     interior = arena[:, border : arena.shape[1] - border, border : arena.shape[2] - border]
     indices = slots.long()
     rows_at_once = max(1, BLOCK_ELEMENTS // (columns * channels))
@@ -87,3 +89,8 @@ def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, arena: torch.Tensor, slot
             block = x[first : first + frames_at_once, top : top + rows_at_once]
             normed = F.silu(_wide_norm(block, gamma), inplace=True).to(arena.dtype)
             interior[:, top : top + rows_at_once].index_copy_(0, chosen, normed)
+
+
+def _say_slower(x: torch.Tensor) -> None:
+    dtype = str(x.dtype).removeprefix("torch.")
+    say_once(f"norms over {x.shape[-1]} channels in {dtype} run on PyTorch's kernels, which is slower")

@@ -6,12 +6,17 @@ T frames, H rows of a shard, W columns, C channels
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
+from ..errors import WorkerError
 from ..ops.dispatch import kernels_run
 from .agree import Board, plain
 
@@ -99,15 +104,22 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -
     buffers: list[torch.Tensor] = []
     memory: object = None
     indices = board.exchange(device.index)
-    reasons = board.exchange(_why_not(device, indices))
+    reason = _why_not(device, indices)
+    if not reason:
+        try:
+            own = _own_memory(device)
+        except Exception as error:  # noqa: BLE001 (whatever it is, messages work without)
+            reason = f"{device} has no memory for it ({plain(error)})"
+    reasons = board.exchange(reason)
     if not any(reasons):
         try:
-            buffers, memory = _rendezvous(group, device)
-            buffers[board.rank].zero_()
-            torch.cuda.synchronize(device)
-        except RuntimeError as error:
-            reasons = [plain(error)]
-        reasons = board.exchange(reasons[0])
+            with _socket_folder(board):
+                buffers, memory = _rendezvous(own, group)
+        except RuntimeError as error:  # others may wait in it for this rank, so there is no way back to messages
+            raise WorkerError(
+                f"{device} could not reach the other devices' memory ({plain(error)}); with NCCL_P2P_DISABLE=1 rows go "
+                f"through NCCL instead"
+            ) from error
     if not any(reasons):
         # Each writes to all others, who look whether it has arrived.
         for buffer in buffers:
@@ -135,10 +147,40 @@ def _why_not(device: torch.device, indices: list[int]) -> str:
     return ""
 
 
-def _rendezvous(group: dist.ProcessGroup, device: torch.device) -> tuple[list[torch.Tensor], object]:
-    """Every rank's bytes, by rank, for boxes and signals; and what holds them. All ranks wait for one another."""
+def _own_memory(device: torch.device) -> torch.Tensor:
+    """Bytes for boxes and signals, all zero."""
     from torch.distributed import _symmetric_memory
 
-    own = _symmetric_memory.empty(4 * _BOX_BYTES + _SIGNAL_BYTES, dtype=torch.uint8, device=device)
+    own = _symmetric_memory.empty(4 * _BOX_BYTES + _SIGNAL_BYTES, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize(device)
+    return own
+
+
+@contextlib.contextmanager
+def _socket_folder(board: Board) -> Iterator[None]:
+    """Within it torch's sockets, through which ranks hand their memory over, lie where nobody else can come.
+
+    It names them in TMPDIR after the process, and has room for about 100 characters.
+    """
+    first = board.rank == 0
+    short = "/tmp" if os.access("/tmp", os.W_OK) else None
+    folder = board.from_first(tempfile.mkdtemp(prefix="wvp-", dir=short) if first else None)
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+        board.exchange(None)  # all are done with it
+    finally:
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rendezvous(own: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], object]:
+    """Every rank's bytes, by rank; and what holds them. All ranks wait for one another."""
+    from torch.distributed import _symmetric_memory
+
     handle = _symmetric_memory.rendezvous(own, group)
     return [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(dist.get_world_size(group))], (own, handle)

@@ -56,7 +56,8 @@ def describe_plan(plan: ShardPlan, devices: Sequence[object]) -> str:
         for shard, device in enumerate(devices[: plan.shards])
     ]
     idle = len(devices) - plan.shards
-    return ", ".join(parts) + (f"; {idle} more devices than latent {axis}, so they are not used" if idle else "")
+    unused = f"; {idle} of {len(devices)} devices not used, for want of latent {axis}" if idle else ""
+    return ", ".join(parts) + unused
 
 
 def plan_shards(rows: int, columns: int, ranks: int) -> ShardPlan:

@@ -129,16 +129,16 @@ class LocalRun:
         engine = self._engine
         decoder = engine.decoder()
         free = free_memory(engine.device)
-        return largest_chunk(decoder.architecture, size, dtype=engine.dtype, free=free, cudnn=decoder.cudnn)
+        return largest_chunk(decoder.architecture, size, dtype=engine.dtype, free=free, kernels=decoder.kernels)
 
     def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
         engine, (batch, _, rows, columns) = self._engine, size
         architecture = engine.decoder().architecture
         height, width = architecture.frame_size(rows, columns)
-        cudnn = engine.decoder().cudnn
-        needed = decode_memory(architecture, size, chunk=1, dtype=engine.dtype, cudnn=cudnn)
+        kernels = engine.decoder().kernels
+        needed = decode_memory(architecture, size, chunk=1, dtype=engine.dtype, kernels=kernels)
         free = free_memory(engine.device) + needed.weights
-        ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free, cudnn=cudnn)} would fit"]
+        ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free, kernels=kernels)} would fit"]
         if batch > 1:
             ways.append(f"or decode the batch of {batch} one by one")
         return (

@@ -5,7 +5,6 @@ B videos, T latent frames, h x w latent rows and columns, z channels; frames [B,
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 from ..architecture import Architecture
 from ..model.decoder import WanDecoder
 from ..model.state import DecodeState, Edges, PageKey, Pages, SlotLists, WholePicture
-from ..ops.dispatch import KERNEL_DTYPES, kernels_run
+from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
 from ..ops.frames import to_frames
 from ..parallel.agree import Board
 from . import tuning
+from .arithmetic import exact_arithmetic
 
 
 class LocalDecoder:
@@ -55,15 +55,16 @@ class LocalDecoder:
     def settle(self, board: Board | None = None) -> None:
         """Measures, or looks up, what convolves fastest here; with a ``board`` all its ranks call and agree on it."""
         convolutions = self.model.convolutions()
-        with self._exact_arithmetic():
+        with exact_arithmetic(self.device, self.dtype):
             given = tuning.settle([conv.kind for conv in convolutions], self.device, self.dtype, board)
         for conv in convolutions:
             conv.cudnn = conv.kind in given
 
     @property
-    def cudnn(self) -> bool:
-        """Whether some layers are cuDNN's though our kernels could run them."""
-        return any(conv.cudnn for conv in self.model.convolutions())
+    def kernels(self) -> bool:
+        """Whether our own kernels do all of a decode."""
+        ours = kernels_multiply(self.device, self.dtype)
+        return ours and not any(conv.cudnn for conv in self.model.convolutions())
 
     @torch.inference_mode()
     def stream(
@@ -106,7 +107,7 @@ class LocalDecoder:
         ]
         patch = self.architecture.patch
         while True:
-            with self._exact_arithmetic():
+            with exact_arithmetic(self.device, self.dtype):
                 raw = [frames for frames in (next(video, None) for video in videos) if frames is not None]
                 frames = [to_frames(one, patch, transposed=transposed) for one in raw]
                 del raw
@@ -126,8 +127,8 @@ class LocalDecoder:
         key = rows, columns, tuple(counts), chunk, transposed
         if self.dtype not in KERNEL_DTYPES or key in self._compiled:
             return
-        with self._exact_arithmetic(), torch.inference_mode():
-            if not kernels_run(torch.empty(0, device=self.device)):
+        with exact_arithmetic(self.device, self.dtype), torch.inference_mode():
+            if not kernels_multiply(self.device, self.dtype):
                 return
             from ..ops.kernels.launch import compile_all
 
@@ -142,18 +143,3 @@ class LocalDecoder:
 
             compile_all(run, self.device)
         self._compiled.add(key)
-
-    @contextlib.contextmanager
-    def _exact_arithmetic(self) -> Iterator[None]:
-        """fp32 means fp32 here: TF32, which a host program may have allowed, rounds to 10 bits."""
-        if self.device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        allowed = matmul.allow_tf32
-        with torch.cuda.device(self.device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            matmul.allow_tf32 = False
-            try:
-                yield
-            finally:
-                matmul.allow_tf32 = allowed

@@ -260,7 +260,7 @@ class WorkerPool:
             looked = now
             if limit is not None and now - since > limit:
                 waited = ", ".join(str(w) for w in workers if w.rank not in answers)
-                raise WorkerError(f"{waited} did not get ready within {limit:.0f} s{self._hint('')}")
+                raise WorkerError(f"{waited} got no further for {limit:.0f} s{self._hint('')}")
             for worker in workers:
                 if worker.connection in pending and now - worker.heard > patience:
                     raise WorkerError(

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Steps that are commanded before the first of them is done: the devices never wait for the parent.
 _AHEAD = 2
+# A GPU that is not done with a step by then waits for another one in vain.
+_STEP_SECONDS = 600.0
 
 
 class StepOutOfMemory(WanVAEError):
@@ -67,7 +69,8 @@ class PoolRun:
                     raise OutOfMemoryError(f"{error}; not even one latent frame at a time fits") from error
                 chunk = self._begun // 2
                 logger.warning("%s; going on with chunk %d, same frames", str(error), chunk)
-            except WorkerError:
+            except (WorkerError, KeyboardInterrupt):
+                # Interrupted here, some workers may have got a command that others have not.
                 self._pool.stop(grace=0.5)
                 raise
 
@@ -91,7 +94,7 @@ class PoolRun:
             while ahead < _AHEAD:
                 pool.tell("step")
                 ahead += 1
-            answers = pool.gather("done", self._shards)
+            answers = pool.gather("done", self._shards, limit=_STEP_SECONDS if pool.devices[0].type == "cuda" else None)
             ahead -= 1
             counts = {answer[1] if answer[0] == "done" else 0 for answer in answers}
             if len(counts) != 1:

@@ -64,12 +64,12 @@ class ShardDecoder:
         """
         size = (shape[0], shape[2], plan.height(shard) + 2, plan.columns)
         free = free_memory(self.device)
-        cudnn = self._decoder.cudnn
-        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free, cudnn=cudnn)
+        kernels = self._decoder.kernels
+        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free, kernels=kernels)
         if self.device.type != "cuda":
             return chunk
         while chunk:
-            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, cudnn=cudnn)
+            needed = decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, kernels=kernels)
             try:
                 # Taken now, while no other rank waits for this one; torch keeps it for the steps.
                 torch.empty(needed.caches + needed.step, dtype=torch.uint8, device=self.device)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
 from ..ops.dispatch import KERNEL_DTYPES, kernels_run, say_once
 from ..ops.kinds import LayerKind, Measured
 from ..parallel.agree import WORK_SECONDS, Board
@@ -30,7 +31,6 @@ _Key = dict[str, str]
 _lock = threading.Lock()
 # Of this process, by key.
 _known: dict[str, dict[LayerKind, Measured]] = {}
-_failed: set[str] = set()
 
 
 def settle(
@@ -86,7 +86,7 @@ def _find(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.
             if kind not in known and (one := _of_fact(facts.read(str(kind)), settings[kind])):
                 known[kind] = one
         missing = [kind for kind in kinds if kind not in known]
-        if missing and repr(key) not in _failed:
+        if missing:
             fresh = _measure(missing, key, device, dtype)
             known.update(fresh)
             if fresh:
@@ -95,7 +95,7 @@ def _find(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.
 
 
 def _measure(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.dtype) -> dict[LayerKind, Measured]:
-    """All of ``kinds``, or none if that fails; then it is said, and not tried again."""
+    """All of ``kinds``, or none if that fails, which is said."""
     from ..ops.kernels.measure import measure
 
     logger.info("measuring settings for %d kinds of layers on %s, which is done once", len(kinds), key["GPU"])
@@ -103,9 +103,8 @@ def _measure(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: tor
     try:
         found = measure(kinds, dtype, device)
     except Exception as error:  # noqa: BLE001 (whatever it is: the shipped settings are right, too)
-        _failed.add(repr(key))
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        say_once(f"settings for {key['GPU']} could not be measured, so an H200's are used ({reason})")
+        say_once(f"settings for {key['GPU']} could not be measured, so the usual ones are taken ({reason})")
         return {}
     seconds = time.monotonic() - started
     logger.info("measured settings for %d kinds of layers on %s in %.0f s", len(kinds), key["GPU"], seconds)
@@ -135,6 +134,7 @@ def _key(device: torch.device, dtype: torch.dtype) -> _Key:
         "torch": str(torch.__version__),
         "Triton": triton.__version__,
         "cuDNN": str(torch.backends.cudnn.version()),
+        "Wan VAE Parallel": __version__,
         "format": _FORMAT,
     }
 

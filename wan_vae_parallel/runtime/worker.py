@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import threading
 import traceback
 from collections.abc import Iterator
@@ -111,7 +112,8 @@ class _Worker:
                     # A process that the parent forked may hold the pipe open beyond the parent's end.
                     if os.getppid() != self._parent:
                         self.end(1)
-                    if self._heard:
+                    # A parent that does not read, as in a callback that takes its time, knows enough already.
+                    if self._heard and select.select([], [self.connection], [], 0)[1]:
                         self.send("alive")
                     continue
                 message = self.connection.recv()

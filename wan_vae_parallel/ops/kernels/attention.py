@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
 from .launch import launch
+from .tiles import gpu
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _QUERIES = 128
@@ -163,9 +164,13 @@ def _values_kernel(
     tl.store(out_ptr + frame.to(tl.int64) * out_frame + offsets, out, mask=mask[:, None])
 
 
-def can_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `frame_attention` takes these: see its ValueErrors."""
-    return why_not(query, key, value) is None
+def fits(query: torch.Tensor) -> bool:
+    """Whether the GPU has the shared memory for a program of `frame_attention`; consumer ones have a third."""
+    channels = query.shape[2]
+    if channels > FUSED_CHANNELS:
+        return True
+    # The queries, and two stages of keys and values.
+    return (_QUERIES + 4 * keys_at_once(channels)) * channels * query.element_size() <= gpu(query.device)[1]
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -211,13 +211,18 @@ def _conv_kernel(
 # fmt: on
 
 
-def takes(arena: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `conv` takes this input, given a GPU that runs kernels: bf16 or fp16 and four kinds of kernel."""
+def takes(arena: torch.Tensor, weight: torch.Tensor, *, scale: int = 1) -> bool:
+    """Whether `conv` takes this input, given a GPU that runs kernels: bf16 or fp16 and four kinds of kernel.
+
+    With a ``scale`` of 2, whether `upsample_conv` does.
+    """
     return (
         arena.dtype in KERNEL_DTYPES
         and weight.dtype == arena.dtype
         and tuple(weight.shape[2:]) in _KERNELS
         and arena.shape[:3].numel() < 2**31
+        # Of an output frame, with a border.
+        and (arena.shape[1] * scale + 2) * (arena.shape[2] * scale + 2) * weight.shape[0] < 2**31
     )
 
 
@@ -324,12 +329,12 @@ def _launch(
     descriptors: bool | None,
 ) -> None:
     channels, out_channels, scale = arena.shape[3], kind.out_channels, kind.scale
-    for name, tensor in (("arena", arena), ("residual", residual), ("out", out), ("weight", weight)):
+    for name, tensor in (("arena", arena), ("residual", residual), ("out", out), ("weight", weight), ("bias", bias)):
         if tensor is not None and (not tensor.is_contiguous() or tensor.dtype != arena.dtype):
             raise ValueError(f"{name} must be contiguous {arena.dtype}, not {tensor.dtype} {tensor.stride()}")
     for name, indices in (("slots", slots), ("out_slots", out_slots)):
-        if indices is not None and (indices.dtype != torch.int32 or indices.dim() != 1):
-            raise ValueError(f"{name} must be a row of int32, not {indices.dtype} {tuple(indices.shape)}")
+        if indices is not None and (indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous()):
+            raise ValueError(f"{name} must be a contiguous row of int32, not {indices.dtype} {tuple(indices.shape)}")
     if arena.dtype not in KERNEL_DTYPES or weight.shape[-1] != channels:
         raise ValueError(f"the kernel takes bfloat16 or float16 of {weight.shape[-1]} channels, not {arena.dtype}")
     tma = use_descriptors(arena) if descriptors is None else descriptors
@@ -409,7 +414,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
         SCALE=scale, HALVES=halves, HAS_RESIDUAL=geometry.residual is not None,
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
-        HIDE=geometry.device.type == "cuda" and torch.version.hip is None,
+        HIDE=geometry.device.type == "cuda",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return tile, call, (rows, columns, positions, *geometry.strides)

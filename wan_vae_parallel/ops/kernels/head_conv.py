@@ -184,11 +184,13 @@ def head_conv(
         raise ValueError(
             f"weights {tuple(spread.shape)} were not spread over {frames} frames and {rows} rows of {out_channels}"
         )
-    if min(count, height, width) < 1 or slots.dtype != torch.int32 or arena.shape[3] != channels:
+    if slots.dtype != torch.int32 or not slots.is_contiguous():
+        raise ValueError(f"slots must be a contiguous row of int32, not {slots.dtype} {slots.stride()}")
+    if min(count, height, width) < 1 or arena.shape[3] != channels:
         raise ValueError(f"no output frame of {channels} channels in an arena {tuple(arena.shape)}, slots {slots}")
     if tuple(out.shape) != (count, height, width, out_channels) or bias.numel() != out_channels:
         raise ValueError(f"out must be {(count, height, width, out_channels)}, not {tuple(out.shape)}")
-    for name, tensor in (("arena", arena), ("spread", spread), ("out", out)):
+    for name, tensor in (("arena", arena), ("spread", spread), ("out", out), ("bias", bias)):
         if not tensor.is_contiguous() or tensor.dtype != arena.dtype:
             raise ValueError(f"{name} must be contiguous {arena.dtype}, not {tensor.dtype} {tensor.stride()}")
     if tile is None:

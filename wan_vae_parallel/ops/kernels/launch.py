@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,11 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
     finally:
         _collected.reset(token)
     started = time.monotonic()
+    word = threading.Timer(
+        _WORD_SECONDS, logger.info, ("compiling %d kernels for %s, which is done once", len(collected), device)
+    )
+    word.daemon = True
+    word.start()
 
     def compile_one(job: Callable[[], Any]) -> None:
         # Each thread has a current device of its own.
@@ -108,8 +114,11 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
                 if not forgiving:
                     raise
 
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(compile_one, collected.values()))
+    try:
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, collected.values()))
+    finally:
+        word.cancel()
     seconds = time.monotonic() - started
     if seconds > _WORD_SECONDS:
         logger.info(

@@ -17,9 +17,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
-from ..conv import fold_upsample_weight
+from .. import conv as ops
 from ..kinds import LayerKind, Measured
 from . import conv, head_conv
 from .launch import compile_all
@@ -86,8 +85,7 @@ class _Problem:
         shape = _FRAMES * kind.halves, rows * scale, columns * scale, out_channels // kind.halves
         self.out = torch.empty(shape, dtype=dtype, device=device)
         if kind.op == "upsample_conv":
-            self.folded = fold_upsample_weight(self.weight.squeeze(2))
-            self.doubled = random(_FRAMES, scale * rows + 2, scale * columns + 2, channels)
+            self.folded = ops.fold_upsample_weight(self.weight.squeeze(2))
         if kind.op == "head_conv":
             self.spread_over = head_conv.tiling(_FRAMES, out_channels)
             self.spread = head_conv.spread_weight(self.weight, *self.spread_over, transposed=False)
@@ -109,11 +107,12 @@ class _Problem:
             )  # fmt: skip
 
     def cudnn(self) -> None:
-        """What `ops.conv` would do otherwise, once it has the frames side by side, and doubled."""
-        if self.kind.op == "upsample_conv":
-            F.conv2d(self.doubled.permute(0, 3, 1, 2), self.weight.squeeze(2), self.bias)
+        """What `ops.conv` does otherwise: frames side by side, doubled one by one, and all that cuDNN wants before."""
+        kind, arena, slots, bias = self.kind, self.arena, self.slots, self.bias
+        if kind.op == "upsample_conv":
+            ops.upsample_conv(arena, slots, self.weight.squeeze(2), bias, folded=None, cudnn=True)
         else:
-            F.conv3d(self.arena.unsqueeze(0).permute(0, 4, 1, 2, 3), self.weight, self.bias)
+            ops.conv(arena, slots, self.weight, bias, out=self.out, halves=kind.halves, cudnn=True)
 
 
 def _measured(kind: LayerKind, dtype: torch.dtype, device: torch.device) -> Measured:
@@ -174,10 +173,10 @@ def _rows(kind: LayerKind, tiles: Sequence[Tile], processors: int, itemsize: int
     if kind.op == "head_conv":
         together, rows = head_conv.tiling(_FRAMES, kind.out_channels)
         positions, programs = positions * rows, _FRAMES // together
-    # The arena, its frames doubled, our output and cuDNN's.
-    doubled = 4 if kind.op == "upsample_conv" else 0
-    elements = kind.channels * ((_FRAMES + kind.kernel[0] - 1) / _FRAMES + doubled)
-    elements += 2 * kind.scale**2 * kind.out_channels
+    # The arena, its frames side by side, two of them doubled; our output, cuDNN's, and that in halves.
+    doubled = 2 * 4 / _FRAMES if kind.op == "upsample_conv" else 0
+    elements = kind.channels * (2 * (_FRAMES + kind.kernel[0] - 1) / _FRAMES + doubled)
+    elements += (2 + kind.halves // 2) * kind.scale**2 * kind.out_channels
     turn = processors * positions / programs * _FRAMES * elements * itemsize
     turns = min(_TURNS, max(1, math.floor(_MOST_BYTES / turn)))
     of_a_frame = max(1, turns * processors // programs) * positions

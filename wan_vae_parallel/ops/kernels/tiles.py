@@ -114,6 +114,13 @@ def _narrow(channels: int, out_channels: int) -> list[Tile]:
     ]
 
 
+def _unmeasured(channels: int, out_channels: int, shared: int) -> list[tuple[Tile, float]]:
+    """Settings for a GPU with so much shared memory that nothing is known of; narrow ones are taken for alike."""
+    if shared < _WIDE_BYTES:
+        return [(tile, 1.0) for tile in _narrow(channels, out_channels)]
+    return _settings(channels, out_channels)
+
+
 def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
     """Settings to measure for ``kind``: few, as each has to be compiled, and all with the same bits."""
     shared = gpu(device)[1]
@@ -170,7 +177,7 @@ def choose_tile(
         programs = -(-frame_positions // tile.positions) * frames * parts
         return -(-programs // processors) * tile.positions / (parts * speed)
 
-    settings = _measured.get((device, dtype, kind)) or _settings(kind.channels, own)
+    settings = _measured.get((device, dtype, kind)) or _unmeasured(kind.channels, own, shared)
     return fit(min(settings, key=cost)[0], shared)
 
 
