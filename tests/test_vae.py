@@ -482,7 +482,7 @@ def test_a_real_shortage_of_host_memory_goes_the_same_way(vae, latents, monkeypa
 
 
 def test_frames_that_the_host_can_not_hold_are_refused_before_decoding(vae, latents, monkeypatch):
-    monkeypatch.setattr("wan_vae_parallel.vae.free_memory", lambda _device: 1000)
+    monkeypatch.setattr("wan_vae_parallel.memory.free_memory", lambda _device: 1000)
     with pytest.raises(wvp.OutOfMemoryError) as raised:
         vae.decode(latents)
     assert "21 frames of 24x16 take 0.1 MiB on the host, where 0.0 MiB are free" in str(raised.value)

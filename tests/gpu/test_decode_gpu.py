@@ -241,7 +241,7 @@ def test_no_kernel_converts_layouts(family, oracle):
     vae = load(oracle, dtype="bfloat16", devices="cuda:0", chunk=2)
     latents = random_latents(family, frames=4, rows=12, columns=20)
     names = kernel_names(lambda: vae.decode(latents))
-    assert len(names) > 10, f"the profiler saw too little to judge: {sorted(names)}"
+    assert "_conv_kernel" in names, f"the profiler saw too little to judge: {sorted(names)}"
     assert not [name for name in names if LAYOUT_KERNEL.search(name)]
 
 

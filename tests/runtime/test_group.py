@@ -187,14 +187,14 @@ def _refuses(rank, _world, path):
     first, second = latents_of(4, 3, seed=1), latents_of(4, 3, seed=2)
     with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
         if rank == 0:
-            patch.setattr("wan_vae_parallel.vae.free_memory", lambda _: 0)
+            patch.setattr("wan_vae_parallel.memory.free_memory", lambda _: 0)
         with pytest.raises(wvp.WanVAEError) as raised:
             vae.decode(first)
         patch.undo()
         frames = vae.decode(second)
         # Again, and this time the first rank comes back with the same latents: nobody else has noticed.
         if rank == 0:
-            patch.setattr("wan_vae_parallel.vae.free_memory", lambda _: 0)
+            patch.setattr("wan_vae_parallel.memory.free_memory", lambda _: 0)
             with pytest.raises(wvp.OutOfMemoryError):
                 vae.decode(first)
             patch.undo()
