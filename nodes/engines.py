@@ -190,7 +190,7 @@ def _choose_devices(devices: str) -> list[torch.device]:
     if not names or names == ["auto"]:
         return _comfyui_devices()
     there = [name for name in names if not _elsewhere(name)]
-    places = parse_devices(there) if there else _comfyui_devices()
+    places = parse_devices(there, forgiving=True) if there else _comfyui_devices()
     if len(there) < len(names):
         logger.info("Wan VAE Parallel: devices %s were asked for; decoding on %s", devices, ", ".join(map(str, places)))
     return places

@@ -88,6 +88,7 @@ def test_what_is_no_device_is_refused_with_those_that_are_there(devices, message
 def test_without_nccl_auto_is_one_gpu_and_several_are_refused():
     assert parse_devices("auto") == GPUS[:1]
     assert parse_devices("cuda:1") == GPUS[1:]
+    assert parse_devices("cuda:1,cuda:0", forgiving=True) == [torch.device("cuda:1")]
     with pytest.raises(DeviceError, match="are 2 devices, but this torch has no nccl; name one"):
         parse_devices("cuda:0,cuda:1")
 

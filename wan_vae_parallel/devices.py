@@ -26,12 +26,15 @@ def available_devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(count))]
 
 
-def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) -> list[torch.device]:
+def parse_devices(
+    devices: str | torch.device | Sequence[str | torch.device], *, forgiving: bool = False
+) -> list[torch.device]:
     """Turns what a user wrote into devices, checked to be there.
 
     Args:
         devices: ``"auto"`` (all CUDA devices, else the CPU), one device, names with commas between them, or a list.
             The CPU may be named several times, for as many processes.
+        forgiving: where this system can't use several devices together, take the first, as for ``"auto"``, and say so.
 
     Raises:
         DeviceError: a name that is no device, a device that is not there, a GPU that is named twice, GPUs mixed with
@@ -46,10 +49,7 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
     there = available_devices()
     if [str(name) for name in names] == ["auto"]:
         gpus = there[1:] or there
-        if len(gpus) > 1 and (reason := _why_alone(gpus)):
-            say_once(f"decoding on {gpus[0]} alone, though there are {len(gpus)} GPUs: {reason}")
-            return gpus[:1]
-        return gpus
+        return _together(gpus)
     if not names:
         raise DeviceError("no device is named; write 'auto', 'cpu', 'cuda:0' or several with commas between them")
     parsed = [_parse_device(name, there) for name in names]
@@ -58,9 +58,9 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device]) ->
         raise DeviceError(f"{', '.join(twice)} is named twice in {devices!r}; name each device once")
     if len({device.type for device in parsed}) > 1:
         raise DeviceError(f"{devices!r} mixes GPUs with the CPU, which would only wait for it; name one kind")
-    if len(parsed) > 1 and (reason := _why_alone(parsed)):
+    if not forgiving and len(parsed) > 1 and (reason := _why_alone(parsed)):
         raise DeviceError(f"{devices!r} are {len(parsed)} devices, but {reason}; name one")
-    return parsed
+    return _together(parsed)
 
 
 def parse_rank_device(
@@ -85,6 +85,14 @@ def parse_rank_device(
         kind = "GPUs (nccl)" if gpus else "CPUs (gloo)"
         raise DeviceError(f"the group joins {kind}, and {str(parsed[0])!r} is none; write 'auto'")
     return parsed[0]
+
+
+def _together(devices: list[torch.device]) -> list[torch.device]:
+    """``devices``, or the first of them where this system can't use several at once, which is said."""
+    if len(devices) > 1 and (reason := _why_alone(devices)):
+        say_once(f"decoding on {devices[0]} alone, though there are {len(devices)} devices: {reason}")
+        return devices[:1]
+    return devices
 
 
 def _why_alone(devices: list[torch.device]) -> str:
