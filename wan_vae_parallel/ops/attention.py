@@ -62,9 +62,8 @@ def _kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     if attention_hopper.can_attend(query, key, value):
         return attention_hopper.frame_attention
     if torch.cuda.get_device_capability(query.device) < (9, 0) or not attention.fits(query):
-        reason = (
-            f"{torch.cuda.get_device_name(query.device)} has not what our kernel for {query.shape[2]} channels needs"
-        )
+        name = torch.cuda.get_device_name(query.device)
+        reason = f"our kernel for {query.shape[2]} channels needs more than {name} has"
     else:
         reason = attention.why_not(query, key, value) or ""
     if not reason:
