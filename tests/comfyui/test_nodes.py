@@ -307,6 +307,39 @@ def workers(server):
     return [pid for pid, command in server.children() if "spawn_main" in command]
 
 
+def without_workers(server):
+    """Other tests' workers may be warm still: with them gone, those that are there are this test's."""
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 30
+    while workers(server):
+        assert time.monotonic() < deadline, "/free did not end the workers"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu"], indirect=True)
+def test_loaders_of_one_file_share_workers_and_a_new_file_of_its_name_gets_new_ones(server, send, received):
+    path = server.folder / "models" / "vae" / "shared.safetensors"
+    random_checkpoint(path, width=8)
+    without_workers(server)
+    graph = {"latent": send("shared", LATENTS)}
+    for name, chunk in (("one", 1), ("two", 2)):
+        graph |= {name: parallel_loader(path.name, chunk=chunk), f"{name} decode": decode(vae=name)}
+        graph[f"{name} save"] = save(name, f"{name} decode")
+    server.run(graph).check()
+    first, warm = received("one"), workers(server)
+    assert (received("two") - first).abs().max() < 1e-5
+    assert len(warm) == 2
+
+    random_checkpoint(path, width=8, seed=1)
+    server.run(graph).check()
+    assert (received("one") - first).abs().max() > 0.01
+    deadline = time.monotonic() + 10
+    while set(warm) & set(workers(server)):
+        assert time.monotonic() < deadline, "the old weights' workers are still there"
+        time.sleep(0.2)
+    assert len(workers(server)) == 2
+
+
 @pytest.mark.parametrize("devices", ["cpu,cpu"], indirect=True)
 def test_a_killed_worker_is_an_error_and_the_next_prompt_works(server, send, received):
     big = torch.randn(1, 16, 21, 16, 24, generator=torch.Generator().manual_seed(6))
@@ -317,12 +350,7 @@ def test_a_killed_worker_is_an_error_and_the_next_prompt_works(server, send, rec
             killed.append(workers(server)[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    # Other tests' workers may be warm still: with them gone, those that are there are this decode's.
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    deadline = time.monotonic() + 30
-    while workers(server):
-        assert time.monotonic() < deadline, "/free did not end the workers"
-        time.sleep(0.2)
+    without_workers(server)
     graph = {"latent": send("doomed", big), "vae": parallel_loader(chunk=4), "decode": decode()}
     graph["save"] = save("doomed", "decode")
     started = time.monotonic()
