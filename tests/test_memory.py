@@ -138,6 +138,7 @@ def test_sizes_for_people(count, text):
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("could not create a primitive"), True),
         # NCCL makes its connections late, when a device may be full.
         (RuntimeError("NCCL error in: ... Last error:\nCuda failure 2 'out of memory'"), True),
         (RuntimeError("NCCL error in: ... Last error:\nCuda failure 999 'unknown error'"), False),

@@ -33,8 +33,8 @@ _USABLE = 0.9
 _SPREAD_HEAD = 64 * 162
 # What a system that does not tell its free memory is taken to have.
 UNLIMITED = 2**62
-# How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN say it.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+# How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN, and oneDNN (of the code that it makes) say it.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
 @dataclass(frozen=True, kw_only=True)
