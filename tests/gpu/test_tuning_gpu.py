@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.oracle import load, oracle_vae, random_latents
+from tests.tuning import start_anew
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.memory import decode_memory
-from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.ops.kinds import LayerKind, Measured
 from wan_vae_parallel.runtime import tuning
 from wan_vae_parallel.runtime.local import LocalDecoder
@@ -28,13 +28,6 @@ KINDS = [
     LayerKind("upsample_conv", 192, 96, (1, 3, 3)),
     LayerKind("head_conv", 96, 3, (3, 3, 3)),
 ]
-
-
-def start_anew(patch):
-    """As a new process does."""
-    patch.setattr(tuning, "_known", {})
-    patch.setattr(tiles, "_measured", {})
-    dispatch.say_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

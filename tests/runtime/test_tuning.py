@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.oracle import load, oracle_vae, random_latents
+from tests.tuning import start_anew
 from wan_vae_parallel.architecture import Architecture
 from wan_vae_parallel.memory import decode_memory, largest_chunk
 from wan_vae_parallel.model.decoder import WanDecoder
@@ -44,13 +45,6 @@ class Gpu:
                 tuple(600.0 if i == best else 60.0 for i in range(count)), self.cudnn.get(kind, 300.0)
             )
         return found
-
-
-def start_anew(patch):
-    """As a new process does."""
-    patch.setattr(tuning, "_known", {})
-    patch.setattr(tiles, "_measured", {})
-    dispatch.say_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from ..ops.conv import (
     prepare_head,
     upsample_conv,
 )
-from ..ops.dispatch import KERNEL_DTYPES, kernels_run
+from ..ops.dispatch import kernels_multiply
 from ..ops.kinds import LayerKind
 from ..ops.norm_silu import norm_silu
 from .state import DecodeState, Frames, PageKey, PageNeed
@@ -190,8 +190,7 @@ class UpsampleConv(_Weights):
     def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:
         """Upsamples frames of its key to ``[T, 2H, 2W, O]``; they belong to the layer from now on."""
         state.edges.fill_halo(frames)
-        folds = not self.cudnn and self.weight.dtype in KERNEL_DTYPES and kernels_run(self.weight)
-        if self._folded is None and folds:
+        if self._folded is None and not self.cudnn and kernels_multiply(self.weight.device, self.weight.dtype):
             self._folded = fold_upsample_weight(self.weight)
         result = upsample_conv(
             frames.arena,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..ops.dispatch import KERNEL_DTYPES, kernels_run, say_once
+from ..ops.dispatch import kernels_multiply, say_once
 from ..ops.kinds import LayerKind, Measured
 from ..parallel.agree import WORK_SECONDS, Board
 from ..user_cache import CachedFacts
@@ -121,7 +121,7 @@ def _keep(facts: CachedFacts, values: Mapping[str, Any]) -> None:
 
 def _key(device: torch.device, dtype: torch.dtype) -> _Key:
     """All that speeds depend on; nothing where no kernels of ours run."""
-    if dtype not in KERNEL_DTYPES or not kernels_run(torch.empty(0, device=device)):
+    if not kernels_multiply(device, dtype):
         return {}
     import triton
 

@@ -73,10 +73,10 @@ class Call:
         """Launches it; within `compile_all` it is only noted."""
         # The compiler takes 16 bytes' alignment, which all tensors have that are not views, for granted.
         aligned = all(a.data_ptr() % 16 == 0 for a in arguments if isinstance(a, torch.Tensor))
-        if self._compiled and aligned and _collected.get() is None:
-            self._compiled(*arguments, *self._constants)
-        elif not aligned or _collected.get() is not None or not _COMPILED_TAKE_ALL:
+        if not aligned or not _COMPILED_TAKE_ALL or _collected.get() is not None:
             launch(self._kernel, self._grid, *arguments, **self._options)
+        elif self._compiled:
+            self._compiled(*arguments, *self._constants)
         else:
             compiled = self._kernel[self._grid](*arguments, **self._options)
             if compiled is not None:  # as it is in the interpreter
@@ -110,7 +110,7 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             try:
                 job()
-            except Exception:
+            except Exception:  # compilers fail in many ways; the launch will say it again
                 if not forgiving:
                     raise
 
