@@ -1,17 +1,17 @@
 """The kernel that swaps border rows, with a neighbour on both sides: three devices' parts, played on one.
 
-On a GPU they run on three streams, in Triton's interpreter in three processes; see kernel_tests.py. In the interpreter
+Each has a process, between which a GPU switches every few milliseconds. In Triton's interpreter (see kernel_tests.py)
 the two instructions that order memory between devices are plain loads and stores, as x86 orders them itself.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.gpu.kernel_tests import DEVICE, INTERPRETED, MARKS
+from tests.gpu.kernel_tests import DEVICE, INTERPRETED, MARKS, here
+from tests.parallel import launch
 
 pytestmark = MARKS
 triton = pytest.importorskip("triton", reason="there are no kernels without Triton")
@@ -57,51 +57,32 @@ class Rank:
             self.wrong += (self.arena[chosen, row] != 1000.0 * whose + number).sum()
 
 
-def memory():
-    """Boxes and signals of all ranks."""
-    boxes = [torch.full((2, 2, BOX), torch.nan, device=DEVICE) for _ in range(RANKS)]
-    return boxes, [torch.zeros(2 * kernels.PROGRAMS, dtype=torch.int32, device=DEVICE) for _ in range(RANKS)]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with launch.Ranks(RANKS, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
 
 
-def _in_a_process(rank, boxes, signals, answers):
-    kernels._tell, kernels._look = _plain_tell, _plain_look
-    kernels.PROGRAMS = 2  # it runs them one after the other
-    part = Rank(rank, boxes, signals, 4, 16)
-    for number in range(1, 7):
-        part.swap(number)
-    answers.put((rank, int(part.wrong)))
+def swap_often(rank, world_size, swaps, columns, channels):  # noqa: ARG001 (as the launcher calls it)
+    """How many values were wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setattr(kernels, "_tell", _plain_tell)
+            patch.setattr(kernels, "_look", _plain_look)
+            patch.setattr(kernels, "PROGRAMS", 2)  # it runs them one after the other
+        boxes = launch.shared(torch.full((2, 2, BOX), torch.nan, device=DEVICE))
+        signals = launch.shared(torch.zeros(2 * kernels.PROGRAMS, dtype=torch.int32, device=DEVICE))
+        part = Rank(rank, boxes, signals, columns, channels)
+        lag = torch.Generator().manual_seed(rank)
+        for number in range(1, swaps + 1):
+            if not INTERPRETED and torch.rand((), generator=lag) < 0.2:
+                torch.cuda._sleep(int(1e6 * torch.rand((), generator=lag)))
+            part.swap(number)
+        wrong = int(part.wrong)
+        dist.barrier(launch.group())  # until here neighbours may write
+        return wrong
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU")
-def test_three_processes_swap_rows_in_the_interpreter():
-    boxes, signals = memory()
-    for tensor in (*boxes, *signals):
-        tensor.share_memory_()
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=_in_a_process, args=(rank, boxes, signals, answers)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * RANKS
-    assert sorted(answers.get() for _ in processes) == [(rank, 0) for rank in range(RANKS)]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="there is no GPU")
-@pytest.mark.parametrize(("columns", "channels"), [(5, 3), (30, 16)])
-def test_three_streams_swap_rows_whichever_lags(columns, channels):
-    boxes, signals = memory()
-    streams = [torch.cuda.Stream(DEVICE) for _ in range(RANKS)]
-    parts = [Rank(rank, boxes, signals, columns, channels) for rank in range(RANKS)]
-    torch.cuda.synchronize(DEVICE)
-    lag = torch.Generator().manual_seed(1)
-    for number in range(1, 200):
-        for stream, part in zip(streams, parts, strict=True):
-            with torch.cuda.stream(stream):
-                if torch.rand((), generator=lag) < 0.2:
-                    torch.cuda._sleep(int(1e6 * torch.rand((), generator=lag)))
-                part.swap(number)
-    torch.cuda.synchronize(DEVICE)
-    assert [int(part.wrong) for part in parts] == [0] * RANKS
+@pytest.mark.parametrize(("swaps", "columns", "channels"), here((6, 4, 16), gpu=[(100, 5, 3), (100, 28, 16)]))
+def test_three_ranks_swap_rows_whichever_lags(ranks, swaps, columns, channels):
+    assert ranks.run(swap_often, swaps, columns, channels) == [0] * RANKS

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 _START_SECONDS = 120.0
+_END_SECONDS = 5.0
 
 _group: dist.ProcessGroup | None = None
 
@@ -41,6 +43,18 @@ def device() -> torch.device:
     if dist.get_backend() == "nccl":
         return torch.device("cuda", dist.get_rank())
     return torch.device("cpu")
+
+
+def shared(own: torch.Tensor) -> list[torch.Tensor]:
+    """Within a launched function: every rank's ``own``, which all ranks can write to, by rank; on one device."""
+    if own.is_cuda:
+        torch.cuda.synchronize(own.device)
+    me, everyone = dist.get_rank(_group), range(dist.get_world_size(_group))
+    # One for each of the others: some can be opened only once, and none by the process that it came from.
+    mine = [b"" if other == me else bytes(ForkingPickler.dumps(own)) for other in everyone]
+    handles = [mine for _ in everyone]
+    dist.all_gather_object(handles, mine, _group)
+    return [own if other == me else pickle.loads(handles[other][me]) for other in everyone]
 
 
 class Ranks:
@@ -63,6 +77,12 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for connection in self._connections:
+            connection.close()
+        # What a driver keeps in /dev/shm for a process goes only when that ends by itself.
+        deadline = time.monotonic() + _END_SECONDS
+        for process in self._processes:
+            process.join(max(0, deadline - time.monotonic()))
         self.stop()
 
     def run(

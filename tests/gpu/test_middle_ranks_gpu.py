@@ -1,0 +1,81 @@
+"""Decodes by three and four ranks that share one GPU: those in the middle have a neighbour on both sides.
+
+Each rank is a process, and the GPU switches between them every few milliseconds, so that this takes long but needs one
+device alone. Halo rows travel as between devices of their own, through memory that the neighbours' kernels write to;
+NCCL does not run like this, and gloo carries keys and values through the host instead.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from tests.oracle import FAMILIES, load, oracle_vae, random_latents
+from tests.parallel import launch
+from wan_vae_parallel.checkpoint import checkpoint_from_state_dict, read_checkpoint
+from wan_vae_parallel.parallel import mailbox
+from wan_vae_parallel.parallel.edges import ShardEdges
+from wan_vae_parallel.parallel.plan import plan_shards
+from wan_vae_parallel.runtime.local import LocalDecoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there"),
+]
+pytest.importorskip("triton", reason="there are no kernels without Triton")
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with launch.Ranks(4, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+class ThroughTheHost(ShardEdges):
+    """Edges whose keys and values are gathered on the CPU."""
+
+    def all_rows(self, shard):
+        return super().all_rows(shard.cpu()).to(CUDA)
+
+
+def shared_mailbox(rank):
+    """One whose boxes lie on the same device as the others'."""
+    own = torch.zeros(4 * mailbox._BOX_BYTES + mailbox._SIGNAL_BYTES, dtype=torch.uint8, device=CUDA)
+    return mailbox.Mailbox(launch.shared(own), rank, own)
+
+
+@torch.inference_mode()
+def decode_own(rank, world_size, weights, latents, chunk):
+    """This rank's part of the frames, and how many halo rows it sent."""
+    torch.cuda.set_device(CUDA)
+    checkpoint = read_checkpoint(weights)
+    decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=torch.bfloat16)
+    plan = plan_shards(*latents.shape[-2:], world_size)
+    latents = latents.transpose(-1, -2) if plan.transposed else latents
+    edges = ThroughTheHost(plan, launch.group(), shared_mailbox(rank))
+    own = latents[:, :, :, plan.bounds[rank] : plan.bounds[rank + 1]]
+    frames = [part.cpu() for part in decoder.stream(own, chunk, edges, transposed=plan.transposed)]
+    dist.barrier(launch.group())  # until here neighbours may write
+    return torch.cat(frames, dim=1), edges.rows_sent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frames_are_those_of_one_rank_bit_for_bit(ranks, tmp_path, family):
+    oracle = oracle_vae(family, width=96)
+    weights = tmp_path / "vae.safetensors"
+    save_file(dict(checkpoint_from_state_dict(oracle.state_dict(), source="diffusers").decoder), weights)
+    for count, size, axis, chunk in ((3, (13, 18), 3, 2), (4, (18, 13), 2, 1)):
+        latents = random_latents(family, frames=4, rows=size[0], columns=size[1])
+        with load(oracle, devices="cuda:0", dtype="bfloat16", chunk=3) as vae:
+            expected = vae.decode(latents)
+        parts = ranks.run(decode_own, str(weights), latents, chunk, members=count, timeout=150)
+        frames = torch.cat([frames for frames, _ in parts], dim=axis)
+        assert expected.std() > 0.05
+        assert torch.equal(frames, expected), (count, (frames - expected).abs().max())
+        sent = [rows for _, rows in parts]
+        assert all(rows == 2 * sent[0] for rows in sent[1:-1])
+        assert sent[0] == sent[-1] > 0
