@@ -93,11 +93,8 @@ def _start(
     CO: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SWAP: tl.constexpr,
 ):
     """What the products are added to. Adding it after them instead took 250 registers more than there are."""
-    # Loaded as a row, one value a thread: of a column each thread would load all.
-    added = tl.load(bias + first + n, mask=n < CO, other=0.0).to(tl.float32)
     place, n = _spread(place, n, SWAP)
-    _, added = _spread(added, added, SWAP)
-    acc += added
+    acc += tl.load(bias + first + n, mask=n < CO, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         stored, _ = _spread(stored, stored, SWAP)
         acc += tl.load(residual + (place * CO + n), mask=stored & (n < CO), other=0.0).to(tl.float32)
