@@ -2,7 +2,8 @@
 
     python tests/bench/kernels.py [--dtype bfloat16] [--only conv]
 
-``--only settings`` measures what a first decode does: all candidates for each kind of layer, and cuDNN.
+``--only settings`` measures what a first decode does: all candidates for each kind of layer, and cuDNN. ``sustained``
+measures what is left after the burst, when the GPU's power limit has lowered its clock: two seconds of each.
 
 Random data. Prints rows for BENCHMARKS.md: ours, then PyTorch's own kernels on the same tensors.
 """
@@ -47,6 +48,8 @@ CONVOLUTIONS = [
     (512, 512, (3, 3, 3), 176, 320, 4),
     (256, 256, (3, 3, 3), 352, 640, 4),
 ]
+SUSTAINED = [(1024, 88, 160, 4), (512, 176, 320, 4), (256, 352, 640, 4)]
+SUSTAINED += [(384, 180, 320, 8), (192, 360, 640, 8), (96, 720, 1280, 4)]
 UPSAMPLINGS = [(384, 192, 180, 320, 4), (192, 96, 360, 640, 4), (384, 192, 90, 160, 8), (1024, 1024, 44, 80, 4)]
 HEADS = [(96, 3, 720, 1280, 4), (96, 3, 720, 1280, 1), (96, 3, 180, 1280, 4), (256, 12, 352, 640, 4)]
 NORMS = [(96, 720, 1280, 4), (192, 360, 640, 4), (384, 180, 320, 4), (384, 90, 160, 4), (256, 352, 640, 4)]
@@ -94,14 +97,19 @@ class Bench:
         inside.copy_(self.random(*inside.shape))
         return arena, torch.arange(frames, dtype=torch.int32, device=CUDA)
 
+    def conv_problem(self, channels, out_channels, kernel, height, width, frames):
+        """What `conv` takes, and its FLOP."""
+        arena, slots = self.arena(frames + kernel[0] - 1, height, width, channels, kernel[1] // 2)
+        taps = kernel[0] * kernel[1] * kernel[2]
+        weight = self.random(out_channels, channels, *kernel, scale=(taps * channels) ** -0.5)
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        flops = 2 * frames * height * width * out_channels * channels * taps
+        return (arena, slots, weight, self.random(out_channels)), flops
+
     def conv(self):
         for channels, out_channels, kernel, height, width, frames in CONVOLUTIONS:
-            arena, slots = self.arena(frames + kernel[0] - 1, height, width, channels, kernel[1] // 2)
-            taps = kernel[0] * kernel[1] * kernel[2]
-            weight = self.random(out_channels, channels, *kernel, scale=(taps * channels) ** -0.5)
-            weight = weight.contiguous(memory_format=torch.channels_last_3d)
-            bias = self.random(out_channels)
-            flops = 2 * frames * height * width * out_channels * channels * taps
+            problem = self.conv_problem(channels, out_channels, kernel, height, width, frames)
+            (arena, slots, weight, bias), flops = problem
             name = f"{'x'.join(map(str, kernel))} {channels} to {out_channels}, {height}x{width}, T {frames}"
             if kernel == (1, 1, 1):
                 self.row(name, lambda: pointwise_conv(arena, weight, bias), flops=flops)  # noqa: B023 (called at once)
@@ -189,15 +197,48 @@ class Bench:
                 speeds = ", ".join(f"{speed:.0f}" for speed in one.tiles)
                 print(f"| {kind} | {speeds} TFLOP/s | best {best} | cuDNN {one.cudnn:.0f} |", flush=True)
 
+    def sustained(self):
+        a, b = self.random(8192, 8192), self.random(8192, 8192)
+        ceiling = self.lasting("matmul 8192^3", lambda: a @ b, 2 * 8192**3)
+        for channels, height, width, frames in SUSTAINED:
+            problem, flops = self.conv_problem(channels, channels, (3, 3, 3), height, width, frames)
+            name = f"3x3x3 {channels} to {channels}, {height}x{width}, T {frames}"
+            self.lasting(name, lambda: conv(*problem), flops, ceiling)  # noqa: B023 (called at once)
+
+    def lasting(self, what, call, flops, ceiling=0.0):
+        """FLOP/s over two seconds; prints the first eight calls', which meet a cool GPU, beside them."""
+        call()
+        torch.cuda.synchronize()
+        time.sleep(1)
+        events = [self.event()]
+        began = time.monotonic()
+        while time.monotonic() < began + 2:
+            for _ in range(8):
+                call()
+            events.append(self.event())
+            events[max(0, len(events) - 3)].synchronize()  # a few calls ahead, and no more
+        events[-1].synchronize()
+        first = flops * 8 / events[0].elapsed_time(events[1]) * 1e3
+        mean = flops * 8 * (len(events) - 1) / events[0].elapsed_time(events[-1]) * 1e3
+        share = f" {mean / ceiling:.0%} |" if ceiling else ""
+        print(f"| {what} | {first / 1e12:.0f} TFLOP/s | {mean / 1e12:.0f} TFLOP/s |{share}", flush=True)
+        return mean
+
+    def event(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    parser.add_argument("--only", choices=["conv", "upsample", "head", "norm", "attention", "rest", "settings"])
+    names = ["conv", "upsample", "head", "norm", "attention", "rest", "settings", "sustained"]
+    parser.add_argument("--only", choices=names)
     options = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench(getattr(torch, options.dtype))
-    for name in ("conv", "upsample", "head", "norm", "attention", "rest", "settings"):
+    for name in names:
         if options.only in (None, name):
             getattr(bench, name)()
 

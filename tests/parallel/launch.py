@@ -79,7 +79,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         for connection in self._connections:
             connection.close()
-        # What a driver keeps in /dev/shm for a process goes only when that ends by itself.
+        # Memory that others have opened is given back only by a process that ends by itself.
         deadline = time.monotonic() + _END_SECONDS
         for process in self._processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -122,6 +122,9 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+            # The CUDA driver leaves them of processes whose memory others have opened.
+            for left in Path("/dev/shm").glob(f"cuda.shm.*.{process.pid:x}.*"):
+                left.unlink()
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
