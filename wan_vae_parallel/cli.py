@@ -30,7 +30,7 @@ from .files import replacing
 from .latents import check_latents, read_latents, save_latents
 from .launched import launched, torchrun_group
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
-from .ops.dispatch import kernels_multiply
+from .ops.dispatch import kernels_expected
 from .parallel.plan import describe_plan, plan_shards
 from .pictures import contact_sheet
 from .vae import VAE, load_vae
@@ -302,7 +302,7 @@ def _info(options: argparse.Namespace) -> None:
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, latent_frames, tallest, plan.columns)
     free = min(free_memory(device) for device in devices)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_multiply(devices[0], dtype)}
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
     chunk = largest_chunk(architecture, size, free=free, **given) if options.chunk == "auto" else options.chunk
     needed = decode_memory(architecture, size, chunk=chunk, **given)
     least = decode_memory(architecture, size, chunk=1, **given)

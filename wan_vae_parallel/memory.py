@@ -187,9 +187,9 @@ def _skeleton(architecture: Architecture) -> WanDecoder:
 
 
 def _folded_elements(architecture: Architecture) -> int:
-    """Elements of weights as the kernels take them: upsamplings' 16 taps instead of 9, and the head's, spread twice."""
+    """Elements of weights as the kernels take them: upsamplings' 16 taps, not 9, and the head's, spread thrice."""
     convs = (module for module in _skeleton(architecture).modules() if isinstance(module, UpsampleConv))
-    return sum(conv.weight.numel() // 9 * 16 for conv in convs) + 2 * _SPREAD_HEAD * architecture.width
+    return sum(conv.weight.numel() // 9 * 16 for conv in convs) + 3 * _SPREAD_HEAD * architecture.width
 
 
 def _page_elements(

@@ -20,7 +20,7 @@ from .devices import parse_devices, parse_dtype, parse_rank_device
 from .errors import ArgumentError, CheckpointError, WanVAEError
 from .latents import check_fits, check_latents, denormalize
 from .memory import UNLIMITED, check_host_room, decode_memory, largest_chunk, parameter_count
-from .ops.dispatch import kernels_multiply
+from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEngine, GroupRun
@@ -214,6 +214,8 @@ class VAE:
             LatentError: the latents don't belong to this VAE, or hold NaN.
             OutOfMemoryError: not even one latent frame at a time fits; the message says what would.
         """
+        if torch.compiler.is_compiling():  # steps change what they work on: there is nothing to trace
+            return torch.compiler.disable(self.decode)(latents, normalized, on_chunk)
         latents = self._checked(latents, normalized)
         shape = self.output_shape(latents.shape)
         if self._group is not None and dist.get_rank(self._group):
@@ -222,9 +224,9 @@ class VAE:
         dtype = torch.promote_types(self.dtype, torch.float32)
         check_host_room(shape, dtype, videos=1)
         with self._running(latents, shape) as run:
-            out = torch.empty(shape, dtype=dtype) if run.video is None else run.video
+            out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
             for frames in run:
-                self._check_frames(frames, first=done == 0)
+                self._check(run)
                 newest = out[:, done : done + frames.shape[1]]
                 if run.video is None:
                     newest.copy_(frames)
@@ -236,7 +238,8 @@ class VAE:
     def decode_stream(self, latents: torch.Tensor, normalized: bool = False) -> Iterator[torch.Tensor]:
         """Like `decode`, but hands out frames as soon as they are final, and holds no whole video.
 
-        Closing the iterator, or dropping it, ends the decode and frees its memory.
+        Closing the iterator, or dropping it, ends the decode and frees its memory. Functions that torch.compile
+        compiles can't iterate it; they can `decode`.
 
         Yields:
             ``[B, t, H, W, C]``, the frames that follow those before.
@@ -269,7 +272,7 @@ class VAE:
         if len(self.places) > 1:
             plan = plan_shards(rows, columns, len(self.places))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_multiply(self.devices[0], self.dtype)
+        kernels = kernels_expected(self.devices[0], self.dtype)
         chunk = self._chunk_number or largest_chunk(
             self.architecture, size, dtype=self.dtype, free=UNLIMITED, kernels=kernels
         )
@@ -302,6 +305,7 @@ class VAE:
     def _running(self, latents: torch.Tensor, shape: torch.Size) -> Iterator[Run]:
         try:
             with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+                self._check(run)  # it may have waited for others
                 yield run
         finally:
             if self._closed:  # meanwhile, by another thread or a callback
@@ -319,11 +323,10 @@ class VAE:
         check_fits(latents, self.dtype)
         return latents
 
-    def _check_frames(self, frames: torch.Tensor, first: bool) -> None:
+    def _check(self, run: Run) -> None:
         if self._closed:
             raise WanVAEError("this VAE was closed while it decoded; load it again")
-        # Weights or activations that a dtype can't hold spoil all frames, so the first one tells.
-        if first and not frames[:, 0].isfinite().all():
+        if not run.finite:
             raise WanVAEError(
                 f"the frames are NaN: in {str(self.dtype).removeprefix('torch.')} the activations overflow, or the "
                 f"weights are damaged; try dtype bfloat16 or float32, or fetch the VAE again"
@@ -332,10 +335,9 @@ class VAE:
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
         with self._running(latents, shape) as run:
-            done, first = 0, True
+            done = 0
             for frames in run:
-                self._check_frames(frames, first)
-                first = False
+                self._check(run)
                 # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
                 # outside it.
                 yield frames.clone()

@@ -153,7 +153,8 @@ class HeadConv(CausalConv3d):
     def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:  # type: ignore[override]  # writes nowhere else
         """Convolves frames that `take` gave and a producer wrote, to ``[T, H, W, O]``."""
         seen = self.see(frames, state)
-        key = min(len(frames), 4), state.transposed
+        # What three frames want is what four do, and more.
+        key = min(1 << (len(frames) - 1).bit_length(), 4), state.transposed
         if key not in self._prepared and not self.cudnn:
             self._prepared[key] = prepare_head(self.weight, key[0], transposed=state.transposed)
         result = head_conv(

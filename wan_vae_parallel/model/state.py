@@ -84,7 +84,7 @@ class SlotLists:
             if len(self._lists) >= self.MOST:
                 self._lists.clear()
             # From page-locked memory and without waiting: else the device would run dry at each new list.
-            listed = torch.tensor(slots, dtype=torch.int32, pin_memory=cuda)
+            listed = torch.tensor(slots, dtype=torch.int32, device="cpu", pin_memory=cuda)
             found = listed.to(self._device, non_blocking=True)
             self._lists[key] = found
         return found

@@ -5,7 +5,9 @@ T frames, N positions of this shard, M positions of the whole frame, C channels
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +54,32 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     )
 
 
+@functools.cache
+def _kernels() -> tuple[ModuleType | None, ModuleType | None]:
+    """Our kernel, and the one that Hopper has of its own; what this Triton lacks something for is missing, and said."""
+    try:
+        from .kernels import attention
+    except ImportError as error:
+        say_once(
+            f"attention runs on PyTorch's kernels, which is slower and whose last bits depend on chunks and devices: "
+            f"{error}"
+        )
+        return None, None
+    try:
+        from .kernels import attention_hopper
+    except ImportError as error:  # before Triton 3.5, or a new one that renamed Gluon
+        say_once(f"attention runs on a slower kernel, whose frames are the same: {error}")
+        return attention, None
+    return attention, attention_hopper
+
+
 def _kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Attend | None:
     """The fastest kernel that takes these; all of them give the same bits, so that one may stand in for another."""
-    try:
-        from .kernels import attention, attention_hopper
-    except ImportError as error:  # an old Triton, or a new one that renamed Gluon
-        say_once(f"attention runs on PyTorch's kernels, which is slower: {error}")
+    attention, hopper = _kernels()
+    if hopper and hopper.can_attend(query, key, value):
+        return hopper.frame_attention
+    if not attention:
         return None
-    if attention_hopper.can_attend(query, key, value):
-        return attention_hopper.frame_attention
     if torch.cuda.get_device_capability(query.device) < (9, 0) or not attention.fits(query):
         name = torch.cuda.get_device_name(query.device)
         reason = f"our kernel for {query.shape[2]} channels needs more than {name} has"

@@ -241,6 +241,7 @@ def pointwise_conv(
                 x, slots, weight3d, bias, residual=residual, out=out, out_slots=out_slots, halves=1, transposed=False
             )
             return out
+        _say_slower(x)
     return _put(F.linear(x, weight.flatten(1), bias), residual, out, out_slots)
 
 

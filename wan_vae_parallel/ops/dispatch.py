@@ -29,6 +29,11 @@ def kernels_multiply(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in KERNEL_DTYPES and device.type == "cuda" and not _torch_only and _kernels_run_on(device)
 
 
+def kernels_expected(device: torch.device, dtype: torch.dtype) -> bool:
+    """`kernels_multiply` for plans: without a word, and without a kernel that is tried on the device."""
+    return dtype in KERNEL_DTYPES and device.type == "cuda" and not _torch_only and not _why_not(device)
+
+
 @contextlib.contextmanager
 def torch_kernels_only() -> Iterator[None]:
     """Within it PyTorch's own kernels do all the work: what ours are compared with."""
@@ -41,14 +46,24 @@ def torch_kernels_only() -> Iterator[None]:
 
 
 @functools.cache
-def _kernels_run_on(device: torch.device) -> bool:
-    reason = ""
+def _why_not(device: torch.device) -> str:
+    """What is known to keep kernels from running on ``device``."""
     try:
         import triton.language  # noqa: F401
     except ImportError as error:
-        reason = f"Triton is missing ({error})"
-    if not reason and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        reason = f"{torch.cuda.get_device_name(device)} is older than the kernels are written for"
+        return f"Triton is missing ({error})"
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than the kernels are written for"
+    return ""
+
+
+@functools.cache
+def _kernels_run_on(device: torch.device) -> bool:
+    reason = _why_not(device)
+    if not reason:
+        from .kernels import trial
+
+        reason = trial.why_not(device)
     if reason:
         logger.warning("decoding on %s with PyTorch's own kernels, which is slower: %s", device, reason)
     return not reason

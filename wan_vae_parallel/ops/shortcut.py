@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import kernels_run
+from .dispatch import kernels_run, say_once
 
 
 def add_duplicated(
@@ -48,6 +48,7 @@ def add_duplicated(
         if kernels.takes(x, out):
             kernels.add_duplicated(x, time_factor=time_factor, phases=phases, transposed=transposed, out=out)
             return
+        say_once(f"the shortcut of {str(x.dtype).removeprefix('torch.')} tensors runs on PyTorch's kernels, slower")
     group = channels // out_channels
     repeats = factor // group
     spread = out.unflatten(1, (rows, 2)).unflatten(3, (columns, 2))

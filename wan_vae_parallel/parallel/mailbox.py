@@ -75,7 +75,7 @@ class Mailbox:
             signals,
             above=None if above is None else self._of(above, arena.dtype),
             below=None if below is None else self._of(below, arena.dtype),
-            numbers=(self._counts[above], self._counts[below]),
+            numbers=(_as_int32(self._counts[above]), _as_int32(self._counts[below])),
         )
 
     def _of(self, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +87,10 @@ class Mailbox:
             views = boxes, buffer[4 * _BOX_BYTES :].view(torch.int32)
             self._views[rank, dtype] = views
         return views
+
+
+def _as_int32(number: int) -> int:
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -> Mailbox | None:

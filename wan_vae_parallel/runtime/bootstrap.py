@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def run(connection: Any, log: Any, environment: dict[str, str | None], options: 
     """Ends the process when the work is done; never returns."""
     # torch reads its settings when it is loaded: what the parent has there must be gone before.
     assert "torch" not in sys.modules, "a worker's torch was loaded with its parent's environment"
+    # Ctrl-C is the parent's to act on; and a parent that is gone already has no work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.getppid() != options["parent"]:
+        os._exit(1)
     for descriptor in (1, 2):
         os.dup2(log.fileno(), descriptor)
     for name, value in environment.items():

@@ -7,36 +7,66 @@ from collections.abc import Iterator
 import torch
 
 
-def to_host(frames: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+def to_host(frames: Iterator[torch.Tensor], device: torch.device) -> Iterator[tuple[torch.Tensor, bool]]:
     """Copies each tensor of ``frames`` to the host, one step behind the device.
 
-    The copy of one step runs while the device works on the next; two page-locked buffers take turns.
+    The copy of one step runs while the device works on the next; two page-locked buffers take turns. All work goes to
+    the stream that is current at the beginning, whichever is when the next tensor is asked for.
 
     Args:
-        frames: contiguous tensors on ``device``.
+        frames: contiguous tensors on ``device``, of values in [0, 1].
         device: where they are; on the CPU they pass through.
 
     Yields:
-        The same tensors on the host, each valid until the next one is asked for.
+        The same tensors on the host, each valid until the next one is asked for, and whether they are free of NaN.
     """
     if device.type != "cuda":
-        yield from frames
+        for on_host in frames:
+            yield on_host, bool(_finite(on_host))
         return
-    buffers = [torch.empty(0), torch.empty(0)]
-    waiting: tuple[torch.Tensor, torch.cuda.Event] | None = None
-    for count, batch in enumerate(frames):
-        slot = count % 2
-        if buffers[slot].numel() < batch.numel():
-            buffers[slot] = torch.empty(batch.numel(), dtype=batch.dtype, pin_memory=True)
-        host = buffers[slot][: batch.numel()].view(batch.shape)
-        with torch.cuda.device(device):
-            host.copy_(batch, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+    stream = torch.cuda.current_stream(device)
+    first = waiting = None
+    second: _Buffer | None = None
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(frames, None)
+            if batch is not None:
+                first, second = second, first
+                if first is None or not first.fits(batch):
+                    first = _Buffer(batch)
+                first.take(batch)
         if waiting:
-            waiting[1].synchronize()
-            yield waiting[0]
-        waiting = host, copied
-    if waiting:
-        waiting[1].synchronize()
-        yield waiting[0]
+            yield waiting.content()
+        if batch is None:
+            return
+        waiting = first
+
+
+def _finite(frames: torch.Tensor) -> torch.Tensor:
+    # One pass without a mask: a sum of values in [0, 1] is NaN only where one of them is.
+    return frames.sum().isfinite()
+
+
+class _Buffer:
+    """Page-locked memory for steps of at most as many frames as ``batch`` has."""
+
+    def __init__(self, batch: torch.Tensor) -> None:
+        self._memory = torch.empty(batch.numel(), dtype=batch.dtype, device="cpu", pin_memory=True)
+        self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+        self._copied = torch.cuda.Event()
+        self._frames = self._memory
+
+    def fits(self, batch: torch.Tensor) -> bool:
+        return batch.numel() <= self._memory.numel()
+
+    def take(self, batch: torch.Tensor) -> None:
+        """Copies ``batch``, after what the current stream has to do before."""
+        self._frames = self._memory[: batch.numel()].view(batch.shape)
+        self._frames.copy_(batch, non_blocking=True)
+        self._finite.copy_(_finite(batch), non_blocking=True)
+        self._copied.record()
+
+    def content(self) -> tuple[torch.Tensor, bool]:
+        """What was copied, once it is there."""
+        self._copied.synchronize()
+        return self._frames, bool(self._finite)

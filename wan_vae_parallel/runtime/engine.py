@@ -76,6 +76,8 @@ class LocalRun:
 
     # No memory of its own for the whole video: frames are handed out step by step.
     video: torch.Tensor | None = None
+    # Whether the newest frames are free of NaN.
+    finite = True
 
     def __init__(self, engine: LocalEngine, latents: torch.Tensor, chunk: int) -> None:
         self._engine = engine
@@ -85,7 +87,9 @@ class LocalRun:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields ``[B, t, H, W, C]`` on the host, each valid until the next."""
-        return self._frames
+        for frames, finite in self._frames:
+            self.finite = finite
+            yield frames
 
     def close(self) -> None:
         """Ends the decode where it is and frees its memory."""

@@ -108,6 +108,8 @@ class GroupRun:
 
     # No memory of its own for the whole video: frames are handed out step by step.
     video: torch.Tensor | None = None
+    # Whether the newest frames are free of NaN.
+    finite = True
 
     def __init__(self, engine: GroupEngine, latents: torch.Tensor, chunk: int) -> None:
         self._engine = engine
@@ -115,7 +117,9 @@ class GroupRun:
         self._over = True
         self._board = engine.meet(call="decode", latents=_described(latents))
         check_same(self._board.gather(lambda: engine.decoder().facts(), WORK_SECONDS))
-        engine.decoder().settle(self._board)
+        # Once, or layers might go to cuDNN between two decodes.
+        if not all(self._board.exchange(engine.decoder().settled)):
+            engine.decoder().settle(self._board)
         engine.connect(self._board)
         self._plan = plan_shards(latents.shape[3], latents.shape[4], len(engine.names))
         if engine.rank == 0:
@@ -135,7 +139,9 @@ class GroupRun:
         if self._over:
             raise WanVAEError("this decode is over; begin another one")
         with self._engine.exchanging(self._board):
-            yield from to_host(self._whole_frames(), self._engine.device)
+            for frames, finite in to_host(self._whole_frames(), self._engine.device):
+                self.finite = finite
+                yield frames
 
     def close(self) -> None:
         """Ends the decode where it is, on all ranks if the first one says so, and frees its memory."""

@@ -51,6 +51,8 @@ class LocalDecoder:
         self.model.requires_grad_(False).eval()
         self._compiled: set[tuple[Any, ...]] = set()
         self._lists = SlotLists(device)
+        # Whether `settle` was called.
+        self.settled = False
 
     def settle(self, board: Board | None = None) -> None:
         """Measures, or looks up, what convolves fastest here; with a ``board`` all its ranks call and agree on it."""
@@ -59,6 +61,7 @@ class LocalDecoder:
             given = tuning.settle([conv.kind for conv in convolutions], self.device, self.dtype, board)
         for conv in convolutions:
             conv.cudnn = conv.kind in given
+        self.settled = True
 
     @property
     def kernels(self) -> bool:

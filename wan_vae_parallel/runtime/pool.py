@@ -6,9 +6,10 @@ that no next step comes. Each writes its rows into memory that all share and tha
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
-import math
 import multiprocessing.connection
 import os
 import signal
@@ -27,7 +28,7 @@ from ..checkpoint import Checkpoint
 from ..errors import WanVAEError, WorkerError
 from ..ops.dispatch import say_once
 from .pool_run import PoolRun, StepOutOfMemory
-from .process import WorkerProcess
+from .process import WorkerProcess, end_all
 from .shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,20 @@ _INTERFACE = "lo"
 # What the others of a worker that died still say within this time tells whose fault it was.
 _CAUSE_SECONDS = 1.0
 _COPY_THREADS = 4
+# A thread that waits for another one's decode for so long says so.
+_WAIT_WORD_SECONDS = 5.0
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """With the program its workers end, those that are stopped too."""
+    for pool in list(_pools):
+        pool.stop(grace=0.5)
 
 
 class WorkerPool:
@@ -76,14 +89,21 @@ class WorkerPool:
         self._process = os.getpid()
         # Counts how often the workers were ended, which may happen while they start.
         self._ended = 0
+        self._changing = threading.RLock()
         self._decoding = threading.Lock()
         self._decoder_thread: threading.Thread | None = None
         self._idle_timer: threading.Timer | None = None
+        _pools.add(self)
 
     @property
     def running(self) -> bool:
         """Whether the workers live."""
         return bool(self.workers)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the workers are this process's, and not those of the one that it was forked from."""
+        return os.getpid() == self._process
 
     def run(self, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> PoolRun:
         """Begins a decode; other threads' decodes wait for its end.
@@ -101,16 +121,24 @@ class WorkerPool:
 
     def enter(self) -> None:
         """Takes the pool for a decode of this thread, when those of others are over."""
-        if os.getpid() != self._process:
+        if not self.ours:
             raise WanVAEError("this process was forked from the one that loaded the VAE; load it here, too")
+        if self._decoder_thread is threading.current_thread():
+            gc.collect()  # of one that was dropped the collector may not have heard
         if self._decoder_thread is threading.current_thread():
             raise WanVAEError(
                 "another decode of this VAE is open in this very thread; finish or close its stream first"
             )
-        self._decoding.acquire()
-        self._decoder_thread = threading.current_thread()
+        if not self._decoding.acquire(timeout=_WAIT_WORD_SECONDS):
+            logger.info("waiting for the end of another thread's decode with this VAE")
+            self._decoding.acquire()
+        self.belongs_here()
         if self._idle_timer:
             self._idle_timer.cancel()
+
+    def belongs_here(self) -> None:
+        """Notes that this thread goes on with the decode: a stream may be handed from one to another."""
+        self._decoder_thread = threading.current_thread()
 
     def leave(self) -> None:
         """Ends what `enter` began; from now on the workers are idle."""
@@ -123,7 +151,7 @@ class WorkerPool:
 
     def start(self) -> None:
         """Starts the workers if there are none that live, and waits until they are ready."""
-        if self.workers and all(worker.process.is_alive() for worker in self.workers):
+        if self.workers and all(worker.alive for worker in self.workers):
             return
         if self.workers:
             logger.warning("workers ended since the last decode; starting new ones")
@@ -133,18 +161,13 @@ class WorkerPool:
         checkpoint, memory = self._weights(), None
         path = self._path
         if path is None:
-            # One copy for all workers, which open it through the parent's descriptor.
-            content = save({key: value.detach().cpu().contiguous() for key, value in checkpoint.decoder.items()})
-            memory = SharedMemory.create(len(content))
-            memory.write(content)
-            del content
-            path = Path(f"/proc/{os.getpid()}/fd/{memory.descriptor}")
+            memory = _in_shared_memory(checkpoint)
         options = {
             "world_size": len(self.devices),
             # As a word: a torch.dtype would have the worker import torch before its environment is its own.
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": "nccl" if cuda else "gloo",
-            "weights": str(path.absolute()),
+            "weights": str(path.absolute()) if path else None,
             # On GPUs the host only copies frames: more threads than these would only be in each other's way.
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }
@@ -156,12 +179,22 @@ class WorkerPool:
         store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
         try:
             for rank, device in enumerate(self.devices):
-                self.workers.append(WorkerProcess(rank, device, options, environment))
-                if self._ended != ended:
-                    raise WorkerError("the workers were ended while they started; the next decode starts new ones")
-            self.tell("store")
-            self.hand_over(store)
+                worker = WorkerProcess(rank, device, options, environment)
+                with self._changing:
+                    if self._ended == ended:
+                        self.workers.append(worker)
+                        continue
+                end_all([worker], grace=0.0)
+                raise WorkerError("the workers were ended while they started; the next decode starts new ones")
+            self.tell("files", memory is not None)
+            self.hand_over(store, *([memory.descriptor] if memory else []))
             self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
+        except OSError as error:
+            self.stop()
+            raise WorkerError(
+                f"workers can't start ({error}); if a limit stands against it, raise it (ulimit -n is that of open "
+                f"files, of which each worker takes four), and start in a folder that is there"
+            ) from error
         except BaseException:
             self.stop()
             raise
@@ -174,22 +207,14 @@ class WorkerPool:
 
     def stop(self, grace: float = 2.0) -> None:
         """Ends all workers, however they are: asked, then after ``grace`` seconds killed."""
-        if os.getpid() != self._process:
+        if not self.ours:
             return  # a forked copy: they are the parent's
-        self._ended += 1
         if self._idle_timer:
             self._idle_timer.cancel()
-        workers, self.workers = self.workers, []
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                worker.connection.send(("close",))
-        deadline = time.monotonic() + grace
-        for worker in workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.connection.close()
+        with self._changing:
+            self._ended += 1
+            workers, self.workers = self.workers, []
+        end_all(workers, grace)
 
     def tell(self, *message: object) -> None:
         """Sends ``message`` to all workers."""
@@ -212,6 +237,8 @@ class WorkerPool:
 
     def _living(self) -> list[WorkerProcess]:
         """The workers; another thread, or a callback, may have ended them."""
+        if not self.ours:
+            raise WanVAEError("this process was forked from the one that decodes; load the VAE here, too")
         if not self.workers:
             raise WorkerError("the workers were ended while they decoded; the next decode starts new ones")
         return list(self.workers)
@@ -224,7 +251,7 @@ class WorkerPool:
         Args:
             kind: of message.
             count: of workers.
-            patience: seconds that any of them may say nothing at all; by default a few.
+            patience: seconds that any of them may say nothing at all, unless it is stopped; by default a few.
             limit: seconds until all must have answered.
         """
         patience = _SILENCE_SECONDS if patience is None else patience
@@ -251,7 +278,7 @@ class WorkerPool:
                 raise self._cause(workers) from None
             self._living()
             # Of those that are waited for the pipe tells; one that has answered may die too, and hold the others up.
-            if any(not w.process.is_alive() and w.connection not in pending for w in workers):
+            if any(not w.alive and w.connection not in pending for w in workers):
                 raise self._cause(workers)
             now = time.monotonic()
             if now - looked > _PAUSE_SECONDS:
@@ -262,9 +289,11 @@ class WorkerPool:
                 waited = ", ".join(str(w) for w in workers if w.rank not in answers)
                 raise WorkerError(f"{waited} got no further for {limit:.0f} s{self._hint('')}")
             for worker in workers:
-                if worker.connection in pending and now - worker.heard > patience:
+                silent = now - worker.heard
+                stopped = silent > _SILENCE_SECONDS and worker.stopped
+                if worker.connection in pending and (silent > patience or stopped):
                     raise WorkerError(
-                        f"{worker} is not answering for {patience:.0f} s (process {worker.process.pid}); it and the "
+                        f"{worker} is not answering for {silent:.0f} s (process {worker.process.pid}); it and the "
                         f"others were ended, the next decode starts new ones{worker.last_lines()}"
                     )
         return [answers[rank] for rank in range(count)]
@@ -274,7 +303,7 @@ class WorkerPool:
         self._living()
         failed = dict(heard or {})
         deadline = time.monotonic() + _CAUSE_SECONDS
-        while time.monotonic() < deadline and any(w.process.is_alive() for w in workers):
+        while time.monotonic() < deadline and any(w.alive for w in workers):
             time.sleep(0.05)
         for worker in workers:
             with contextlib.suppress(EOFError, OSError):
@@ -289,23 +318,31 @@ class WorkerPool:
         for worker in workers:
             if (codes[worker.rank] or 0) < 0:  # killed from outside
                 return self._death(worker)
+        for worker in workers:
+            # Without a code and without a word, where something else in the program takes processes' ends.
+            if not worker.alive and codes[worker.rank] is None and worker.rank not in failed:
+                return self._death(worker)
         for rank, (kind, text) in failed.items():
             return self._failure(workers[rank], kind, text)
-        return self._death(next((w for w in workers if codes[w.rank] is not None), workers[0]))
+        return self._death(next((w for w in workers if not w.alive), workers[0]))
 
     def _death(self, worker: WorkerProcess) -> WorkerError:
         code = worker.process.exitcode
         # How NCCL's watchdog ends a process that waited for a peer in vain.
         hint = self._hint(" (NCCL waited for a peer in vain?)") if code == -signal.SIGABRT else ""
+        if code == -signal.SIGKILL:
+            hint = "; if nobody killed it, the system did for want of host memory"
         return WorkerError(
-            f"{worker} died with exit code {code}; the others were ended, the next decode starts new ones{hint}"
-            f"{worker.last_lines()}"
+            f"{worker} died with exit code {'unknown' if code is None else code}; the others were ended, the next "
+            f"decode starts new ones{hint}{worker.last_lines()}"
         )
 
     def _failure(self, worker: WorkerProcess, kind: str, text: str) -> WanVAEError:
         if kind == "memory":
             return StepOutOfMemory(f"{worker} ran out of memory: {text}")
         hint = self._hint("") if "NCCL" in text else ""
+        if f"address for: {_INTERFACE}" in text:
+            hint = f"; workers find one another through the network interface {_INTERFACE}, which has to be up"
         return WorkerError(f"{worker} failed: {text}{hint}{worker.last_lines()}")
 
     def _hint(self, guess: str) -> str:
@@ -318,13 +355,13 @@ class WorkerPool:
         )
 
     def _end_when_idle(self) -> None:
-        if not self.workers or math.isinf(self._idle_seconds):
+        if not self.workers or self._idle_seconds > threading.TIMEOUT_MAX:
             return
         weak = weakref.ref(self)  # the timer alone does not keep a pool that nobody uses
 
         def end() -> None:
             pool = weak()
-            if pool and pool._decoding.acquire(blocking=False):
+            if pool and pool._idle_timer is timer and pool._decoding.acquire(blocking=False):
                 try:
                     if pool.workers:
                         logger.info("workers idle for %.0f s: ending them", pool._idle_seconds)
@@ -332,9 +369,10 @@ class WorkerPool:
                 finally:
                     pool._decoding.release()
 
-        self._idle_timer = threading.Timer(self._idle_seconds, end)
-        self._idle_timer.daemon = True
-        self._idle_timer.start()
+        timer = threading.Timer(self._idle_seconds, end)
+        timer.daemon = True
+        self._idle_timer = timer
+        timer.start()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("workers can't be copied or pickled")
@@ -342,6 +380,22 @@ class WorkerPool:
     def __del__(self) -> None:
         if getattr(self, "workers", None):
             self.stop()
+
+
+def _in_shared_memory(checkpoint: Checkpoint) -> SharedMemory:
+    """The decoder's tensors as a safetensors file: one copy for all workers."""
+    tensors: dict[str, torch.Tensor] = {}
+    storages = set()
+    for key, value in checkpoint.decoder.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # the format knows no tensors that share memory
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor
+    content = save(tensors)
+    memory = SharedMemory.create(len(content))
+    memory.write(content)
+    return memory
 
 
 def _pass_on(level: int, text: str) -> None:

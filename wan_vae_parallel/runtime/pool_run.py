@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import OutOfMemoryError, WanVAEError, WorkerError
+from ..memory import is_out_of_memory
 from ..parallel.plan import describe_plan, plan_shards
 from .shared_memory import SharedMemory
 
@@ -34,6 +35,8 @@ class PoolRun:
         self._pool = pool
         self._chunk = chunk
         self._begun = 0
+        # Whether the newest frames are free of NaN.
+        self.finite = True
         pool.enter()
         try:
             self._latents_shape = latents.shape
@@ -46,6 +49,11 @@ class PoolRun:
             plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
             self._shards = plan.shards
             logger.info("decoding on %s", describe_plan(plan, pool.devices))
+        except OSError as error:
+            pool.leave()
+            if is_out_of_memory(error):
+                raise
+            raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
         except BaseException:
             pool.leave()
             raise
@@ -53,6 +61,7 @@ class PoolRun:
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields ``[B, t, H, W, C]``, views of `video`."""
         chunk, sent = self._chunk, 0
+        self._pool.belongs_here()
         while True:
             done = 0
             try:
@@ -62,11 +71,15 @@ class PoolRun:
                     if fresh.shape[1]:
                         sent = done
                         yield fresh
+                        self._pool.belongs_here()
                 return
             except StepOutOfMemory as error:
                 self._pool.stop()
                 if self._begun <= 1:
-                    raise OutOfMemoryError(f"{error}; not even one latent frame at a time fits") from error
+                    what = "not even one latent frame at a time fits" if self._begun else "it had not begun yet"
+                    raise OutOfMemoryError(
+                        f"{error}; {what}; use more devices, free some memory, or decode smaller frames"
+                    ) from error
                 chunk = self._begun // 2
                 logger.warning("%s; going on with chunk %d, same frames", str(error), chunk)
             except (WorkerError, KeyboardInterrupt):
@@ -101,6 +114,7 @@ class PoolRun:
                 raise WorkerError(f"workers disagree on the frames of a step: {sorted(counts)}")
             if counts == {0}:
                 return
+            self.finite = all(answer[2] for answer in answers)
             yield counts.pop()
 
     def _open(self, chunk: int) -> None:
@@ -127,6 +141,10 @@ class PoolRun:
     def close(self) -> None:
         """Ends the decode where it is; the workers free its memory and stay, `video` stays the caller's."""
         pool = self._pool
+        if not pool.ours:
+            self._latents_memory.close()
+            self._video_memory.close()
+            return
         try:
             if pool.workers:
                 pool.tell("finish")
@@ -135,6 +153,10 @@ class PoolRun:
             # The decode is over either way; the next one starts new workers.
             logger.warning("%s", str(error))
             pool.stop()
+        except BaseException:
+            # Interrupted here, the workers are in the middle of who knows what.
+            pool.stop(grace=0.5)
+            raise
         finally:
             self._latents_memory.close()
             self._video_memory.close()

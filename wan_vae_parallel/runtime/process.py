@@ -7,15 +7,19 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
+import multiprocessing.resource_tracker
+import os
 import runpy
 import signal
 import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +46,9 @@ class WorkerProcess:
     Attributes:
         connection: the pipe to it.
         heard: when it said something last, by the monotonic clock.
+
+    Raises:
+        WorkerError: no process can be started.
     """
 
     def __init__(self, rank: int, device: torch.device, options: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -60,7 +67,7 @@ class WorkerProcess:
                     "connection": theirs,
                     "log": their_log,
                     "environment": environment,
-                    "options": {**options, "rank": rank, "device": str(device)},
+                    "options": {**options, "rank": rank, "device": str(device), "parent": os.getpid()},
                 },
                 "run_name": "__wan_vae_worker__",
             },
@@ -77,11 +84,28 @@ class WorkerProcess:
         finally:
             theirs.close()
             their_log.close()
+        # The pool ends it, stopped or not, and not the program's exit, nor that of a process forked from it, where
+        # multiprocessing would ask the processes that it knows to end, and wait.
+        getattr(multiprocessing.process, "_children", set()).discard(self.process)
         self._reader = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self._reader.start()
 
     def __str__(self) -> str:
         return f"worker {self.rank} on {self.device}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, whoever may have heard of that first."""
+        return not multiprocessing.connection.wait([self.process.sentinel], 0)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has stopped it (SIGSTOP), so that it lives and does nothing."""
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return False
+        return state in ("T", "t")
 
     def hand_over(self, descriptor: int) -> None:
         """Gives the worker a file descriptor; it takes it after the message that was sent before."""
@@ -100,9 +124,25 @@ class WorkerProcess:
                 logger.debug("%s: %s", self, self.lines[-1])
 
 
+def end_all(workers: Sequence[WorkerProcess], grace: float) -> None:
+    """Ends processes, however they are: asked, then after ``grace`` seconds killed."""
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.connection.send(("close",))
+    deadline = time.monotonic() + grace
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.alive:
+            worker.process.kill()
+            worker.process.join()
+        worker.connection.close()
+
+
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
     """Lets a process be spawned that never sees Ctrl-C, which a terminal sends to all: it is the parent's to act on."""
+    # The first process brings this one along, whose start lets interrupts through again.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -115,8 +155,24 @@ def _hidden_main() -> Iterator[None]:
     """Lets a process be spawned without its running the parent's main program again, which may be ComfyUI's."""
     with _start_lock:
         main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
+        sys.modules["__main__"] = _Nameless(main)
         try:
             yield
         finally:
             sys.modules["__main__"] = main
+
+
+class _Nameless(types.ModuleType):
+    """All of a module, for other threads that look for it meanwhile, but for where it came from."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        super().__init__(module.__name__)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__file__":
+            raise AttributeError(name)
+        return getattr(self.__dict__["_module"], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.__dict__["_module"], name, value)

@@ -49,6 +49,11 @@ class ShardDecoder:
             "weights": self._fingerprint,
         }
 
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` was called."""
+        return self._decoder.settled
+
     def settle(self, board: Board) -> None:
         """Agrees with all ranks on what convolves; see `runtime.tuning`."""
         self._decoder.settle(board)

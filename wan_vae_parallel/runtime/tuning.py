@@ -89,8 +89,10 @@ def _find(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.
         if missing:
             fresh = _measure(missing, key, device, dtype)
             known.update(fresh)
-            if fresh:
-                _keep(facts, {str(kind): _to_fact(one, settings[kind]) for kind, one in fresh.items()})
+            # Where none of our settings ran, what kept them from it may be gone the next time.
+            lasting = {str(kind): _to_fact(one, settings[kind]) for kind, one in fresh.items() if one.ours}
+            if lasting:
+                _keep(facts, lasting)
         return {kind: known[kind] for kind in kinds if kind in known}
 
 
@@ -153,10 +155,10 @@ def _to_fact(one: Measured, settings: list[str]) -> dict[str, Any]:
 
 
 def _of_fact(fact: Any, settings: list[str]) -> Measured | None:
-    """What a file said, if it can be right: a figure for each of ``settings``, and cuDNN's."""
+    """What a file said, if it can be right: a figure for each of ``settings``, of which one ran, and cuDNN's."""
     if not isinstance(fact, dict) or not isinstance(fact.get("TFLOP/s"), dict) or list(fact["TFLOP/s"]) != settings:
         return None
     figures = [*fact["TFLOP/s"].values(), fact.get("cuDNN TFLOP/s")]
-    if not all(isinstance(one, (int, float)) and 0 <= one < 1e6 for one in figures) or not any(figures):
+    if not all(isinstance(one, (int, float)) and 0 <= one < 1e6 for one in figures) or not any(figures[:-1]):
         return None
     return Measured(tuple(figures[:-1]), figures[-1])

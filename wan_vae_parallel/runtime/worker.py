@@ -4,13 +4,14 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 
 | parent | worker |
 | --- | --- |
-| ``("store",)``, then a file descriptor | nothing; the file is where the ranks find one another |
+| ``("files", weights)``, then a file descriptor | nothing; in the file the ranks find one another |
+| if ``weights`` says so, another one | nothing; that file is the checkpoint |
 | | ``("alive",)`` about once a second while it starts or decodes, whatever else goes on |
 | | ``("said", level, text)`` what it logs; of news that concern all ranks the first one's |
 | | ``("ready",)`` once, when the group stands and the weights are there |
 | ``("open", request)``, then two file descriptors | ``("room", chunk)``: most latent frames at once that fit, or 0 |
 | ``("begin", chunk)`` | nothing |
-| ``("step",)`` | ``("done", frames)`` when these frames' rows are in the buffer, or ``("end",)`` |
+| ``("step",)`` | ``("done", frames, finite)`` when these frames' rows are in the buffer, or ``("end",)`` |
 | ``("finish",)`` | ``("finished",)`` when the decode's memory is free |
 | ``("close",)``, or the end of the pipe | the process ends |
 | | ``("failed", kind, text)``, after which the process ends |
@@ -54,9 +55,9 @@ def main(connection: Connection, options: dict[str, Any]) -> None:
     worker = _Worker(connection, options)
     try:
         worker.serve()
-    except Exception as error:  # noqa: BLE001 (whatever it is, the parent is told, and the process ends)
+    except BaseException as error:  # noqa: BLE001 (whatever it is, the parent is told, and the process ends)
         traceback.print_exc()
-        kind = "memory" if is_out_of_memory(error) else "error"
+        kind = "memory" if isinstance(error, Exception) and is_out_of_memory(error) else "error"
         worker.send("failed", kind, f"{type(error).__name__}: {error}")
         worker.end(1)
     worker.end(0)
@@ -80,13 +81,16 @@ class _Worker:
         self.rank: int = options["rank"]
         self.device = torch.device(options["device"])
         self.dtype: torch.dtype = getattr(torch, options["dtype"])
-        self._parent = os.getppid()
+        self._parent: int = options["parent"]
         self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         # Whether the parent listens; it does not between decodes.
         self._heard = True
-        connection.recv()
+        while not connection.poll(_HEARTBEAT_SECONDS):
+            self._check_parent()
+        _, weights = connection.recv()
         self._store = recv_handle(connection)
+        self._weights = f"/proc/self/fd/{recv_handle(connection)}" if weights else options["weights"]
         self._decoder: ShardDecoder
         self._group: dist.ProcessGroup
         self._mailbox: Mailbox | None
@@ -104,14 +108,17 @@ class _Worker:
         """Ends the process at once, whatever its threads or the device wait for."""
         os._exit(code)
 
+    def _check_parent(self) -> None:
+        """Ends the process without its parent; one that the parent forked may hold the pipe open beyond its end."""
+        if os.getppid() != self._parent:
+            self.end(1)
+
     def _listen(self) -> None:
         """Takes the parent's words while the main thread works, shows that the process lives, sees the parent's end."""
         while True:
             try:
                 if not self.connection.poll(_HEARTBEAT_SECONDS):
-                    # A process that the parent forked may hold the pipe open beyond the parent's end.
-                    if os.getppid() != self._parent:
-                        self.end(1)
+                    self._check_parent()
                     # A parent that does not read, as in a callback that takes its time, knows enough already.
                     if self._heard and select.select([], [self.connection], [], 0)[1]:
                         self.send("alive")
@@ -136,7 +143,7 @@ class _Worker:
             torch.cuda.set_device(self.device)
         torch.set_num_threads(self.options["threads"])
         self._join_group()
-        self._decoder = ShardDecoder(read_checkpoint(self.options["weights"]), self.device, self.dtype)
+        self._decoder = ShardDecoder(read_checkpoint(self._weights), self.device, self.dtype)
         board = Board(self._group)
         check_agreement(self._decoder.facts(), board)
         self._decoder.settle(board)
@@ -161,6 +168,7 @@ class _Worker:
         self._group = dist.group.WORLD
 
     def _decode(self, request: dict[str, Any], latents_file: int, frames_file: int) -> None:
+        self._heard = True  # once more: the decode before this one may have ended behind this one's word
         latents_memory = SharedMemory(latents_file, request["latents_size"])
         frames_memory = SharedMemory(frames_file, request["frames_size"])
         latents_memory.close()
@@ -172,14 +180,14 @@ class _Worker:
         self.send(
             "room", request["chunk"] if idle else self._decoder.room(plan, self.rank, latents.shape, request["chunk"])
         )
-        steps: Iterator[int] | None = None
+        steps: Iterator[tuple[int, bool]] | None = None
         while True:
             command, *arguments = self._commands.get()
             if command == "begin":
                 steps = iter(()) if idle else self._steps(latents, video, plan, *arguments)
             elif command == "step" and steps is not None:
-                frames = next(steps, None)
-                self.send("end") if frames is None else self.send("done", frames)
+                done = next(steps, None)
+                self.send("end") if done is None else self.send("done", *done)
             elif command == "finish":
                 break
         del steps
@@ -190,18 +198,20 @@ class _Worker:
         self.send("finished")
         # The mappings go after that word: the parent has its own, and need not wait.
 
-    def _steps(self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int) -> Iterator[int]:
-        """Decodes this rank's rows into ``video``; yields the number of frames that are in it after each step."""
+    def _steps(
+        self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int
+    ) -> Iterator[tuple[int, bool]]:
+        """Decodes this rank's rows into ``video``; yields how many more frames are in it, and whether without NaN."""
         ratio = self._decoder.architecture.spatial_ratio
         shards = self._decoder.steps(latents, plan, self._group, chunk, self._mailbox)
         own = (to_own_rows(frames, plan, self._group, ratio) for frames in shards)
         start, stop = frame_rows(plan, self.rank, ratio)
         done = 0
-        for frames in to_host(own, self.device):
+        for frames, finite in to_host(own, self.device):
             count = frames.shape[1]
             # Rows of one frame lie together in the video: each copy is one run of bytes.
             for into, part in zip(video[:, done : done + count, start:stop], frames, strict=True):
                 for frame_into, frame in zip(into, part, strict=True):
                     frame_into.copy_(frame)
             done += count
-            yield count
+            yield count, finite

@@ -1,8 +1,7 @@
 """The decoder's last activations as pictures, in one pass in Triton.
 
 T frames, H rows, W columns, K colours, p patch
-Layout  in [T, H, W, K * p * p], channels contiguous and positions at any distance (a head convolution pads its
-        channels), out contiguous [T, H * p, W * p, K]; one read, one write.
+Layout  in [T, H, W, K * p * p], channels contiguous, out contiguous [T, H * p, W * p, K]; one read, one write.
 Tile    1024 values of as many rows of the frame as a patch has; transposed, 128 values of 32 rows, so that the lines
         that are read and those that are written are both used whole. 3.7 to 4.0 TB/s on H200 either way.
 Bits    those of frames.py: every value by itself, in fp32.
@@ -49,21 +48,31 @@ def _to_frames_kernel(
     tl.store(out_ptr + out_at, picture, mask=mask)
 
 
-def can_convert_to_frames(x: torch.Tensor, patch: int, *, channels: int | None = None) -> bool:
-    """Whether `to_frames` takes ``x``: see its ValueErrors."""
-    return _why_not(x, patch, x.shape[-1] if channels is None else channels) is None
+def why_not(x: torch.Tensor, patch: int) -> str | None:
+    """Why `to_frames` does not take ``x``, if so."""
+    if x.dim() != 4 or x.dtype not in _DTYPES:
+        return f"takes [T, H, W, C] in bf16, fp16 or fp32, not {tuple(x.shape)} in {x.dtype}"
+    if 0 in x.shape or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        return f"takes neighbouring channels and at least one of each, not {tuple(x.shape)} with strides {x.stride()}"
+    if patch not in (1, 2) or x.shape[-1] % patch**2:
+        return f"unfolds patches of 1 or 2, not {patch}, from a multiple of p * p channels, not {x.shape[-1]}"
+    rows, columns = (extent * patch for extent in x.shape[1:3])
+    # Within a frame addresses are 32 bits wide.
+    if max(x.stride(1) * x.shape[1], x.stride(2) * x.shape[2], x[0].numel()) >= 2**31:
+        return f"takes frames under 2^31 values, not {tuple(x.shape)} with strides {x.stride()}"
+    if x.shape[0] > 65535 or max(rows, columns) > 65535:
+        return f"takes up to 65535 frames, rows and columns, not {tuple(x.shape)}"
+    return None
 
 
-def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False, channels: int | None = None) -> torch.Tensor:
+def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False) -> torch.Tensor:
     """Unfolds patches and maps [-1, 1] to [0, 1], clamped, as `frames.to_frames` does.
 
     Args:
-        x: ``[T, H, W, K * p * p]`` or wider, with channels in the order (colour, column, row) of the patch; bf16, fp16
-            or fp32, of any strides but with neighbouring channels.
+        x: ``[T, H, W, K * p * p]`` with channels in the order (colour, column, row) of the patch; bf16, fp16 or fp32,
+            of any strides but with neighbouring channels.
         patch: p, rows and columns of a patch.
         transposed: rows and columns have changed places in ``x``; in the frames they are back.
-        channels: how many of ``x``'s channels count, ``K * p * p``; all of them if None. What lies behind them is
-            not read.
 
     Returns:
         ``[T, H * p, W * p, K]``, contiguous, fp32.
@@ -71,10 +80,9 @@ def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False, channels
     Raises:
         ValueError: ``x`` is none of the above.
     """
-    channels = x.shape[-1] if channels is None else channels
-    if reason := _why_not(x, patch, channels):
+    if reason := why_not(x, patch):
         raise ValueError(f"to_frames {reason}; frames.to_frames takes it")
-    colours = channels // patch**2
+    colours = x.shape[-1] // patch**2
     frames, rows, columns = x.shape[:3]
     x_frame, x_row, x_column, _ = x.stride()
     if transposed:
@@ -99,19 +107,3 @@ def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False, channels
         num_warps=8 if transposed else 4,
     )
     return out
-
-
-def _why_not(x: torch.Tensor, patch: int, channels: int) -> str | None:
-    if x.dim() != 4 or x.dtype not in _DTYPES:
-        return f"takes [T, H, W, C] in bf16, fp16 or fp32, not {tuple(x.shape)} in {x.dtype}"
-    if 0 in x.shape or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        return f"takes neighbouring channels and at least one of each, not {tuple(x.shape)} with strides {x.stride()}"
-    if patch not in (1, 2) or not 0 < channels <= x.shape[-1] or channels % patch**2:
-        return f"unfolds patches of 1 or 2, not {patch}, from a multiple of p * p of x's channels, not {channels}"
-    rows, columns = (extent * patch for extent in x.shape[1:3])
-    # Within a frame addresses are 32 bits wide.
-    if max(x.stride(1) * x.shape[1], x.stride(2) * x.shape[2], rows * columns * channels // patch**2) >= 2**31:
-        return f"takes frames under 2^31 values, not {tuple(x.shape)} with strides {x.stride()}"
-    if x.shape[0] > 65535 or max(rows, columns) > 65535:
-        return f"takes up to 65535 frames, rows and columns, not {tuple(x.shape)}"
-    return None

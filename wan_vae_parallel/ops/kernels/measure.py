@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ...memory import is_out_of_memory
 from .. import conv as ops
 from ..kinds import LayerKind, Measured
 from . import conv, head_conv
@@ -33,8 +34,6 @@ _MOST_BYTES = 384 * 2**20
 _ROUNDS = 9
 # About 1.5 ms in which the GPU waits, so that the host's launches are ahead of it for the rest of a round.
 _HEAD_START_CYCLES = 3_000_000
-# How PyTorch, Triton and cuDNN say it.
-_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 @torch.inference_mode()
@@ -158,7 +157,7 @@ def _runs(call: Callable[[], None], name: str, device: torch.device) -> bool:
             call()
         torch.cuda.synchronize(device)
     except Exception as error:
-        if any(words in str(error) for words in _OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise
         logger.debug("%s does not run: %s", name, error)
         return False

@@ -19,6 +19,8 @@ from .launch import Call
 
 # Programs a direction: all have to be on the device together, as each waits for its like on another device.
 PROGRAMS = 32
+# Looks at the signal between the neighbour's word and the box. Tests give it time to overtake there.
+PAUSE = 0
 # Values a program copies at once.
 _BLOCK = 1024
 
@@ -45,14 +47,15 @@ def _look(signal):
 
 @triton.jit
 def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, their_signal, number, items, blocks,
-          row_values, frame_values, BLOCK: tl.constexpr):  # fmt: skip
+          row_values, frame_values, BLOCK: tl.constexpr, PAUSE: tl.constexpr):  # fmt: skip
     """Sends ``own_row`` of the frames to the box ``theirs``, and fills ``halo_row`` from the box ``mine``."""
     first = tl.program_id(0)
     step = tl.num_programs(0)
+    wide = row_values.to(tl.int64)
     for item in range(first, items, step):
         frame = item // blocks
         offset = item % blocks * BLOCK + tl.arange(0, BLOCK)
-        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + own_row * row_values)
+        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + own_row * wide)
         values = tl.load(row + offset, mask=offset < row_values)
         tl.store(other + theirs + frame * row_values + offset, values, mask=offset < row_values)
     # All threads' values, before any thread's word.
@@ -61,10 +64,12 @@ def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, the
     seen = _look(signal + first)
     while seen - number < 0:
         seen = _look(signal + first)
+    for _ in range(PAUSE):
+        seen = _look(signal + first)
     for item in range(first, items, step):
         frame = item // blocks
         offset = item % blocks * BLOCK + tl.arange(0, BLOCK)
-        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + halo_row * row_values)
+        row = arena + (tl.load(slots + frame).to(tl.int64) * frame_values + halo_row * wide)
         values = tl.load(own + mine + frame * row_values + offset, mask=offset < row_values, volatile=True)
         tl.store(row + offset, values, mask=offset < row_values)
 
@@ -72,19 +77,21 @@ def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, the
 @triton.jit(do_not_specialize=["above_number", "below_number"])
 def _swap_kernel(arena, slots, boxes, above, below, signals, above_signals, below_signals, above_number, below_number,
                  items, blocks, rows, row_values, frame_values, box_values, ABOVE: tl.constexpr, BELOW: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+                 BLOCK: tl.constexpr, PAUSE: tl.constexpr):  # fmt: skip
     per_side = tl.num_programs(0)
     # What goes up arrives from below, and the other way round.
     if tl.program_id(1) == 0:
         if ABOVE:
             from_above = (above_number & 1) * 2 * box_values
             _swap(arena, slots, boxes, above, 1, 0, from_above, from_above + box_values, signals,
-                  above_signals + per_side, above_number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
+                  above_signals + per_side, above_number, items, blocks, row_values, frame_values,
+                  BLOCK, PAUSE)  # fmt: skip
     else:
         if BELOW:
             from_above = (below_number & 1) * 2 * box_values
             _swap(arena, slots, boxes, below, rows, rows + 1, from_above + box_values, from_above, signals + per_side,
-                  below_signals, below_number, items, blocks, row_values, frame_values, BLOCK)  # fmt: skip
+                  below_signals, below_number, items, blocks, row_values, frame_values,
+                  BLOCK, PAUSE)  # fmt: skip
 
 
 def swap_rows(
@@ -108,7 +115,8 @@ def swap_rows(
         signals: int32 of this device, at least PROGRAMS for above and as many for below; zero at first.
         above: the other device's boxes and signals; None at the picture's edge, whose halo is left alone.
         below: likewise.
-        numbers: how many swaps there have been with the device above, and below, this one among them; below 2^31.
+        numbers: how many swaps there have been with the device above, and below, this one among them; as int32, in
+            which the number behind 2^31 - 1 is -2^31.
 
     Raises:
         ValueError: the frames don't fit in the boxes, or a layout that can't be.
@@ -139,6 +147,6 @@ def _plan(
     """The launch, and the kernel's integers behind the numbers."""
     _, rows, columns, channels = arena
     blocks = triton.cdiv(columns * channels, _BLOCK)
-    call = Call(_swap_kernel, (PROGRAMS, 2), ABOVE=above, BELOW=below, BLOCK=_BLOCK, num_warps=4)
+    call = Call(_swap_kernel, (PROGRAMS, 2), ABOVE=above, BELOW=below, BLOCK=_BLOCK, PAUSE=PAUSE, num_warps=4)
     row_values = columns * channels
     return call, (frames * blocks, blocks, rows - 2, row_values, rows * row_values, box_values)
