@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from wan_vae_parallel.runtime.pool import _pools
+
 LISTEN = "0A"
 
 
 def worker_processes() -> list[multiprocessing.Process]:
     """The engine's living workers of this process, by rank; of all VAEs that have some."""
-    living = [child for child in multiprocessing.active_children() if child.name.startswith("wan-vae-worker")]
-    return sorted(living, key=lambda child: int(child.name.rpartition("-")[2]))
+    workers = [worker for pool in list(_pools) for worker in pool.workers if worker.alive]
+    return [worker.process for worker in sorted(workers, key=lambda worker: worker.rank)]
 
 
 def state(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from wan_vae_parallel.runtime.download import to_host
@@ -16,9 +17,17 @@ def test_on_the_cpu_frames_pass_through_one_by_one():
             yield made[-1]
 
     downloaded = to_host(frames(), torch.device("cpu"))
-    for i, batch in enumerate(downloaded):
+    for i, (batch, finite) in enumerate(downloaded):
         assert batch is made[i]
+        assert finite
         assert len(made) == i + 1  # nothing is computed ahead of who takes it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_nan_anywhere_is_seen(dtype):
+    steps = [torch.ones((2, 3, 4, 5, 3), dtype=dtype) for _ in range(3)]
+    steps[1][1, 2, 3, 4, 2] = torch.nan
+    assert [finite for _, finite in to_host(iter(steps), torch.device("cpu"))] == [True, False, True]
 
 
 def test_closing_it_closes_the_frames():

@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 import types
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import wan_vae_parallel as wvp
 from tests.processes import (
@@ -40,6 +42,8 @@ from tests.processes import (
 )
 from wan_vae_parallel.memory import decode_memory
 from wan_vae_parallel.parallel.plan import plan_shards
+from wan_vae_parallel.runtime import pool as pool_module
+from wan_vae_parallel.runtime.process import WorkerProcess, _hidden_main
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 FRAMES = 21
@@ -172,7 +176,8 @@ def test_a_worker_that_dies_after_its_answer_is_noticed_though_the_others_go_on(
             self.connection, self.theirs = multiprocessing.Pipe()
             for message in messages:
                 self.theirs.send(message)
-            self.process = types.SimpleNamespace(is_alive=lambda: alive, exitcode=None if alive else 1, pid=0)
+            self.process = types.SimpleNamespace(exitcode=None if alive else 1, pid=0)
+            self.alive, self.stopped = alive, False
             if not alive:
                 self.theirs.close()
 
@@ -191,13 +196,105 @@ def test_a_worker_that_dies_after_its_answer_is_noticed_though_the_others_go_on(
         pool.workers = real
 
 
-def test_ctrl_c_is_the_parents_alone(vae):
-    # A terminal sends it to the whole group.
+def test_a_worker_that_is_stopped_while_it_starts_is_not_answering(path, latents, monkeypatch):
+    monkeypatch.setattr(pool_module, "_SILENCE_SECONDS", 1.0)
+
+    def stop(vae):
+        assert wait_until(lambda: len(vae._engine.workers) == 2, 20)
+        os.kill(pids(vae)[1], signal.SIGSTOP)
+
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        thread = threading.Thread(target=stop, args=(vae,))
+        thread.start()
+        with pytest.raises(wvp.WorkerError, match="worker 1 on cpu is not answering"):
+            vae.decode(latents)
+        thread.join()
+        assert pids(vae) == []
+
+
+def test_a_worker_that_is_made_while_the_pool_is_released_does_not_stay(path, latents, monkeypatch):
+    made = []
+
+    class Released(WorkerProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self.process)
+            vae.release()
+
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        monkeypatch.setattr(pool_module, "WorkerProcess", Released)
+        with pytest.raises(wvp.WorkerError, match="ended while they started"):
+            vae.decode(latents)
+    assert len(made) == 1
+    assert gone(made[0].pid)
+
+
+def test_other_threads_find_the_main_module_while_a_worker_starts():
+    main = sys.modules["__main__"]
+    main.Something = type("Something", (), {"__module__": "__main__", "__qualname__": "Something"})
+    try:
+        with _hidden_main():
+            hidden = sys.modules["__main__"]
+            assert hidden is not main
+            # What tells multiprocessing which program it should run again.
+            assert not hasattr(hidden, "__file__")
+            assert hidden.__spec__ is None
+            assert isinstance(pickle.loads(pickle.dumps(main.Something())), main.Something)
+            hidden.more = 1
+        assert main.more == 1
+        assert sys.modules["__main__"] is main
+    finally:
+        del main.Something, main.more
+
+
+def test_an_interrupt_while_a_decode_is_being_ended_leaves_no_half_ended_workers(vae, latents, expected):
     before = pids(vae)
-    for pid in before:
-        os.kill(pid, signal.SIGINT)
-    time.sleep(0.5)
-    assert not any(map(gone, before))
+    real = vae._engine.gather
+
+    def interrupted(kind, *args, **options):
+        if kind == "finished":
+            raise KeyboardInterrupt
+        return real(kind, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae._engine, "gather", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vae.decode(latents)
+    assert all(map(gone, before))
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+
+
+def test_tensors_that_share_memory_are_weights_too(path, latents, expected):
+    weights = dict(load_file(path))
+    both = torch.cat([weights[key].flatten() for key in ("decoder.conv1.bias", "decoder.middle.0.residual.2.bias")])
+    for key in ("decoder.conv1.bias", "decoder.middle.0.residual.2.bias"):
+        size = weights[key].numel()
+        weights[key], both = both[:size], both[size:]
+    with wvp.vae_from_state_dict(weights, devices="cpu,cpu", chunk=1) as vae:
+        torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+
+
+def test_a_very_long_idle_time_is_for_ever(path, latents):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1, idle_seconds=1e10) as vae:
+        vae.decode(latents)
+        assert vae._engine._idle_timer is None
+        assert len(pids(vae)) == 2
+
+
+def test_nan_in_any_chunk_is_told_and_the_workers_stay(path, latents):
+    # fp16 overflows from the second latent frame on.
+    weights = dict(load_file(path))
+    weights["conv2.weight"] = 100 * weights["conv2.weight"]
+    large = latents.clone()
+    large[:, :, 1:3] *= 1e4
+    with wvp.vae_from_state_dict(weights, devices="cpu,cpu", chunk=1, dtype="float16") as vae:
+        seen = []
+        with pytest.raises(wvp.WanVAEError, match="frames are NaN: in float16 the activations overflow"):
+            vae.decode(large, on_chunk=lambda done, *_: seen.append(done))
+        assert seen[:1] == [1]
+        before = pids(vae)
+        assert vae.decode(latents).isfinite().all()
+        assert pids(vae) == before
 
 
 def test_a_copy_is_refused_and_harms_nothing(vae):
@@ -419,6 +516,34 @@ def test_threads_decode_one_after_the_other(vae, latents, expected):
         decoded = list(threads.map(decode, videos))
     for frames, one in zip(decoded, right, strict=True):
         torch.testing.assert_close(frames, one, **CLOSE)
+
+
+def test_a_stream_may_go_from_one_thread_to_another(vae, latents, expected):
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        stream = vae.decode_stream(latents)
+        first = one.submit(next, stream).result()
+        second = other.submit(next, stream).result()
+        # Its thread is now the other one: this one may wait for its turn.
+        waiting = one.submit(vae.decode, latents)
+        time.sleep(0.2)
+        assert not waiting.done()
+        rest = other.submit(list, stream).result()
+        torch.testing.assert_close(torch.cat([first, second, *rest], dim=1), expected, **CLOSE)
+        torch.testing.assert_close(waiting.result(), expected, **CLOSE)
+
+
+def test_closing_ends_those_who_wait_before_they_start_anything(path, latents):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae, ThreadPoolExecutor(1) as thread:
+        stream = vae.decode_stream(latents)
+        next(stream)
+        waiting = thread.submit(vae.decode, latents)
+        time.sleep(0.2)
+        vae.close()
+        with pytest.raises(wvp.WanVAEError):
+            next(stream)
+        with pytest.raises(wvp.WanVAEError, match="closed"):
+            waiting.result()
+        assert pids(vae) == []
 
 
 def test_a_second_stream_in_the_same_thread_is_an_error_and_not_a_deadlock(vae, latents, expected):

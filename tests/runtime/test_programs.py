@@ -193,6 +193,93 @@ def test_a_forked_child_neither_keeps_the_workers_nor_ends_them(program, tmp_pat
             os.kill(pid, signal.SIGKILL)
 
 
+def pids_of(output):
+    """What a program wrote as ``print('pids', ...)``."""
+    return [int(word) for line in output.splitlines() if line.startswith("pids") for word in line.split()[1:]]
+
+
+PRINT_PIDS = "print('pids', *[worker.process.pid for worker in vae._engine.workers], flush=True)"
+
+
+def test_a_program_ends_though_a_worker_is_stopped(program):
+    process = program(
+        f"import signal; vae.decode(latents); {PRINT_PIDS}; os.kill(vae._engine.workers[1].process.pid, signal.SIGSTOP)"
+    )
+    try:
+        output, _ = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        pytest.fail("it waits for the worker")
+    assert process.returncode == 0, output
+    assert len(pids_of(output)) == 2
+    assert all(map(gone, pids_of(output)))
+
+
+def test_ctrl_c_is_the_programs_alone(program):
+    # A terminal sends it to the whole group. In a fresh program, as multiprocessing's helper starts with the first
+    # process and lets interrupts through again.
+    process = program(f"vae.decode(latents); {PRINT_PIDS}; time.sleep(60)")
+    assert process.stdout.readline() == "program runs\n"
+    pids = pids_of(process.stdout.readline())
+    assert len(pids) == 2
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        (ignored,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigIgn"))
+        assert ignored >> signal.SIGINT - 1 & 1
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert not any(map(gone, pids))
+
+
+def test_a_forked_child_that_ends_leaves_workers_and_streams_alone(program):
+    lines = [
+        "import gc",
+        f"vae.decode(latents); {PRINT_PIDS}",
+        "if os.fork() == 0: sys.exit()",
+        "os.wait()",
+        "stream = vae.decode_stream(latents); frames = next(stream).shape[1]",
+        "if os.fork() == 0:",
+        "    try: next(stream)",
+        "    except wvp.WanVAEError as error: print(error, flush=True)",
+        "    stream.close(); del stream, vae; gc.collect(); sys.exit()",
+        "os.wait()",
+        f"frames += sum(part.shape[1] for part in stream); print(frames, 'frames', flush=True); {PRINT_PIDS}",
+    ]
+    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    assert "forked from the one that decodes" in output
+    assert f"{FRAMES} frames" in output, output
+    assert "Error" not in output, output
+    assert len(pids_of(output)) == 4
+    assert pids_of(output)[:2] == pids_of(output)[2:]
+
+
+def test_a_worker_that_was_killed_is_named_where_nobody_hears_of_exit_codes(program):
+    lines = [
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        "def kill(done, *_):",
+        "    if done == 1: os.kill(vae._engine.workers[1].process.pid, signal.SIGKILL); time.sleep(0.3)",
+        "try: vae.decode(latents, on_chunk=kill)",
+        "except wvp.WorkerError as error: print(str(error).splitlines()[0], flush=True)",
+        "vae.decode(latents); os.kill(vae._engine.workers[1].process.pid, signal.SIGKILL); time.sleep(0.5)",
+        "print(vae.decode(latents).shape[1], 'frames', flush=True)",
+    ]
+    output, _ = program("\n".join(lines)).communicate(timeout=90)
+    assert "worker 1 on cpu died with exit code unknown" in output, output
+    assert f"{FRAMES} frames" in output
+
+
+def test_limits_of_the_system_are_errors_that_name_a_way_out(program):
+    lines = [
+        "import resource",
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 6,) * 2)",
+        "try: vae.decode(latents)",
+        "except wvp.WorkerError as error: print(error, flush=True)",
+    ]
+    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    assert "Too many open files" in output
+    assert "ulimit -n" in output
+    assert "Traceback" not in output, output
+
+
 @pytest.mark.parametrize("when", ["starting", "decoding", "idle"])
 def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     names = set(os.listdir("/dev/shm"))
