@@ -18,9 +18,14 @@ triton = pytest.importorskip("triton", reason="there are no kernels without Trit
 import triton.language as tl  # noqa: E402
 
 from wan_vae_parallel.ops.kernels import swap_rows as kernels  # noqa: E402
+from wan_vae_parallel.parallel.mailbox import _as_int32  # noqa: E402
 
 RANKS = 3
 BOX = 4096
+# Numbers wrap in the middle of a test.
+_FIRST = 2**31 - 4
+# Looks at a signal that take tens of milliseconds, in which the others come around.
+_PAUSE = 1000 if INTERPRETED else 10_000
 
 
 @triton.jit
@@ -50,7 +55,7 @@ class Rank:
         above, below = (None if one is None else (self.boxes[one], self.signals[one]) for one in self.neighbours)
         kernels.swap_rows(
             self.arena, slots, self.boxes[self.rank], self.signals[self.rank], above=above, below=below,
-            numbers=(number, number),
+            numbers=(_as_int32(_FIRST + number),) * 2,
         )  # fmt: skip
         first, last = (self.rank if one is None else one for one in self.neighbours)
         for row, whose in ((0, first), (slice(1, -1), self.rank), (-1, last)):
@@ -63,26 +68,47 @@ def ranks(tmp_path_factory):
         yield ranks
 
 
-def swap_often(rank, world_size, swaps, columns, channels):  # noqa: ARG001 (as the launcher calls it)
+def swap_often(rank, world_size, swaps, columns, channels, slow):  # noqa: ARG001 (as the launcher calls it)
     """How many values were wrong."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr(kernels, "_tell", _plain_tell)
             patch.setattr(kernels, "_look", _plain_look)
-            patch.setattr(kernels, "PROGRAMS", 2)  # it runs them one after the other
+            # It runs them one after the other, so that of several none can be overtaken.
+            patch.setattr(kernels, "PROGRAMS", 1 if slow else 2)
+        # A slow one in the middle: its neighbours' next rows arrive before it has taken these.
+        patch.setattr(kernels, "PAUSE", _PAUSE if slow and rank == 1 else 0)
+        kernels._plan.cache_clear()
         boxes = launch.shared(torch.full((2, 2, BOX), torch.nan, device=DEVICE))
         signals = launch.shared(torch.zeros(2 * kernels.PROGRAMS, dtype=torch.int32, device=DEVICE))
         part = Rank(rank, boxes, signals, columns, channels)
         lag = torch.Generator().manual_seed(rank)
-        for number in range(1, swaps + 1):
-            if not INTERPRETED and torch.rand((), generator=lag) < 0.2:
+        for number in range(swaps):
+            if not (INTERPRETED or slow) and torch.rand((), generator=lag) < 0.2:
                 torch.cuda._sleep(int(1e6 * torch.rand((), generator=lag)))
             part.swap(number)
+        kernels._plan.cache_clear()
         wrong = int(part.wrong)
         dist.barrier(launch.group())  # until here neighbours may write
         return wrong
 
 
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(("swaps", "columns", "channels"), here((6, 4, 16), gpu=[(100, 5, 3), (100, 28, 16)]))
-def test_three_ranks_swap_rows_whichever_lags(ranks, swaps, columns, channels):
-    assert ranks.run(swap_often, swaps, columns, channels) == [0] * RANKS
+def test_three_ranks_swap_rows_whichever_lags(ranks, swaps, columns, channels, slow):
+    assert ranks.run(swap_often, swaps, columns, channels, slow) == [0] * RANKS
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes 4 GiB")
+def test_a_frame_may_have_more_than_2_to_the_31_values():
+    columns, channels, rows = 4096, 8, 2**16 + 8
+    arena = torch.zeros((1, rows, columns, channels), dtype=torch.bfloat16, device=DEVICE)
+    arena[0, -2] = 2
+    own, theirs = (torch.zeros((2, 2, columns * channels), dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    own[1, 1] = 3  # what has come from below
+    signals, their_signals = (torch.ones(2 * kernels.PROGRAMS, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    kernels.swap_rows(arena, slots, own, signals, above=None, below=(theirs, their_signals), numbers=(0, 1))
+    assert (arena[0, -1] == 3).all()
+    assert (arena[0, :-2] == 0).all()
+    assert (theirs[1, 0] == 2).all()

@@ -24,6 +24,18 @@ def test_pairs_of_ranks_count_their_swaps_by_themselves(monkeypatch):
     assert [options["below"] is None for options in seen] == [True, True, False, False, False]
 
 
+def test_numbers_of_swaps_wrap_as_int32(monkeypatch):
+    seen = []
+    kernels = types.SimpleNamespace(swap_rows=lambda *_, **options: seen.append(options["numbers"]))
+    monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.swap_rows", kernels)
+    mailbox = Mailbox([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(2)], 0, None)
+    mailbox._counts[1] = 2**31 - 2
+    for _ in range(3):
+        mailbox.swap(torch.zeros(2, 4, 5, 3), torch.zeros(1, dtype=torch.int32), above=None, below=1)
+    assert [below for _, below in seen] == [2**31 - 1, -(2**31), -(2**31) + 1]
+    assert all(number % 2 == count % 2 for count, (_, number) in enumerate(seen, 2**31 - 1))
+
+
 def test_boxes_and_signals_of_a_rank_are_parts_of_its_memory_alone(monkeypatch):
     seen = []
     kernels = types.SimpleNamespace(swap_rows=lambda *given, **options: seen.append((given, options)))

@@ -11,15 +11,41 @@ import torch
 
 from wan_vae_parallel.runtime.arithmetic import _without_tf32
 
-# In a process of its own: PyTorch refuses the older switches for good once the newer ones were used.
+# In a process of its own: PyTorch refuses the older switches for good once the newer ones were used. Every combination
+# of everything's, CUDA's and the two operations' own, none of which may show "tf32" within nor be another one after.
 NEWER = """
-import torch
+import itertools, torch
 from wan_vae_parallel.runtime.arithmetic import _without_tf32
-for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-    switch.fp32_precision = "tf32"
+switches = [torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+def shown():
+    return [switch.fp32_precision for switch in switches]
+for values in itertools.product(("none", "tf32", "ieee"), repeat=4):
+    for switch, value in zip(switches, values):
+        switch.fp32_precision = value
+    before = shown()
+    with _without_tf32():
+        assert "tf32" not in shown()[2:], (values, shown())
+    assert shown() == before, (values, shown())
+    # And each is still what it was by itself, whatever the ones above it become.
+    for i in (0, 1):
+        switches[i].fp32_precision = "ieee" if values[i] != "ieee" else "tf32"
+    above = switches[1].fp32_precision
+    for switch, value in zip(switches[2:], values[2:]):
+        assert switch.fp32_precision == (above if value == "none" else value), (values, shown())
+print("fine")
+"""
+OLDER = """
+import sys, torch
+from wan_vae_parallel.runtime.arithmetic import _without_tf32
+torch.set_float32_matmul_precision(sys.argv[1])
+def shown():
+    return (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32)
+before = shown()
 with _without_tf32():
-    print(torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
-print(torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+assert shown() == before, shown()
+print("fine")
 """
 
 
@@ -61,9 +87,16 @@ def test_tf32_is_off_until_the_last_thread_is_done_however_they_end():
     assert switches() == (True, True)
 
 
+def run(program, *arguments):
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older torch")
-def test_a_program_that_uses_the_newer_switches_gets_them_back():
-    run = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True, check=False)
-    within, after = run.stdout.splitlines() or [run.stderr, ""]
-    assert "tf32" not in within
-    assert after == "tf32 tf32"
+def test_the_newer_switches_come_back_however_a_program_set_them():
+    run(NEWER)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_products_comes_back(precision):
+    run(OLDER, precision)
