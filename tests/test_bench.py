@@ -10,6 +10,7 @@ from PIL import Image
 
 from wan_vae_parallel import Architecture, bench
 from wan_vae_parallel.cli import main
+from wan_vae_parallel.errors import WorkerError
 
 SMALL = ["--width", "8", "--sizes", "32x16", "--frames", "5", "--devices", "cpu,cpu", "--repeats", "1"]
 
@@ -41,15 +42,51 @@ def test_bench_measures_every_size_with_one_and_all_devices_and_diffusers(tmp_pa
 def test_without_matplotlib_the_figures_are_there_and_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     arguments = ["bench", *SMALL, "--devices", "cpu", "--sizes", "16x16", "-o", str(tmp_path)]
-    assert main(arguments) == 1
-    assert "wan-vae-parallel[bench]" in capsys.readouterr().err
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    # Before it measures, for who would rather have one.
+    assert printed.err.index("wan-vae-parallel[bench]") < printed.err.index("16x16, ours")
+    assert "plot:" not in printed.out
     assert json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert not (tmp_path / "bench.png").exists()
 
 
-def test_what_does_not_fit_is_a_row_that_says_so():
-    row = bench.Row(size="16x16", frames=5, what="ours", devices=("cpu",), seconds=None, first=None, peak_gib=None)
-    assert "does not fit" in bench.table([row])
+def test_what_fails_is_a_row_that_says_so_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "save_plot", lambda *_: None)
+    arguments = ["--devices", "cpu", "--sizes", "99999984x99999984,16x16", "-o", str(tmp_path)]
+    assert main(["bench", *SMALL, *arguments]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["what"], row["failed"]) for row in rows] == [
+        (what, failed) for failed in ("does not fit", "") for what in ("ours", "diffusers")
+    ]
+    assert [row["seconds"] is None for row in rows] == [True, True, False, False]
+    assert capsys.readouterr().out.count("| does not fit |") == 2
+
+
+def test_a_worker_that_fails_is_a_row_and_other_errors_are_ours_to_hear():
+    def fails(error):
+        def decode(_):
+            raise error
+
+        return bench._timed(lambda: decode, lambda: torch.zeros(1), [torch.device("cpu")], 1)
+
+    assert fails(WorkerError("worker 1 died\nand more")) == ([], None, "worker 1 died")
+    with pytest.raises(RuntimeError, match="a bug"):
+        fails(RuntimeError("a bug"))
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench.png"])
+def test_what_can_not_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(bench, "measure", None)
+    (tmp_path / name).mkdir()
+    assert main(["bench", *SMALL, "-o", str(tmp_path)]) == 1
+    assert f"{name} is a folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_is_told_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)
+    assert main(["bench", *SMALL, "-o", "/proc/self"]) == 1
+    assert "/proc/self can't be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])

@@ -186,6 +186,10 @@ class Architecture:
         """Published standard deviation of each latent channel; ``None`` likewise."""
         return {("wan2.1", 16): _WAN21_STD, ("wan2.2", 48): _WAN22_STD}.get((self.family, self.z_dim))
 
+    def latent_frames(self, frames: int) -> int:
+        """The fewest latent frames that decode to at least ``frames`` frames."""
+        return -(-(frames - 1) // self.temporal_ratio) + 1
+
     def frame_count(self, latent_frames: int) -> int:
         """Frames that ``latent_frames`` >= 1 decode to."""
         return self.temporal_ratio * (latent_frames - 1) + 1

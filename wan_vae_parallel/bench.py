@@ -20,8 +20,9 @@ import torch
 from ._version import __version__
 from .architecture import Architecture
 from .checkpoint import read_checkpoint
-from .errors import OutOfMemoryError, OutputError
+from .errors import WanVAEError
 from .files import replacing
+from .memory import is_out_of_memory
 from .model.decoder import WanDecoder
 from .ops.dispatch import torch_kernels_only
 from .vae import vae_from_state_dict
@@ -38,9 +39,10 @@ class Row:
         frames: how many.
         what: ``"ours"``, ``"PyTorch's kernels"`` (our engine without its own) or ``"diffusers"``.
         devices: which.
-        seconds: until the float32 frames are on the host, median; None if it did not fit.
+        seconds: until the float32 frames are on the host, median; None if that failed.
         first: the same of the first decode, which starts workers, loads weights and compiles kernels.
         peak_gib: most memory that tensors took on the device; known for one device of this process only.
+        failed: why there are no figures.
     """
 
     size: str
@@ -50,6 +52,7 @@ class Row:
     seconds: float | None
     first: float | None
     peak_gib: float | None
+    failed: str = ""
 
 
 def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -98,10 +101,10 @@ def measure(
     for width, height in sizes:
         ratio = architecture.spatial_ratio
         shape = (1, architecture.z_dim, latent_frames, height // ratio, width // ratio)
-        latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        latents = functools.partial(_latents, shape)
 
-        def row(what: str, used: Sequence[torch.device], decode: Decode) -> Row:
-            times, peak = _timed(functools.partial(decode, latents), used, repeats)  # noqa: B023 (called at once)
+        def row(what: str, used: Sequence[torch.device], make: Callable[[], Decode]) -> Row:
+            times, peak, failed = _timed(make, latents, used, repeats)  # noqa: B023 (called at once)
             return Row(
                 size=f"{width}x{height}",  # noqa: B023
                 frames=architecture.frame_count(latent_frames),
@@ -110,48 +113,61 @@ def measure(
                 seconds=statistics.median(times[1:]) if times else None,
                 first=times[0] if times else None,
                 peak_gib=peak,
+                failed=failed,
             )
 
         for count in counts:
             with vae_from_state_dict(weights, devices=list(devices[:count]), dtype=dtype) as vae:
-                yield row("ours", devices[:count], vae.decode)
+                yield row("ours", devices[:count], lambda: vae.decode)
         if devices[0].type == "cuda":
             with torch_kernels_only(), vae_from_state_dict(weights, devices=list(one), dtype=dtype) as vae:
-                yield row("PyTorch's kernels", one, vae.decode)
-        theirs = _diffusers(architecture, devices[0], dtype)
-        if theirs is not None:
-            yield row("diffusers", one, theirs)
-            del theirs
+                yield row("PyTorch's kernels", one, lambda: vae.decode)
+        if _diffusers_decodes(architecture):
+            yield row("diffusers", one, functools.partial(_diffusers, architecture, devices[0], dtype))
         if devices[0].type == "cuda":
             torch.cuda.empty_cache()
 
 
+def _latents(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
 def _timed(
-    decode: Callable[[], object], devices: Sequence[torch.device], repeats: int
-) -> tuple[list[float], float | None]:
-    """Seconds of each decode, the first included, and the peak in GiB; nothing if it does not fit."""
+    make: Callable[[], Decode], latents: Callable[[], torch.Tensor], devices: Sequence[torch.device], repeats: int
+) -> tuple[list[float], float | None, str]:
+    """Seconds of each decode, the first included, and the peak in GiB; or why there are none."""
     here = len(devices) == 1 and devices[0].type == "cuda"
     times: list[float] = []
     try:
+        decode, given = make(), latents()
         for _ in range(repeats + 1):
             if here:
                 torch.cuda.reset_peak_memory_stats(devices[0])
             started = time.perf_counter()
-            decode()
+            decode(given)
             times.append(time.perf_counter() - started)
-    except (OutOfMemoryError, torch.OutOfMemoryError):
-        return [], None
-    return times, torch.cuda.max_memory_allocated(devices[0]) / 2**30 if here else None
+    except Exception as error:
+        if is_out_of_memory(error):
+            return [], None, "does not fit"
+        if isinstance(error, WanVAEError):
+            return [], None, str(error).splitlines()[0]
+        raise
+    return times, torch.cuda.max_memory_allocated(devices[0]) / 2**30 if here else None, ""
 
 
-def _diffusers(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Decode | None:
-    """A decode of diffusers' to the host with random weights, if it is installed and has this architecture."""
+def _diffusers_decodes(architecture: Architecture) -> bool:
+    """Whether diffusers is installed, and has this architecture."""
     try:
-        from diffusers import AutoencoderKLWan
+        from diffusers import AutoencoderKLWan  # noqa: F401
     except ImportError:
-        return None
-    if architecture.output_channels != 3:
-        return None
+        return False
+    return architecture.output_channels == 3
+
+
+def _diffusers(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Decode:
+    """A decode of diffusers' to the host with random weights."""
+    from diffusers import AutoencoderKLWan
+
     options: dict[str, Any] = {"base_dim": architecture.width, "z_dim": architecture.z_dim}
     if architecture.residual:
         options.update(base_dim=8, decoder_base_dim=architecture.width, is_residual=True, patch_size=2)
@@ -202,7 +218,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         base = _base(rows, row.size)
         if row.seconds is None:
-            figures = ["does not fit", "", "", "", ""]
+            figures = [row.failed, "", "", "", ""]
         else:
             ratio = f"{base / row.seconds:.2f}x" if base else ""
             peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f} GiB"
@@ -223,18 +239,19 @@ def save_json(path: Path, rows: Sequence[Row], facts: dict[str, str], settings: 
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draws seconds and speed-up over the number of devices.
-
-    Raises:
-        OutputError: matplotlib is missing.
-    """
+def why_no_plot() -> str:
+    """Why `save_plot` can't draw, if so."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise OutputError(
-            f"no plot without matplotlib ({error}); install it with pip install 'wan-vae-parallel[bench]'"
-        ) from error
+        return f"no plot without matplotlib ({error}); pip install 'wan-vae-parallel[bench]' brings it"
+    return ""
+
+
+def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Draws seconds and speed-up over the number of devices."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     seconds, speedup = figure.subplots(1, 2)
     most = 1

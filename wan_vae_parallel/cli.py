@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .checkpoint import read_checkpoint
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
 from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
-from .files import replacing
+from .files import check_writable, replacing
 from .latents import check_latents, read_latents, save_latents
 from .launched import launched, torchrun_group
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _stop)
     try:
         if launched() and options.run is not _decode:
-            raise ArgumentError("torchrun's processes decode together; run demo and info without it")
+            raise ArgumentError("torchrun's processes decode together; run demo, info and bench without it")
         options.run(options)
     except WanVAEError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -180,10 +180,7 @@ def _demo(options: argparse.Namespace) -> None:
         raise OutOfMemoryError(
             f"the demo's frames would take {gibibytes(needed)}, more than is free; ask for fewer or smaller ones"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} can't be made ({error}); choose another folder with -o") from error
+    _make_folder(folder)
     checkpoint, latent_file = folder / "demo_vae.safetensors", folder / "demo.latent"
     save_demo_checkpoint(checkpoint, options.architecture, options.width)
     latents = demo_latents(described, frames=options.latent_frames, rows=rows, columns=columns)
@@ -237,6 +234,14 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(f"{folder} can't be written to ({error}); choose another folder with -o") from error
+
+
 def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
     batch, total, height, width = shape[:4]
     places = ", ".join(vae.places)
@@ -258,21 +263,22 @@ def _bench(options: argparse.Namespace) -> None:
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])
     folder: Path = options.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} can't be made ({error}); choose another folder with -o") from error
+    _make_folder(folder)
+    figures, plot = folder / "bench.json", folder / "bench.png"
+    for path in (figures, plot):
+        check_writable(path)
+    no_plot = bench.why_no_plot()
+    if no_plot:
+        print(no_plot, file=sys.stderr)
     facts = bench.environment(devices)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     rows = []
     settings = {"architecture": str(architecture), "dtype": _name(dtype), "repeats": options.repeats}
-    figures, plot = folder / "bench.json", folder / "bench.png"
-    latent_frames = -(-(options.frames - 1) // architecture.temporal_ratio) + 1
     for row in bench.measure(
         architecture=architecture,
         weights=weights,
         sizes=options.sizes,
-        latent_frames=latent_frames,
+        latent_frames=architecture.latent_frames(options.frames),
         devices=devices,
         dtype=dtype,
         repeats=options.repeats,
@@ -280,13 +286,14 @@ def _bench(options: argparse.Namespace) -> None:
         rows.append(row)
         # After each, so that what comes to a bad end still has figures.
         bench.save_json(figures, rows, facts, settings)
-        print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {row.seconds or math.nan:.3f} s", file=sys.stderr)
+        result = row.failed if row.seconds is None else f"{row.seconds:.3f} s"
+        print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
     print(bench.table(rows))
     print(f"figures: {figures}")
-    bench.save_plot(
-        plot, rows, f"{architecture.name}, {rows[0].frames} frames, {_name(dtype)}, {facts.get('gpu', 'CPU')}"
-    )
-    print(f"plot:    {plot}")
+    if not no_plot:
+        title = f"{architecture.name}, {rows[0].frames} frames, {_name(dtype)}, {facts.get('gpu', 'CPU')}"
+        bench.save_plot(plot, rows, title)
+        print(f"plot:    {plot}")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -296,8 +303,7 @@ def _info(options: argparse.Namespace) -> None:
     dtype = parse_dtype(options.dtype, devices[0])
     rows, columns = _latent_size(architecture, options.size)
     plan = plan_shards(rows, columns, len(devices))
-    ratio = architecture.temporal_ratio
-    latent_frames = -(-(options.frames - 1) // ratio) + 1
+    latent_frames = architecture.latent_frames(options.frames)
     # A shard holds its neighbours' rows too.
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, latent_frames, tallest, plan.columns)

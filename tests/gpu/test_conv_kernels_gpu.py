@@ -395,6 +395,34 @@ def test_an_arena_may_have_more_than_2_to_the_31_values():
     assert all(arena[slot].isnan().all() for slot in (0, 2, count - 4))
 
 
+def test_residuals_and_outputs_may_have_more_than_2_to_the_31_values():
+    channels, rows, columns, count = here((32, 3, 5, 3), gpu=[(96, 510, 509, 90)])[0]
+    arena, slots, weight, bias = conv_problem((1, rows, columns), channels, channels, dtype=DTYPE)
+    # The same three frames again and again.
+    slots = slots[torch.arange(count + 2, device=DEVICE) % 3]
+    residual = torch.zeros((count, rows, columns, channels), dtype=DTYPE, device=DEVICE)
+    residual[-1] = random(rows, columns, channels, dtype=DTYPE)
+    if not INTERPRETED:
+        assert residual.numel() > 2**31
+    out = conv_ops.conv(arena, slots, weight, bias, residual=residual)
+    wanted = conv_ops.conv(arena, slots[-3:].clone(), weight, bias, residual=residual[-1:])
+    assert torch.equal(out[-1:], wanted)
+    # And with as many values before it.
+    weight1, bias1 = random(16, channels, 1, 1, dtype=DTYPE), random(16, dtype=DTYPE)
+    assert torch.equal(
+        conv_ops.pointwise_conv(out, weight1, bias1)[-1:], conv_ops.pointwise_conv(wanted, weight1, bias1)
+    )
+
+
+def test_upsampled_frames_may_have_more_than_2_to_the_31_values():
+    channels, rows, columns, count = here((32, 3, 5, 3), gpu=[(96, 510, 509, 24)])[0]
+    _, (arena, slots, weight, bias) = upsample_problem((1, rows, columns), channels, channels, dtype=DTYPE)
+    out = upsampled(arena, slots.repeat(count), weight, bias)
+    if not INTERPRETED:
+        assert out.numel() > 2**31
+    assert torch.equal(out[-1:], upsampled(arena, slots, weight, bias))
+
+
 def test_fp32_goes_to_pytorchs_convolutions_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(conv_ops, "F", F)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -194,7 +194,7 @@ def test_to_frames_has_eagers_bits(dtype, transposed, patch):
     x[0, 0, 0, 0] = math.nan
     x[0, 0, 1] = math.inf
     seen = turned(x) if transposed else x
-    assert frames_kernels.can_convert_to_frames(seen, patch)
+    assert not frames_kernels.why_not(seen, patch)
     frames = frames_ops.to_frames(seen, patch, transposed=transposed)
     assert frames.is_contiguous()
     assert torch.equal(bits(frames), bits(eager_of(frames_ops, frames_ops.to_frames, x, patch)))
@@ -223,3 +223,46 @@ def test_add_duplicated_has_eagers_bits(dtype, channels, out_channels, time_fact
     assert shortcut_kernels.takes(x, out)
     shortcut_ops.add_duplicated(x, time_factor=time_factor, phases=phases, transposed=transposed, out=out)
     assert torch.equal(turned(out) if transposed else out, before + shortcut)
+
+
+# More than 2^31 values: the last frame is as it is alone.
+
+
+def last_alone(shape):
+    """Zeros but for the last frame, and that frame."""
+    frames = torch.zeros(shape, dtype=DTYPE, device=DEVICE)
+    frames[-1] = random(*shape[1:], dtype=DTYPE)
+    if not INTERPRETED:
+        assert frames.numel() > 2**31
+    return frames, frames[-1:].clone()
+
+
+def test_a_norm_of_more_than_2_to_the_31_values():
+    whole, last = last_alone(here((3, 2, 5, 96), gpu=[(90, 510, 509, 96)])[0])
+    gamma = random(96, dtype=DTYPE)
+    assert torch.equal(norm_ops.rms_norm(whole, gamma)[-1:], norm_ops.rms_norm(last, gamma))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_frames_of_more_than_2_to_the_31_values(transposed):
+    whole, last = last_alone(here((3, 4, 6, 3), gpu=[(80, 3000, 3001, 3)])[0])
+    frames = frames_ops.to_frames(whole, 1, transposed=transposed)
+    assert torch.equal(frames[-1:], frames_ops.to_frames(last, 1, transposed=transposed))
+
+
+def test_a_shortcut_of_more_than_2_to_the_31_values():
+    frames, rows, columns = here((3, 2, 5), gpu=[(12, 400, 450)])[0]
+    out, last = last_alone((2 * frames, 2 * rows, 2 * columns, 128))
+    x = random(frames, rows, columns, 128, dtype=DTYPE)
+    shortcut_ops.add_duplicated(x, time_factor=2, phases=(0, 2), out=out)
+    shortcut_ops.add_duplicated(x[-1:], time_factor=2, phases=(1, 2), out=last)
+    assert torch.equal(out[-1:], last)
+
+
+@from_hopper_on
+def test_attention_over_more_than_2_to_the_31_values():
+    frames, queries, keys = here((2, 5, 7), gpu=[(600, 9400, 60)])[0]
+    query, last = last_alone((frames, queries, 384))
+    key, value = (random(frames, keys, 384, dtype=DTYPE, seed=seed) for seed in (1, 2))
+    out = attention_ops.frame_attention(query, key, value)
+    assert torch.equal(out[-1:], attention_ops.frame_attention(last, key[-1:], value[-1:]))

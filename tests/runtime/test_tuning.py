@@ -156,6 +156,30 @@ def test_measuring_that_fails_is_said_once_and_the_shipped_settings_stay(gpu, fo
     assert chosen(WIDE) == tiles.candidates(WIDE, CPU)[2]
 
 
+def test_what_kept_all_settings_from_running_may_be_gone_the_next_time(gpu, folder, monkeypatch):
+    real = gpu.measure
+
+    def broken(kinds, *args):
+        return {
+            kind: Measured((0.0,) * len(one.tiles), one.cudnn) if kind == WIDE else one
+            for kind, one in real(kinds, *args).items()
+        }
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, MEASURE, types.SimpleNamespace(measure=broken))
+        assert tuning.settle([WIDE, NARROW], CPU, BF16) == {WIDE}
+    assert len(files(folder)) == 1  # the other kind's
+    start_anew(monkeypatch)
+    assert tuning.settle([WIDE, NARROW], CPU, BF16) == frozenset()
+    assert gpu.asked[1:] == [[WIDE]]
+    # Nor is a file believed that says so.
+    (path,) = (path for path in folder.rglob("*.json") if "384" in path.read_text())
+    path.write_text(path.read_text().replace("600.0", "0").replace("60.0", "0"))
+    start_anew(monkeypatch)
+    assert tuning.settle([WIDE], CPU, BF16) == frozenset()
+    assert gpu.asked[2:] == [[WIDE]]
+
+
 def test_a_folder_that_can_not_be_written_to_is_said_once_and_lived_without(gpu, folder, caplog):
     (folder / "wan_vae_parallel").write_text("in the way")
     gpu.best = {WIDE: 2}
