@@ -418,7 +418,8 @@ def test_autocast_and_a_default_device_change_nothing(family, oracle):
         with torch.autocast("cuda", dtype=torch.float16), torch.device(CUDA):
             decoded = vae.decode(latents)
         assert decoded.device.type == "cpu"
-        assert torch.equal(decoded, expected)
+        # cuDNN may add in another order from call to call; fp16 would err by a hundred times this.
+        assert max_error(decoded, expected) <= (0 if dtype == "bfloat16" else 1e-5)
 
 
 def test_each_step_may_be_asked_for_on_another_stream(wan21):

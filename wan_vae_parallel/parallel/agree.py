@@ -300,7 +300,7 @@ def _disagreement(facts: Mapping[int, Mapping[str, str]]) -> str:
             first, other = facts[0].get(name), theirs.get(name)
             if first != other:
                 return (
-                    f"ranks disagree on the {name}: rank 0 has {first}, rank {rank} has {other}; use the same files "
-                    f"and the same version on all of them"
+                    f"ranks disagree on the {name}: rank 0 has {first}, rank {rank} has {other}; give all of "
+                    f"them the same arguments, files and version"
                 )
     return ""
