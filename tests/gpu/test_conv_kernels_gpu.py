@@ -327,8 +327,13 @@ def test_every_width_has_tiles_that_fit_registers_and_shared_memory(out_channels
             columns = tile.first + tile.second
             assert tile.positions * columns / (32 * tile.warps) <= 192  # of a thread's registers, accumulators
             assert tiles.fit(tile, 232448) == tile  # Hopper
-            small = tiles.fit(tile, 101376)  # consumer GPUs
-            assert (small.positions + small.first + small.second) * small.step * 2 * small.stages <= 101376
+        for tile in tiles._narrow(channels, out_channels):  # consumer GPUs
+            columns = tile.first + tile.second
+            assert tile.positions * columns / (32 * tile.warps) <= 128
+            small = tiles.fit(tile, 101376)
+            assert (small.positions, small.warps) == (tile.positions, tile.warps)
+            assert small.stages >= 2
+            assert (small.positions + columns) * small.step * 2 * small.stages <= 101376
 
 
 @pytest.mark.parametrize(

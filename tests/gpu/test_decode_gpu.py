@@ -114,8 +114,7 @@ def test_half_precision_errs_no_more_than_diffusers(family, oracle, dtype):
     assert ours.isfinite().all()
     assert ours.mean() <= peer.mean()
     assert ours.square().mean() <= peer.square().mean()
-    # One value of two million: by chance, a little more or less.
-    assert ours.max() <= 1.1 * peer.max()
+    assert ours.max() <= peer.max()
 
 
 @pytest.mark.parametrize("chunk", [1, 2, "auto"])
