@@ -250,7 +250,7 @@ def free():
 def test_nccl_that_can_not_start_is_an_error_with_its_reason_and_a_way_out(wan21, latents, monkeypatch):
     with load(wan21, devices=named(2), dtype="bfloat16") as vae:
         with monkeypatch.context() as patch:
-            patch.setattr("wan_vae_parallel.runtime.pool._INTERFACE", "wan0")
+            patch.setattr("wan_vae_parallel.runtime.pool.INTERFACE", "wan0")
             with pytest.raises(wvp.WorkerError, match=r"(?s)NCCL.*NCCL_P2P_DISABLE=1"):
                 vae.decode(latents)
         assert pids(vae) == []

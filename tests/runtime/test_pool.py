@@ -43,6 +43,7 @@ from tests.processes import (
 from wan_vae_parallel.memory import decode_memory
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime import pool as pool_module
+from wan_vae_parallel.runtime.faults import _failure
 from wan_vae_parallel.runtime.process import WorkerProcess, _hidden_main
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -375,8 +376,9 @@ def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_pat
 def test_a_group_that_can_not_be_joined_is_an_error_with_its_reason_and_a_way_out(path, latents, monkeypatch):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         with monkeypatch.context() as patch:
-            patch.setattr("wan_vae_parallel.runtime.pool._INTERFACE", "wan0")
-            with pytest.raises(wvp.WorkerError, match=r"worker \d on cpu failed: .*wan0"):
+            for module in ("pool", "faults"):
+                patch.setattr(f"wan_vae_parallel.runtime.{module}.INTERFACE", "wan0")
+            with pytest.raises(wvp.WorkerError, match=r"worker \d on cpu failed: .*interface wan0, which has to be up"):
                 vae.decode(latents)
         assert pids(vae) == []
         vae.decode(latents)
@@ -449,13 +451,13 @@ def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(v
     # As when weights don't fit on a device that another program fills.
     vae.release()
     monkeypatch.setattr("wan_vae_parallel.runtime.pool.PoolRun._open", _out_of_memory)
-    with pytest.raises(wvp.OutOfMemoryError, match="worker 1 on cpu ran out of memory"):
+    with pytest.raises(wvp.OutOfMemoryError, match="worker 1 on cpu ran out of memory.*it had not begun yet; use more"):
         vae.decode(latents)
     monkeypatch.undo()
 
 
 def _out_of_memory(run, chunk):  # noqa: ARG001 (stands for a method)
-    raise run._pool._failure(run._pool.workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
+    raise _failure(run._pool.workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
 
 
 # The caller's own errors, and leaving off.

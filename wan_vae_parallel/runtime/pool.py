@@ -7,12 +7,10 @@ that no next step comes. Each writes its rows into memory that all share and tha
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import logging
 import multiprocessing.connection
 import os
-import signal
 import sys
 import threading
 import time
@@ -27,7 +25,8 @@ from safetensors.torch import save
 from ..checkpoint import Checkpoint
 from ..errors import WanVAEError, WorkerError
 from ..ops.dispatch import say_once
-from .pool_run import PoolRun, StepOutOfMemory
+from .faults import INTERFACE, cause, hint
+from .pool_run import PoolRun
 from .process import WorkerProcess, end_all
 from .shared_memory import SharedMemory
 
@@ -39,10 +38,6 @@ _SILENCE_SECONDS = 7.0
 _PAUSE_SECONDS = 2.0
 # Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
 _START_SECONDS = 300.0
-# All ranks are on this machine: nothing listens beyond it.
-_INTERFACE = "lo"
-# What the others of a worker that died still say within this time tells whose fault it was.
-_CAUSE_SECONDS = 1.0
 _COPY_THREADS = 4
 # A thread that waits for another one's decode for so long says so.
 _WAIT_WORD_SECONDS = 5.0
@@ -173,7 +168,7 @@ class WorkerPool:
         }
         environment = {
             **dict.fromkeys(_ALLOCATOR_VARIABLES),
-            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _INTERFACE),
+            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), INTERFACE),
         }
         started = time.monotonic()
         store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
@@ -287,7 +282,7 @@ class WorkerPool:
             looked = now
             if limit is not None and now - since > limit:
                 waited = ", ".join(str(w) for w in workers if w.rank not in answers)
-                raise WorkerError(f"{waited} got no further for {limit:.0f} s{self._hint('')}")
+                raise WorkerError(f"{waited} got no further for {limit:.0f} s{hint(workers[0].device)}")
             for worker in workers:
                 silent = now - worker.heard
                 stopped = silent > _SILENCE_SECONDS and worker.stopped
@@ -299,60 +294,8 @@ class WorkerPool:
         return [answers[rank] for rank in range(count)]
 
     def _cause(self, workers: list[WorkerProcess], heard: dict[int, tuple[Any, ...]] | None = None) -> WanVAEError:
-        """Why the workers end, once one has: the first to fall takes others along, which then say so too."""
-        self._living()
-        failed = dict(heard or {})
-        deadline = time.monotonic() + _CAUSE_SECONDS
-        while time.monotonic() < deadline and any(w.alive for w in workers):
-            time.sleep(0.05)
-        for worker in workers:
-            with contextlib.suppress(EOFError, OSError):
-                while worker.connection.poll():
-                    message = worker.connection.recv()
-                    if message[0] == "failed":
-                        failed[worker.rank] = message[1:]
-        codes = {worker.rank: worker.process.exitcode for worker in workers}
-        for rank, (kind, text) in failed.items():
-            if kind == "memory":
-                return self._failure(workers[rank], kind, text)
-        for worker in workers:
-            if (codes[worker.rank] or 0) < 0:  # killed from outside
-                return self._death(worker)
-        for worker in workers:
-            # Without a code and without a word, where something else in the program takes processes' ends.
-            if not worker.alive and codes[worker.rank] is None and worker.rank not in failed:
-                return self._death(worker)
-        for rank, (kind, text) in failed.items():
-            return self._failure(workers[rank], kind, text)
-        return self._death(next((w for w in workers if not w.alive), workers[0]))
-
-    def _death(self, worker: WorkerProcess) -> WorkerError:
-        code = worker.process.exitcode
-        # How NCCL's watchdog ends a process that waited for a peer in vain.
-        hint = self._hint(" (NCCL waited for a peer in vain?)") if code == -signal.SIGABRT else ""
-        if code == -signal.SIGKILL:
-            hint = "; if nobody killed it, the system did for want of host memory"
-        return WorkerError(
-            f"{worker} died with exit code {'unknown' if code is None else code}; the others were ended, the next "
-            f"decode starts new ones{hint}{worker.last_lines()}"
-        )
-
-    def _failure(self, worker: WorkerProcess, kind: str, text: str) -> WanVAEError:
-        if kind == "memory":
-            return StepOutOfMemory(f"{worker} ran out of memory: {text}")
-        hint = self._hint("") if "NCCL" in text else ""
-        if f"address for: {_INTERFACE}" in text:
-            hint = f"; workers find one another through the network interface {_INTERFACE}, which has to be up"
-        return WorkerError(f"{worker} failed: {text}{hint}{worker.last_lines()}")
-
-    def _hint(self, guess: str) -> str:
-        """What to try where GPUs can't join or reach one another."""
-        if self.devices[0].type != "cuda":
-            return ""
-        return (
-            f"{guess}; if the GPUs can't reach one another, try NCCL_P2P_DISABLE=1, or give the container more shared "
-            f"memory (--shm-size, --ipc=host)"
-        )
+        self._living()  # else it was another thread
+        return cause(workers, heard)
 
     def _end_when_idle(self) -> None:
         if not self.workers or self._idle_seconds > threading.TIMEOUT_MAX:

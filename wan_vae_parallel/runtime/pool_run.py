@@ -11,6 +11,7 @@ import torch
 from ..errors import OutOfMemoryError, WanVAEError, WorkerError
 from ..memory import is_out_of_memory
 from ..parallel.plan import describe_plan, plan_shards
+from .faults import StepOutOfMemory
 from .shared_memory import SharedMemory
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ logger = logging.getLogger(__name__)
 _AHEAD = 2
 # A GPU that is not done with a step by then waits for another one in vain.
 _STEP_SECONDS = 600.0
-
-
-class StepOutOfMemory(WanVAEError):
-    """A worker ran out of memory in the middle of a step, where the others wait for it."""
 
 
 class PoolRun:
