@@ -451,7 +451,9 @@ def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(v
     # As when weights don't fit on a device that another program fills.
     vae.release()
     monkeypatch.setattr("wan_vae_parallel.runtime.pool.PoolRun._open", _out_of_memory)
-    with pytest.raises(wvp.OutOfMemoryError, match=r"worker 1 on cpu ran out of memory.*it had not begun yet; use more"):
+    with pytest.raises(
+        wvp.OutOfMemoryError, match=r"worker 1 on cpu ran out of memory.*it had not begun yet; use more"
+    ):
         vae.decode(latents)
     monkeypatch.undo()
 
