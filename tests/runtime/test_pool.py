@@ -156,6 +156,7 @@ def test_a_worker_that_is_stopped_is_not_answering(vae, latents):
     assert all(map(gone, before))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_between_steps_does_not_hold_up_the_end_of_a_decode(vae, latents, caplog, monkeypatch):
     monkeypatch.setattr("wan_vae_parallel.runtime.pool._SILENCE_SECONDS", 3.0)  # the test above waits in full
     before = pids(vae)
@@ -431,6 +432,7 @@ def test_out_of_memory_in_one_rank_goes_on_with_a_smaller_chunk_and_the_same_fra
     assert all(map(gone, before))
 
 
+@pytest.mark.slow
 def test_out_of_memory_that_is_noticed_late_goes_on_too(vae, large, large_expected):
     # Behind a callback that takes its time: the others have failed as well by then, for want of their neighbour.
     starve(vae, large, 4)

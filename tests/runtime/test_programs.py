@@ -252,6 +252,7 @@ def test_a_forked_child_that_ends_leaves_workers_and_streams_alone(program):
     assert pids_of(output)[:2] == pids_of(output)[2:]
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_is_named_where_nobody_hears_of_exit_codes(program):
     lines = [
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
