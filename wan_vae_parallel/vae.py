@@ -294,8 +294,8 @@ class VAE:
 
     def close(self) -> None:
         """Gives everything back; decoding is an error afterwards. Frames that were decoded stay."""
+        self._closed = True  # before workers end: who waited for them must not start new ones
         self.release()
-        self._closed = True
 
     @property
     def _chunk_number(self) -> int:

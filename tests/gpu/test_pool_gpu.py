@@ -303,8 +303,10 @@ def test_a_device_with_less_memory_makes_all_chunks_smaller_with_the_same_frames
 
 
 def test_nothing_is_left(warm):
+    before = [worker.pid for worker in worker_processes()]
     warm.release()
     gc.collect()
+    assert all(map(gone, before))
     assert worker_processes() == []
     assert shared_files() == 0
     assert shared_maps() == 0

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from wan_vae_parallel.ops import attention, dispatch
+from wan_vae_parallel.ops import attention, dispatch, kernels
 
 CUDA = torch.device("cuda", 0)
 TRIAL = "wan_vae_parallel.ops.kernels.trial"
@@ -32,9 +32,9 @@ def _nothing_known(monkeypatch):
 
 def tried(monkeypatch, answer):
     calls = []
-    monkeypatch.setitem(
-        sys.modules, TRIAL, types.SimpleNamespace(why_not=lambda device: calls.append(device) or answer)
-    )
+    trial = types.SimpleNamespace(why_not=lambda device: calls.append(device) or answer)
+    monkeypatch.setitem(sys.modules, TRIAL, trial)
+    monkeypatch.setattr(kernels, "trial", trial, raising=False)  # where the real one was imported before
     return calls
 
 

@@ -35,6 +35,7 @@ from tests.processes import (
     gone,
     listening,
     nothing_left,
+    open_files,
     shared_bytes,
     shared_files,
     shared_maps,
@@ -44,6 +45,7 @@ from wan_vae_parallel.memory import decode_memory
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime import pool as pool_module
 from wan_vae_parallel.runtime.faults import _failure
+from wan_vae_parallel.runtime.pool_run import PoolRun
 from wan_vae_parallel.runtime.process import WorkerProcess, _hidden_main
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -178,7 +180,7 @@ def test_a_worker_that_dies_after_its_answer_is_noticed_though_the_others_go_on(
             self.connection, self.theirs = multiprocessing.Pipe()
             for message in messages:
                 self.theirs.send(message)
-            self.process = types.SimpleNamespace(exitcode=None if alive else 1, pid=0)
+            self.process = types.SimpleNamespace(exitcode=None if alive else 1, pid=0, join=lambda *_: None)
             self.alive, self.stopped = alive, False
             if not alive:
                 self.theirs.close()
@@ -274,6 +276,9 @@ def test_tensors_that_share_memory_are_weights_too(path, latents, expected):
         weights[key], both = both[:size], both[size:]
     with wvp.vae_from_state_dict(weights, devices="cpu,cpu", chunk=1) as vae:
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+        # And nobody keeps the copy that the workers got.
+        for pid in (*pids(vae), "self"):
+            assert not [file for file in open_files(pid) if file.startswith("/memfd:wan-vae-parallel ")]
 
 
 def test_a_very_long_idle_time_is_for_ever(path, latents):
@@ -458,6 +463,25 @@ def test_out_of_memory_before_the_first_step_is_an_error_that_names_the_device(v
     ):
         vae.decode(latents)
     monkeypatch.undo()
+
+
+def test_a_shortage_that_meets_new_workers_ends_the_decode(vae, large):
+    # Out of memory in a step; and then again and again before the first, as when another program took the device.
+    starts = []
+    real = PoolRun._open
+
+    def short(run, chunk):
+        starts.append(chunk)
+        if len(starts) > 1:
+            _out_of_memory(run, chunk)
+        real(run, chunk)
+
+    starve(vae, large, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PoolRun, "_open", short)
+        with pytest.raises(wvp.OutOfMemoryError, match="it had not begun yet"):
+            vae.decode(large)
+    assert len(starts) == 2
 
 
 def _out_of_memory(run, chunk):  # noqa: ARG001 (stands for a method)

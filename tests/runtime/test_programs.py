@@ -222,9 +222,11 @@ def test_ctrl_c_is_the_programs_alone(program):
     pids = pids_of(process.stdout.readline())
     assert len(pids) == 2
     for pid in pids:
+        # Blocked since before it began, and ignored since it runs our code.
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        (ignored,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigIgn"))
-        assert ignored >> signal.SIGINT - 1 & 1
+        masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk", "SigIgn"))]
+        assert len(masks) == 2
+        assert all(mask >> signal.SIGINT - 1 & 1 for mask in masks)
         os.kill(pid, signal.SIGINT)
     time.sleep(0.5)
     assert not any(map(gone, pids))

@@ -1,4 +1,4 @@
-"""Arithmetic in the dtype that was asked for, whatever the host program allowed."""
+"""Arithmetic in the dtype that was asked for: neither autocast nor TF32 that the host program allowed."""
 
 from __future__ import annotations
 

@@ -34,10 +34,12 @@ def run(connection: Any, log: Any, environment: dict[str, str | None], options: 
     """Ends the process when the work is done; never returns."""
     # torch reads its settings when it is loaded: what the parent has there must be gone before.
     assert "torch" not in sys.modules, "a worker's torch was loaded with its parent's environment"
-    # Ctrl-C is the parent's to act on; and a parent that is gone already has no work.
+    # Ctrl-C is the parent's to act on; and a parent that is gone already has no work. Whose child this is need not be
+    # who made the options: a wrapper around Python may lie between, or another namespace of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.getppid() != options["parent"]:
+    if os.getppid() == 1 != options["parent"]:
         os._exit(1)
+    options["parent"] = os.getppid()
     for descriptor in (1, 2):
         os.dup2(log.fileno(), descriptor)
     for name, value in environment.items():

@@ -41,6 +41,9 @@ def cause(workers: Sequence[WorkerProcess], heard: Mapping[int, tuple[Any, ...]]
                 message = worker.connection.recv()
                 if message[0] == "failed":
                     failed[worker.rank] = message[1:]
+    for worker in workers:
+        if not worker.alive:  # its files are closed, and its exit code comes soon
+            worker.process.join(max(0.0, deadline - time.monotonic()))
     codes = {worker.rank: worker.process.exitcode for worker in workers}
     for rank, (kind, text) in failed.items():
         if kind == "memory":

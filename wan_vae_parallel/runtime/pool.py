@@ -153,16 +153,13 @@ class WorkerPool:
             self.stop(grace=0.5)
         ended = self._ended
         cuda = self.devices[0].type == "cuda"
-        checkpoint, memory = self._weights(), None
-        path = self._path
-        if path is None:
-            memory = _in_shared_memory(checkpoint)
+        checkpoint = self._weights()
         options = {
             "world_size": len(self.devices),
             # As a word: a torch.dtype would have the worker import torch before its environment is its own.
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": "nccl" if cuda else "gloo",
-            "weights": str(path.absolute()) if path else None,
+            "weights": str(self._path.absolute()) if self._path else None,
             # On GPUs the host only copies frames: more threads than these would only be in each other's way.
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }
@@ -171,8 +168,11 @@ class WorkerPool:
             **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), INTERFACE),
         }
         started = time.monotonic()
-        store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
+        store, memory = -1, None
         try:
+            store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
+            if not self._path:
+                memory = _in_shared_memory(checkpoint)
             for rank, device in enumerate(self.devices):
                 worker = WorkerProcess(rank, device, options, environment)
                 with self._changing:
@@ -194,7 +194,8 @@ class WorkerPool:
             self.stop()
             raise
         finally:
-            os.close(store)
+            if store >= 0:
+                os.close(store)
             if memory:
                 memory.close()
         names = ", ".join(map(str, self.devices))

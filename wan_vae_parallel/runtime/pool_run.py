@@ -87,6 +87,7 @@ class PoolRun:
     def _attempt(self, chunk: int) -> Iterator[int]:
         """Decodes from the beginning; yields the number of new frames of each step."""
         pool = self._pool
+        self._begun = 0
         pool.start()
         self._open(chunk)
         room = [answer[1] for answer in pool.gather("room", self._shards)]

@@ -134,7 +134,7 @@ def end_all(workers: Sequence[WorkerProcess], grace: float) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
         if worker.alive:
             worker.process.kill()
-            worker.process.join()
+        worker.process.join()  # one that has closed its files may still give its device's memory back
         worker.connection.close()
 
 

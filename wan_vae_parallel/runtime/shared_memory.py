@@ -24,8 +24,12 @@ class SharedMemory:
     def create(cls, size: int) -> SharedMemory:
         """Zeroed memory of ``size`` > 0 bytes; pages come into being when they are touched."""
         descriptor = os.memfd_create("wan-vae-parallel", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, size)
-        return cls(descriptor, size)
+        try:
+            os.ftruncate(descriptor, size)
+            return cls(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The memory's beginning as a contiguous tensor."""

@@ -90,7 +90,7 @@ class _Worker:
             self._check_parent()
         _, weights = connection.recv()
         self._store = recv_handle(connection)
-        self._weights = f"/proc/self/fd/{recv_handle(connection)}" if weights else options["weights"]
+        self._weights: int | None = recv_handle(connection) if weights else None
         self._decoder: ShardDecoder
         self._group: dist.ProcessGroup
         self._mailbox: Mailbox | None
@@ -143,7 +143,10 @@ class _Worker:
             torch.cuda.set_device(self.device)
         torch.set_num_threads(self.options["threads"])
         self._join_group()
-        self._decoder = ShardDecoder(read_checkpoint(self._weights), self.device, self.dtype)
+        path = self.options["weights"] if self._weights is None else f"/proc/self/fd/{self._weights}"
+        self._decoder = ShardDecoder(read_checkpoint(path), self.device, self.dtype)
+        if self._weights is not None:
+            os.close(self._weights)  # the last that keeps the host's copy
         board = Board(self._group)
         check_agreement(self._decoder.facts(), board)
         self._decoder.settle(board)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...memory import is_out_of_memory
+
 
 @triton.jit
 def _trial_kernel(out):
@@ -13,11 +15,18 @@ def _trial_kernel(out):
 
 
 def why_not(device: torch.device) -> str:
-    """What keeps kernels from running on ``device``, such as a missing C compiler; nothing if they run."""
+    """What keeps kernels from running on ``device``, such as a missing C compiler; nothing if they run.
+
+    Raises:
+        RuntimeError: the device has no memory left.
+    """
     out = torch.zeros(1, dtype=torch.int32, device=device)
     try:
         with torch.cuda.device(device):
             _trial_kernel[(1,)](out)
-    except Exception as error:  # noqa: BLE001 (compilers fail in many ways)
+        done = out.item() == 1
+    except Exception as error:  # compilers fail in many ways
+        if is_out_of_memory(error):  # which passes
+            raise
         return f"Triton can't compile kernels ({' '.join(str(error).split()) or type(error).__name__})"
-    return "" if out.item() == 1 else "a kernel of Triton's did nothing"
+    return "" if done else "a kernel of Triton's did nothing"
