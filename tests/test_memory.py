@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from wan_vae_parallel.memory import (
     decode_memory,
     free_memory,
     gibibytes,
-    is_out_of_memory,
     largest_chunk,
     largest_frame,
     parameter_count,
@@ -128,22 +126,3 @@ def test_free_memory_of_the_host_is_no_more_than_it_has():
 )
 def test_sizes_for_people(count, text):
     assert gibibytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("error", "counts"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (MemoryError(), True),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("could not create a primitive"), True),
-        # NCCL makes its connections late, when a device may be full.
-        (RuntimeError("NCCL error in: ... Last error:\nCuda failure 2 'out of memory'"), True),
-        (RuntimeError("NCCL error in: ... Last error:\nCuda failure 999 'unknown error'"), False),
-    ],
-    ids=str,
-)
-def test_what_counts_as_out_of_memory(error, counts):
-    assert is_out_of_memory(error) == counts

@@ -1,5 +1,14 @@
 """Every error that a user can cause; each message names the value, the limit and the way out."""
 
+from __future__ import annotations
+
+import errno
+
+import torch
+
+# How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN, and oneDNN (of the code that it makes) say it.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
+
 
 class WanVAEError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -31,3 +40,12 @@ class WorkerError(WanVAEError, RuntimeError):
 
 class OutputError(WanVAEError, OSError):
     """The frames can't be written where they were asked to go."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )

@@ -5,7 +5,6 @@ h latent rows, w latent columns
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
 from collections.abc import Sequence
@@ -33,8 +32,6 @@ _USABLE = 0.9
 _SPREAD_HEAD = 64 * 162
 # What a system that does not tell its free memory is taken to have.
 UNLIMITED = 2**62
-# How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN, and oneDNN (of the code that it makes) say it.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +160,6 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
         available = min(available, int(most) - int(used.read_text()))
     return available
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the host had no memory left."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
 
 
 def gibibytes(count: float) -> str:

@@ -47,6 +47,7 @@ from wan_vae_parallel.ops.kinds import LayerKind
 pytestmark = MARKS
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
+# E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import conv as conv_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import head_conv as head_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import tiles  # noqa: E402

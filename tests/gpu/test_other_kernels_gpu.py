@@ -46,6 +46,7 @@ from wan_vae_parallel.ops import shortcut as shortcut_ops
 pytestmark = MARKS
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
+# E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import attention as attention_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import frames as frames_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import norm as norm_kernels  # noqa: E402

@@ -15,6 +15,7 @@ from tests.parallel import launch
 
 pytestmark = MARKS
 triton = pytest.importorskip("triton", reason="there are no kernels without Triton")
+# E402: what follows imports Triton, which may be missing.
 import triton.language as tl  # noqa: E402
 
 from wan_vae_parallel.ops.kernels import swap_rows as kernels  # noqa: E402

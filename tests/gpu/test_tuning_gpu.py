@@ -19,6 +19,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
+# E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import measure, tiles  # noqa: E402
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..errors import OutOfMemoryError, WanVAEError, WorkerError
-from ..memory import is_out_of_memory
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..checkpoint import Checkpoint
-from ..errors import OutOfMemoryError
-from ..memory import decode_memory, free_memory, gibibytes, is_out_of_memory, largest_chunk, largest_frame
+from ..errors import OutOfMemoryError, is_out_of_memory
+from ..memory import decode_memory, free_memory, gibibytes, largest_chunk, largest_frame
 from .download import to_host
 from .local import LocalDecoder
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import OutOfMemoryError, WanVAEError, WorkerError
-from ..memory import is_out_of_memory
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError, is_out_of_memory
 from ..parallel.plan import describe_plan, plan_shards
 from .faults import StepOutOfMemory
 from .shared_memory import SharedMemory

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from ..checkpoint import read_checkpoint
-from ..memory import is_out_of_memory
+from ..errors import is_out_of_memory
 from ..parallel.agree import Board, check_agreement
 from ..parallel.edges import connect
 from ..parallel.mailbox import Mailbox, open_mailbox

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...memory import is_out_of_memory
+from ...errors import is_out_of_memory
 from .. import conv as ops
 from ..kinds import LayerKind, Measured
 from . import conv, head_conv

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...memory import is_out_of_memory
+from ...errors import is_out_of_memory
 
 
 @triton.jit

@@ -1,0 +1,157 @@
+"""A decode on one device whose memory is short: smaller chunks, the same frames, or an error that says what fits."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import wan_vae_parallel as wvp
+from tests.oracle import FAMILIES, load, oracle_vae, random_latents
+from wan_vae_parallel.runtime.local import LocalDecoder
+
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def family_vae(family):
+    return load(oracle_vae(family), chunk=2)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return oracle_vae("wan2.1")
+
+
+@pytest.fixture
+def vae(oracle):
+    """A fresh one for each test, of the smaller family, for what does not depend on it."""
+    return load(oracle, chunk=2)
+
+
+@pytest.fixture
+def latents():
+    return random_latents("wan2.1", frames=6, rows=2, columns=3)
+
+
+def fail_beyond(monkeypatch, largest, *, at_step, error=None):
+    """Chunks larger than ``largest`` run out of memory at their step number ``at_step``; returns the chunks tried."""
+    real, tried = LocalDecoder.stream, []
+
+    def stream(self, latents, chunk):
+        tried.append(chunk)
+        for step, frames in enumerate(real(self, latents, chunk)):
+            if chunk > largest and step == at_step:
+                raise error or torch.OutOfMemoryError("CUDA out of memory (simulated)\nand more lines")
+            yield frames
+
+    monkeypatch.setattr(LocalDecoder, "stream", stream)
+    return tried
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("at_step", [0, 1, 3])  # before any frame, behind the first one, with several handed out
+def test_out_of_memory_goes_on_with_smaller_chunks_and_the_same_frames(
+    family, family_vae, monkeypatch, caplog, at_step, batch
+):
+    latents = random_latents(family, frames=9, rows=2, columns=2, batch=batch)
+    monkeypatch.setattr(family_vae, "chunk", 1)
+    expected = family_vae.decode(latents)
+    monkeypatch.setattr(family_vae, "chunk", 8)
+    tried = fail_beyond(monkeypatch, 1, at_step=at_step)
+    calls = []
+    with caplog.at_level(logging.WARNING):
+        decoded = family_vae.decode(latents, on_chunk=lambda done, _, frames: calls.append((done, frames.clone())))
+    assert tried == [8, 4, 2, 1]
+    # Each frame once, in order.
+    done = [call[0] for call in calls]
+    assert done == sorted(set(done))
+    assert done[-1] == 33
+    assert torch.equal(torch.cat([call[1] for call in calls], dim=1), decoded)
+    torch.testing.assert_close(decoded, expected, **CLOSE)
+    # Said once, not for every reduction.
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "cpu ran out of memory with chunk 8; going on with smaller chunks, same frames" in warnings[0]
+
+
+def test_a_decode_that_ran_out_of_memory_once_does_not_make_later_ones_smaller(vae, latents, monkeypatch):
+    vae.chunk = 4
+    with monkeypatch.context() as patch:
+        fail_beyond(patch, 1, at_step=1)
+        vae.decode(latents)
+    tried = fail_beyond(monkeypatch, 100, at_step=0)
+    vae.decode(latents)
+    assert tried == [4]
+
+
+# torch's CPU allocator raises a plain RuntimeError, with this text.
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_when_not_even_one_latent_frame_fits_the_error_names_sizes_and_ways_out(vae, latents, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        fail_beyond(patch, 0, at_step=1, error=error)
+        with pytest.raises(wvp.OutOfMemoryError) as raised:
+            vae.decode(latents)
+    text = str(raised.value)
+    assert text.startswith("24x16 does not fit on cpu even one latent frame at a time: it takes about ")
+    assert "iB, and " in text
+    assert "would fit" in text
+    assert str(error) in text
+    assert isinstance(raised.value, MemoryError)
+    assert torch.equal(vae.decode(latents), vae.decode(latents))  # and the VAE still works
+
+
+def test_a_batch_that_does_not_fit_is_advised_to_go_one_by_one(vae, monkeypatch):
+    fail_beyond(monkeypatch, 0, at_step=0)
+    with pytest.raises(wvp.OutOfMemoryError, match="decode the batch of 3 one by one"):
+        vae.decode(random_latents("wan2.1", frames=2, rows=2, columns=2, batch=3))
+
+
+def test_other_errors_are_no_reason_to_try_again(vae, latents, monkeypatch):
+    tried = fail_beyond(monkeypatch, 0, at_step=1, error=RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        vae.decode(latents)
+    assert tried == [2]
+
+
+def test_a_real_shortage_of_host_memory_goes_the_same_way(vae, latents, monkeypatch):
+    # What torch itself raises for more than there is, once, in the middle of a decode.
+    real, shortages = LocalDecoder.stream, []
+
+    def stream(self, video, chunk):
+        for step, frames in enumerate(real(self, video, chunk)):
+            if chunk == 2 and step == 2:
+                shortages.append(chunk)
+                torch.empty(2**55, dtype=torch.uint8)
+            yield frames
+
+    expected = vae.decode(latents)
+    monkeypatch.setattr(LocalDecoder, "stream", stream)
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+    assert shortages == [2]
+
+
+def test_frames_that_the_host_can_not_hold_are_refused_before_decoding(vae, latents, monkeypatch):
+    monkeypatch.setattr("wan_vae_parallel.memory.free_memory", lambda _device: 1000)
+    with pytest.raises(wvp.OutOfMemoryError) as raised:
+        vae.decode(latents)
+    assert "21 frames of 24x16 take 0.1 MiB on the host, where 0.0 MiB are free" in str(raised.value)
+    assert "decode_stream" in str(raised.value)
+    # Which is true: the stream needs no whole video.
+    assert sum(frames.shape[1] for frames in vae.decode_stream(latents)) == 21
+
+
+def test_a_larger_batch_needs_more_memory(vae):
+    assert vae.memory_needed((64, 16, 1, 90, 160)) > 2 * vae.memory_needed((1, 16, 1, 90, 160))
