@@ -6,6 +6,8 @@ the two instructions that order memory between devices are plain loads and store
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,8 +27,8 @@ RANKS = 3
 BOX = 4096
 # Numbers wrap in the middle of a test.
 _FIRST = 2**31 - 4
-# Looks at a signal that take tens of milliseconds, in which the others come around.
-_PAUSE = 1000 if INTERPRETED else 10_000
+# Some of the GPU's turns among processes, in which the others come around.
+_PAUSE_NANOSECONDS = 10_000_000
 
 
 @triton.jit
@@ -75,10 +77,11 @@ def swap_often(rank, world_size, swaps, columns, channels, slow):  # noqa: ARG00
         if INTERPRETED:
             patch.setattr(kernels, "_tell", _plain_tell)
             patch.setattr(kernels, "_look", _plain_look)
+            patch.setattr(kernels, "_nanoseconds", time.monotonic_ns)
             # It runs them one after the other, so that of several none can be overtaken.
             patch.setattr(kernels, "PROGRAMS", 1 if slow else 2)
         # A slow one in the middle: its neighbours' next rows arrive before it has taken these.
-        patch.setattr(kernels, "PAUSE", _PAUSE if slow and rank == 1 else 0)
+        patch.setattr(kernels, "PAUSE", _PAUSE_NANOSECONDS if slow and rank == 1 else 0)
         kernels._plan.cache_clear()
         boxes = launch.shared(torch.full((2, 2, BOX), torch.nan, device=DEVICE))
         signals = launch.shared(torch.zeros(2 * kernels.PROGRAMS, dtype=torch.int32, device=DEVICE))

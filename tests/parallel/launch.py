@@ -122,9 +122,10 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-            # The CUDA driver leaves them of processes whose memory others have opened.
-            for left in Path("/dev/shm").glob(f"cuda.shm.*.{process.pid:x}.*"):
-                left.unlink()
+            # The CUDA driver and torch leave them of processes whose memory others have opened.
+            for names in (f"cuda.shm.*.{process.pid:x}.*", f"torch_{process.pid}_*"):
+                for left in Path("/dev/shm").glob(names):
+                    left.unlink()
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []

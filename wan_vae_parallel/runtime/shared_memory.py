@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
+from collections.abc import Callable
 
 import torch
+
+# Of Linux 5.14; Python knows its name from 3.14 on.
+_MADV_POPULATE_WRITE = 23
 
 
 class SharedMemory:
@@ -53,3 +59,20 @@ class SharedMemory:
 
     def __del__(self) -> None:
         self.close()
+
+
+def populate(tensor: torch.Tensor) -> None:
+    """Brings the pages under a contiguous tensor into being, so that writing to it later is only that.
+
+    What it holds stays. Where the system has no such call, pages come with the first write as ever.
+    """
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    # Unlike mmap's own method, it lets other threads run.
+    _madvise()(first, tensor.data_ptr() + tensor.nbytes - first, _MADV_POPULATE_WRITE)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function

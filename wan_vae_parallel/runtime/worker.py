@@ -43,7 +43,7 @@ from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
 from .shard import ShardDecoder
-from .shared_memory import SharedMemory
+from .shared_memory import SharedMemory, populate
 
 logger = logging.getLogger(__name__)
 
@@ -207,13 +207,26 @@ class _Worker:
         """Decodes this rank's rows into ``video``; yields how many more frames are in it, and whether without NaN."""
         ratio = self._decoder.architecture.spatial_ratio
         shards = self._decoder.steps(latents, plan, self._group, chunk, self._mailbox)
-        own = (to_own_rows(frames, plan, self._group, ratio) for frames in shards)
         start, stop = frame_rows(plan, self.rank, ratio)
+        own_rows = video[:, :, start:stop]
+
+        def launched() -> Iterator[torch.Tensor]:
+            done = 0
+            for frames in shards:
+                own = to_own_rows(frames, plan, self._group, ratio)
+                # While the device works on them; of the video no more than that, since whoever streams it takes no
+                # more memory.
+                for part in own_rows[:, done : done + own.shape[1]]:
+                    for frame in part:
+                        populate(frame)
+                done += own.shape[1]
+                yield own
+
         done = 0
-        for frames, finite in to_host(own, self.device):
+        for frames, finite in to_host(launched(), self.device):
             count = frames.shape[1]
             # Rows of one frame lie together in the video: each copy is one run of bytes.
-            for into, part in zip(video[:, done : done + count, start:stop], frames, strict=True):
+            for into, part in zip(own_rows[:, done : done + count], frames, strict=True):
                 for frame_into, frame in zip(into, part, strict=True):
                     frame_into.copy_(frame)
             done += count

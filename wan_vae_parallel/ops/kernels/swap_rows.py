@@ -19,7 +19,7 @@ from .launch import Call
 
 # Programs a direction: all have to be on the device together, as each waits for its like on another device.
 PROGRAMS = 32
-# Looks at the signal between the neighbour's word and the box. Tests give it time to overtake there.
+# Nanoseconds between the neighbour's word and the look into the box. Tests give it time to overtake there.
 PAUSE = 0
 # Values a program copies at once.
 _BLOCK = 1024
@@ -46,6 +46,11 @@ def _look(signal):
 
 
 @triton.jit
+def _nanoseconds():
+    return tl.extra.cuda.globaltimer()
+
+
+@triton.jit
 def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, their_signal, number, items, blocks,
           row_values, frame_values, BLOCK: tl.constexpr, PAUSE: tl.constexpr):  # fmt: skip
     """Sends ``own_row`` of the frames to the box ``theirs``, and fills ``halo_row`` from the box ``mine``."""
@@ -64,8 +69,11 @@ def _swap(arena, slots, own, other, own_row, halo_row, mine, theirs, signal, the
     seen = _look(signal + first)
     while seen - number < 0:
         seen = _look(signal + first)
-    for _ in range(PAUSE):
-        seen = _look(signal + first)
+    if PAUSE:
+        now = _nanoseconds()
+        end = now + PAUSE
+        while now < end:
+            now = _nanoseconds()
     for item in range(first, items, step):
         frame = item // blocks
         offset = item % blocks * BLOCK + tl.arange(0, BLOCK)
