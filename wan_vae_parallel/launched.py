@@ -20,6 +20,7 @@ import torch.distributed as dist
 from .errors import DeviceError, WanVAEError, WorkerError
 from .files import remove_unfinished
 from .parallel.agree import LOOK_SECONDS, WORD_SECONDS, WORK_SECONDS, failure, plain, report_failure, told, word_store
+from .runtime.pulse import Pulse
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -38,7 +39,7 @@ def torchrun_group(devices: str) -> Iterator[dist.ProcessGroup]:
     """The group of all processes that torchrun started: over NCCL with a GPU each, over gloo on the CPU.
 
     An error in it ends all of them within seconds: those that hear of it raise it too, and those that can't, since
-    they wait for a rank that is gone, are ended.
+    they wait for a rank that is gone, are ended. A rank that is stopped, or whose machine is gone, is an error too.
 
     Args:
         devices: ``"auto"`` or ``"cpu"``.
@@ -51,7 +52,8 @@ def torchrun_group(devices: str) -> Iterator[dist.ProcessGroup]:
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     name = f"rank {rank} on {socket.gethostname()}/{f'cuda:{local_rank}' if cuda else 'cpu'}"
     store, words = _store(name), word_store(_store(name), range(world_size))
-    over = _watch(words, name)
+    pulse = Pulse(words, rank, name, _neighbours(rank, world_size))
+    over = _watch(words, name, pulse)
     try:
         _join(store, name, torch.device("cuda", local_rank) if cuda else None)
         assert dist.group.WORLD is not None
@@ -67,6 +69,13 @@ def torchrun_group(devices: str) -> Iterator[dist.ProcessGroup]:
         if dist.is_initialized():
             dist.destroy_process_group()
         over.set()
+        pulse.end()
+
+
+def _neighbours(rank: int, world_size: int) -> tuple[int, int]:
+    """The next rank of all, and the next one on this machine."""
+    local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    return (rank + 1) % world_size, rank - local + (local + 1) % local_size
 
 
 def _store(name: str) -> Store:
@@ -111,10 +120,10 @@ def _join(store: Store, name: str, device: torch.device | None) -> None:
         ) from error
 
 
-def _watch(words: Store, name: str) -> threading.Event:
+def _watch(words: Store, name: str, pulse: Pulse) -> threading.Event:
     """Ends this process when SIGTERM or another rank's failure says so, if it does not unwind by itself.
 
-    It can't while it waits for bytes of a rank that is gone.
+    It can't while it waits for bytes of a rank that is gone. Meanwhile ranks look after one another.
 
     Returns:
         To be set when nothing has to end any more.
@@ -137,6 +146,8 @@ def _watch(words: Store, name: str) -> threading.Event:
                 else:
                     cause = failure(words)
                     own = cause.startswith(name)
+                    if not cause and (reason := pulse.beat()):
+                        cause = report_failure(words, reason)
             except RuntimeError as error:
                 cause = f"{name} lost the first machine ({plain(error)}); look at the output there"
             if over.is_set():

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.parallel import launch
-from tests.processes import wait_until
+from tests.processes import gone, wait_until
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.latents import save_latents
 from wan_vae_parallel.ops.kernels import tiles
@@ -363,6 +363,24 @@ def test_a_rank_killed_in_the_middle_ends_both_nodes_and_leaves_no_half_written_
     assert 0 not in codes
     # The killed one could say nothing; who noticed first says it for all.
     assert re.search(r"error: rank \d on \S+/cpu (lost the connection to another rank|was told to end)", outputs[0])
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "x.latent"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_stopped_in_the_middle_ends_both_nodes_and_itself(path, tmp_path, rank):
+    latents = latents_of(8, 8).repeat(1, 1, 200, 1, 1)
+    save_latents(tmp_path / "x.latent", latents)
+    arguments = "decode", "x.latent", "--vae", path, "-o", "frames/%04d.png", "--chunk", 1
+    with launches([tmp_path] * 2, *arguments) as started:
+        assert wait_until(lambda: list(tmp_path.glob("frames/.*/0003.png")), 30)
+        process = process_of(rank, started[rank // 2])
+        os.kill(process, signal.SIGSTOP)
+        codes, outputs = ends(started, seconds=30)
+    assert 0 not in codes
+    for output in outputs:
+        assert re.search(rf"error: rank {rank} on \S+/cpu does not answer for \d s, as its process {process}", output)
+    assert gone(process)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "x.latent"]
 
 

@@ -19,13 +19,13 @@ import types
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import WorkerError
 from . import bootstrap
+from .pulse import stopped
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,7 @@ class WorkerProcess:
     @property
     def stopped(self) -> bool:
         """Whether somebody has stopped it (SIGSTOP), so that it lives and does nothing."""
-        try:
-            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return False
-        return state in ("T", "t")
+        return stopped(self.process.pid)
 
     def hand_over(self, descriptor: int) -> None:
         """Gives the worker a file descriptor; it takes it after the message that was sent before."""
