@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 
 import pytest
 
-from tests.processes import children, listening, shared_files, shared_names, wait_until
+from tests.processes import children, listening, shared_files, shared_names, strays, wait_until
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,11 +17,14 @@ def _nothing_left_of_the_suite():
     if not os.path.isdir("/proc/self/fd"):
         yield
         return
-    names, ports = shared_names(), listening()
-    yield
+    names, ports, mark = shared_names(), listening(), f"tests of {os.getpid()}, {time.time()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WAN_VAE_PARALLEL_MARK", mark)
+        yield
     gc.collect()
-    wait_until(lambda: not children() and not shared_names() - names, 10)
+    wait_until(lambda: not children() and not strays(mark) and not shared_names() - names, 10)
     assert children() == {}
+    assert strays(mark) == {}
     assert shared_names() - names == set()
     assert shared_files() == 0
     assert sorted(listening()) == sorted(ports)

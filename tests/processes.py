@@ -46,6 +46,23 @@ def children() -> dict[int, str]:
     return found
 
 
+def strays(mark: str) -> dict[int, str]:
+    """Command lines of all processes but this one, by pid, that got ``mark`` with their environment.
+
+    Whoever their parent is now: one that lost its own belongs to nobody's children.
+    """
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if not entry.name.isdigit() or mark.encode() not in (entry / "environ").read_bytes():
+                continue
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            pid = int(entry.name)
+            if pid != os.getpid() and not gone(pid) and "resource_tracker" not in command:
+                found[pid] = command
+    return found
+
+
 def open_files(pid: int | str = "self") -> list[str]:
     """What the process's descriptors lead to."""
     links = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 from wan_vae_parallel import DeviceError
 from wan_vae_parallel.devices import available_devices, parse_devices, parse_dtype
+from wan_vae_parallel.ops.dispatch import say_once
 
 CPU = torch.device("cpu")
 GPUS = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -85,8 +88,13 @@ def test_what_is_no_device_is_refused_with_those_that_are_there(devices, message
 
 
 @pytest.mark.usefixtures("two_gpus", "no_nccl")
-def test_without_nccl_auto_is_one_gpu_and_several_are_refused():
-    assert parse_devices("auto") == GPUS[:1]
+def test_without_nccl_auto_is_one_gpu_which_is_said_once_and_several_are_refused(caplog):
+    say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert parse_devices("auto") == GPUS[:1]
+        assert parse_devices("auto") == GPUS[:1]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["decoding on cuda:0 alone, though there are 2 devices: this torch has no nccl"]
     assert parse_devices("cuda:1") == GPUS[1:]
     assert parse_devices("cuda:1,cuda:0", forgiving=True) == [torch.device("cuda:1")]
     with pytest.raises(DeviceError, match="are 2 devices, but this torch has no nccl; name one"):

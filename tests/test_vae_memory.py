@@ -153,5 +153,17 @@ def test_frames_that_the_host_can_not_hold_are_refused_before_decoding(vae, late
     assert sum(frames.shape[1] for frames in vae.decode_stream(latents)) == 21
 
 
+def test_a_limit_of_this_process_alone_is_an_error_of_ours(vae, latents, monkeypatch):
+    real = torch.empty
+
+    def empty(*sizes, **options):
+        whole = sizes == (vae.output_shape(latents.shape),)
+        return real(2**60, dtype=torch.uint8) if whole else real(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(wvp.OutOfMemoryError, match=r"21 frames of 24x16 take .* this process gets no more; dec"):
+        vae.decode(latents)
+
+
 def test_a_larger_batch_needs_more_memory(vae):
     assert vae.memory_needed((64, 16, 1, 90, 160)) > 2 * vae.memory_needed((1, 16, 1, 90, 160))

@@ -45,6 +45,17 @@ def test_a_video_has_the_frames_size_and_rate(tmp_path, suffix):
     assert [path.name for path in tmp_path.iterdir()] == [f"out{suffix}"]
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.mov", "out.safetensors", "out_%02d.png"])
+def test_the_same_frames_make_the_same_bytes_in_whatever_steps_they_come(tmp_path, name):
+    contents = []
+    for folder, steps in ((tmp_path / "one", (1, 4, 4)), (tmp_path / "two", (1, 1, 7))):
+        folder.mkdir()
+        write(folder / name, FRAMES, steps=steps)
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert contents[0] == contents[1]
+    assert all(contents[0].values())
+
+
 def test_a_frame_rate_that_is_no_whole_number(tmp_path):
     write(tmp_path / "out.mp4", FRAMES, fps=23.976)
     assert read_video(tmp_path / "out.mp4")[0]["fps"] == pytest.approx(23.98, abs=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import select
 import signal
 import socket
@@ -20,13 +21,14 @@ import torch.distributed as dist
 from .errors import DeviceError, WanVAEError, WorkerError
 from .files import remove_unfinished
 from .parallel.agree import LOOK_SECONDS, WORD_SECONDS, WORK_SECONDS, failure, plain, report_failure, told, word_store
-from .runtime.pulse import Pulse
+from .runtime.pulse import PAUSE_SECONDS, SILENT_SECONDS, Pulse
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-# torchrun itself kills after 30.
+# torchrun, which tells processes to end, itself kills after 30.
 _UNWIND_SECONDS = 3.0
+_TOLD_SECONDS = 10.0
 
 
 def launched() -> bool:
@@ -52,7 +54,7 @@ def torchrun_group(devices: str) -> Iterator[dist.ProcessGroup]:
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     name = f"rank {rank} on {socket.gethostname()}/{f'cuda:{local_rank}' if cuda else 'cpu'}"
     store, words = _store(name), word_store(_store(name), range(world_size))
-    pulse = Pulse(words, rank, name, _neighbours(rank, world_size))
+    pulse = Pulse(words, rank, name, world_size, _neighbours(rank, world_size))
     over = _watch(words, name, pulse)
     try:
         _join(store, name, torch.device("cuda", local_rank) if cuda else None)
@@ -68,8 +70,8 @@ def torchrun_group(devices: str) -> Iterator[dist.ProcessGroup]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        over.set()
         pulse.end()
+        over.set()
 
 
 def _neighbours(rank: int, world_size: int) -> tuple[int, int]:
@@ -79,10 +81,14 @@ def _neighbours(rank: int, world_size: int) -> tuple[int, int]:
 
 
 def _store(name: str) -> Store:
-    """A connection of its own to the store through which ranks find one another; waits for no other connection's."""
+    """A connection of its own to the store through which ranks find one another; waits for no other connection's.
+
+    What the ranks of an attempt before this one said there (``torchrun --max-restarts``) is not heard.
+    """
     try:
         found = dist.rendezvous("env://", timeout=timedelta(seconds=WORD_SECONDS))  # type: ignore[attr-defined]
-        return next(found)[0]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"attempt {attempt}", next(found)[0])  # type: ignore[attr-defined]
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
             f"{name} can't reach the first machine at {os.environ.get('MASTER_ADDR')}, port "
@@ -135,21 +141,42 @@ def _watch(words: Store, name: str, pulse: Pulse) -> threading.Event:
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
 
-    def watch() -> None:
+    told_so = threading.Event()
+    # A store whose machine is gone may never answer, whatever its time-out: asked in a thread of its own, this one
+    # hears what is wrong and whether that is this rank's own word, at least an empty one each time.
+    heard: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
+
+    def ask() -> None:
         cause, own = "", False
-        while not cause:
+        while not cause and not over.is_set():
             try:
-                if select.select([told_to_end], [], [], LOOK_SECONDS)[0]:
-                    if signal.SIGTERM in os.read(told_to_end, 1):
-                        # torchrun does so where another process of this machine has died.
-                        cause = report_failure(words, f"{name} was told to end; look at the first error there")
-                else:
-                    cause = failure(words)
-                    own = cause.startswith(name)
-                    if not cause and (reason := pulse.beat()):
-                        cause = report_failure(words, reason)
+                cause = failure(words)
+                own = cause.startswith(name)
+                if not cause and told_so.is_set():
+                    cause = report_failure(words, f"{name} was told to end; look at the first error there")
+                elif not cause and (reason := pulse.beat()):
+                    cause = report_failure(words, reason)
             except RuntimeError as error:
                 cause = f"{name} lost the first machine ({plain(error)}); look at the output there"
+            heard.put((cause, own))
+            told_so.wait(LOOK_SECONDS)
+
+    def watch() -> None:
+        cause, own = "", False
+        answered = looked = time.monotonic()
+        while not cause:
+            if select.select([told_to_end], [], [], LOOK_SECONDS)[0] and signal.SIGTERM in os.read(told_to_end, 1):
+                told_so.set()  # by torchrun, where another process of this machine has died
+            now = time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                while not cause:
+                    cause, own = heard.get_nowait()
+                    answered = now
+            if now - looked > PAUSE_SECONDS:
+                answered = now
+            if not cause and now - answered > (_TOLD_SECONDS if told_so.is_set() else SILENT_SECONDS):
+                cause = f"{name} hears nothing from the first machine for {now - answered:.0f} s; look at it"
+            looked = now
             if over.is_set():
                 return
         # The first rank goes first, as it has files to remove; one that failed itself has to wait for the others.
@@ -159,6 +186,7 @@ def _watch(words: Store, name: str, pulse: Pulse) -> threading.Event:
             print(f"error: {cause}", file=sys.stderr, flush=True)
             os._exit(1)
 
+    threading.Thread(target=ask, daemon=True).start()
     threading.Thread(target=watch, daemon=True).start()
     return over
 

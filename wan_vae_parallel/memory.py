@@ -5,16 +5,17 @@ h latent rows, w latent columns
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .architecture import Architecture
-from .errors import OutOfMemoryError
+from .errors import OutOfMemoryError, is_out_of_memory
 from .model.decoder import WanDecoder
 from .model.layers import UpsampleConv
 from .ops.attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
@@ -140,10 +141,28 @@ def check_host_room(shape: Sequence[int], dtype: torch.dtype, *, videos: int) ->
     """Raises `OutOfMemoryError` if the host has no room for so many videos of frames ``[B, T, H, W, C]``."""
     needed, free = videos * math.prod(shape) * dtype.itemsize, free_memory(torch.device("cpu"))
     if needed > free:
-        raise OutOfMemoryError(
-            f"{videos * shape[0] * shape[1]} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, "
-            f"where {gibibytes(free)} are free; decode fewer latents at once, or take the frames from decode_stream"
-        )
+        raise _no_host_room(shape, needed, f"{gibibytes(free)} are free", videos)
+
+
+@contextlib.contextmanager
+def host_room(shape: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
+    """Within it memory of the host is taken for frames ``[B, T, H, W, C]``; raises `OutOfMemoryError` if it has none.
+
+    It may be short of what it said that it had, as where a limit holds for this process alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _no_host_room(shape, math.prod(shape) * dtype.itemsize, "this process gets no more", 1) from error
+
+
+def _no_host_room(shape: Sequence[int], needed: int, why: str, videos: int) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{videos * shape[0] * shape[1]} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, where "
+        f"{why}; decode fewer latents at once, or take the frames from decode_stream"
+    )
 
 
 def free_memory(device: torch.device) -> int:

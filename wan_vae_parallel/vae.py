@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, checkpoint_file, checkpoint_from_state_dict,
 from .devices import parse_devices, parse_dtype, parse_rank_device
 from .errors import ArgumentError, CheckpointError, WanVAEError
 from .latents import check_fits, check_latents, denormalize
-from .memory import UNLIMITED, check_host_room, decode_memory, largest_chunk, parameter_count
+from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
 from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine, LocalRun
@@ -224,7 +224,8 @@ class VAE:
         dtype = torch.promote_types(self.dtype, torch.float32)
         check_host_room(shape, dtype, videos=1)
         with self._running(latents, shape) as run:
-            out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
+            with host_room(shape, dtype):
+                out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
             for frames in run:
                 self._check(run)
                 newest = out[:, done : done + frames.shape[1]]
@@ -340,7 +341,10 @@ class VAE:
                 self._check(run)
                 # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
                 # outside it.
-                yield frames.clone()
+                with host_room(frames.shape, frames.dtype):
+                    own = frames.clone()
+                yield own
+                del own
                 done += frames.shape[1]
                 if isinstance(run, PoolRun):
                     run.discard(done)

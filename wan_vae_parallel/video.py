@@ -124,7 +124,8 @@ def _open_videos(path: Path, shape: Sequence[int], fps: float) -> Iterator[Write
                     codec="libx264",
                     quality=None,
                     macro_block_size=2,
-                    output_params=["-crf", str(_CRF), "-movflags", "+faststart"],
+                    # Without a random number in the file: the same frames are the same bytes.
+                    output_params=["-crf", str(_CRF), "-movflags", "+faststart", "-fflags", "+bitexact"],
                     ffmpeg_log_level="error",
                 )
                 stack.callback(writer.close)

@@ -7,6 +7,7 @@ shape.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ from tests.runtime.test_group import torchrun
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.latents import save_latents
 from wan_vae_parallel.parallel.plan import plan_shards
+from wan_vae_parallel.video import open_output
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -94,8 +96,15 @@ def pids(vae):
 # Frames.
 
 
+def saved(frames, folder):
+    """The hash of a file of ``frames``."""
+    with open_output(folder / "frames.safetensors", shape=frames.shape, fps=16) as write:
+        write(frames)
+    return hashlib.sha256((folder / "frames.safetensors").read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_frames_of_one_two_and_all_devices(family, oracle, dtype):
+def test_frames_of_one_two_and_all_devices(family, oracle, dtype, tmp_path):
     frames = {}
     for count in (1, *counts()):
         # Another chunk for each: that must not matter either.
@@ -116,6 +125,7 @@ def test_frames_of_one_two_and_all_devices(family, oracle, dtype):
             assert one.std() > 0.05
             if dtype == "bfloat16":
                 assert torch.equal(several, one)
+                assert saved(several, tmp_path) == saved(one, tmp_path)
             assert difference.max() < 1e-4
             assert difference.mean() < 1e-5
 

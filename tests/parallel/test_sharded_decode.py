@@ -96,6 +96,17 @@ def test_frames_are_those_of_one_device(vae, family, workers):
     assert {fewer for _, fewer in plans} == {False, True}
 
 
+@pytest.mark.slow
+def test_every_size_with_every_chunk(vae, family, workers):
+    for rows, columns in SIZES[workers]:
+        for frames in (1, 6):
+            latents = random_latents(family, frames=frames, rows=rows, columns=columns)
+            for chunk in (1, 3):
+                vae.chunk = chunk
+                error = max_error(vae.decode(latents), expected_frames(family, rows, columns, frames))
+                assert error <= TOLERANCE, f"{rows}x{columns}, {frames} latent frames, chunk {chunk}: {error:.1e}"
+
+
 def test_an_image(vae, family, workers):
     rows, columns = SIZES[workers][1]
     for chunk in (1, 3):

@@ -379,7 +379,7 @@ def test_a_rank_stopped_in_the_middle_ends_both_nodes_and_itself(path, tmp_path,
         codes, outputs = ends(started, seconds=30)
     assert 0 not in codes
     for output in outputs:
-        assert re.search(rf"error: rank {rank} on \S+/cpu does not answer for \d s, as its process {process}", output)
+        assert re.search(rf"error: no answer from rank {rank} on \S+/cpu for \d s: its process {process} was", output)
     assert gone(process)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "x.latent"]
 

@@ -283,7 +283,7 @@ def test_limits_of_the_system_are_errors_that_name_a_way_out(program):
     assert "Traceback" not in output, output
 
 
-@pytest.mark.parametrize("when", ["starting", "decoding", "idle", "with a stopped worker"])
+@pytest.mark.parametrize("when", ["starting", "decoding", "idle", "stopped"])
 def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     names = set(os.listdir("/dev/shm"))
     wait = "lambda *_: (print('now', flush=True), time.sleep(60))" if when == "decoding" else "None"
@@ -304,9 +304,10 @@ def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
         assert process.stdout.readline() == "now\n"
     workers = descendants()
     assert len(workers) == 2
-    if when == "with a stopped worker":
-        os.kill(workers[0], signal.SIGSTOP)
-        assert wait_until(lambda: state(workers[0]) == "T", 5)
+    if when == "stopped":
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        assert wait_until(lambda: [state(pid) for pid in workers] == ["T", "T"], 5)
     process.send_signal(signal.SIGKILL)
     process.wait()
     try:

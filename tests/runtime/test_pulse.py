@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,17 +36,20 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def sleeper():
-    """A process that does nothing."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        yield process
+def sleepers():
+    """Two processes that do nothing."""
+    processes = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+    assert wait_until(lambda: all(state(process.pid) == "S" for process in processes), 10)
+    yield processes
+    for process in processes:
         process.kill()
+        process.communicate()
 
 
 @pytest.fixture
 def both():
     store = dist.HashStore()
-    return [Pulse(store, rank, f"rank {rank} on here/cpu", [0, 1]) for rank in (0, 1)]
+    return [Pulse(store, rank, f"rank {rank} on here/cpu", 2, [0, 1]) for rank in (0, 1)]
 
 
 def pass_seconds(clock, seconds, *beating):
@@ -67,40 +71,70 @@ def test_ranks_that_run_are_well(clock, both):
     assert pass_seconds(clock, 200, *both) == ""
 
 
-def test_one_that_has_not_begun_or_is_over_is_not_missed(clock, both):
+def test_one_that_is_over_is_not_missed(clock, both):
     first, second = both
-    assert pass_seconds(clock, 100, first) == ""
     assert pass_seconds(clock, 5, *both) == ""
     second.end()
-    assert pass_seconds(clock, 100, first) == ""
+    assert pass_seconds(clock, 400, first) == ""
     second.beat()  # as its thread may, behind its back
-    assert pass_seconds(clock, 100, first) == ""
+    assert pass_seconds(clock, 400, first) == ""
 
 
-def test_a_stopped_process_is_named_within_seconds_and_continued(clock, sleeper, monkeypatch):
+def test_one_that_does_not_begin_is_missed_after_minutes(clock):
+    first = Pulse(dist.HashStore(), 0, "rank 0 on here/cpu", 2, [1])
+    assert pass_seconds(clock, 299, first) == ""
+    assert pass_seconds(clock, 10, first).startswith("no word from rank 1 since 300 s")
+
+
+def of_another_process(monkeypatch, process, *arguments):
+    """A pulse that ``process`` would have made."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pulse.os, "getpid", lambda: process.pid)
+        return Pulse(*arguments)
+
+
+@pytest.mark.parametrize("beats", [0, 3])
+def test_a_stopped_process_is_named_within_seconds_and_all_such_are_continued(clock, sleepers, monkeypatch, beats):
+    # The second one is another rank's to look after.
     store = dist.HashStore()
-    first = Pulse(store, 0, "rank 0 on here/cpu", [1])
-    monkeypatch.setattr(pulse.os, "getpid", lambda: sleeper.pid)
-    second = Pulse(store, 1, "rank 1 on here/cpu", [0])
-    assert pass_seconds(clock, 3, first, second) == ""
-    stop(sleeper)
+    first = Pulse(store, 0, "rank 0 on here/cpu", 3, [1])
+    others = [
+        of_another_process(monkeypatch, sleepers[rank - 1], store, rank, f"rank {rank} on here/cpu", 3, [])
+        for rank in (1, 2)
+    ]
+    assert pass_seconds(clock, beats, first, *others) == ""
+    for sleeper in sleepers:
+        stop(sleeper)
     since = clock.now
-    assert pass_seconds(clock, 20, first) == (
-        f"rank 1 on here/cpu does not answer for 6 s, as its process {sleeper.pid} was stopped"
+    reason = pass_seconds(clock, 20, first)
+    assert re.fullmatch(
+        rf"no answer from rank 1 on here/cpu for \d s: its process {sleepers[0].pid} was stopped", reason
     )
     assert clock.now - since < 7
-    assert wait_until(lambda: state(sleeper.pid) == "S", 5)
+    assert wait_until(lambda: [state(sleeper.pid) for sleeper in sleepers] == ["S", "S"], 5)
 
 
-def test_one_that_says_nothing_is_missed_after_a_minute_whatever_its_machine_does(clock, both, monkeypatch):
-    first, second = both
-    monkeypatch.setattr(pulse, "stopped", lambda _pid: True)
-    monkeypatch.setattr(pulse.socket, "gethostname", lambda: "another")
+@pytest.mark.parametrize("what", ["machine", "started"])
+def test_another_machines_process_of_that_number_is_left_alone(clock, sleepers, monkeypatch, what):
+    store = dist.HashStore()
+    first = Pulse(store, 0, "rank 0 on here/cpu", 2, [1])
+    identity = pulse._identity
+    monkeypatch.setattr(pulse, "_identity", lambda: {**identity(), what: "another"})
+    second = of_another_process(monkeypatch, sleepers[0], store, 1, "rank 1 on there/cpu", 2, [0])
     assert pass_seconds(clock, 3, first, second) == ""
+    stop(sleepers[0])
     since = clock.now
     reason = pass_seconds(clock, 100, first)
-    assert reason.startswith(f"rank 1 on here/cpu does not answer for 60 s (process {os.getpid()})")
+    assert re.match(rf"no answer from rank 1 on there/cpu for 6\d s; look .* process {sleepers[0].pid} ", reason)
     assert 60 <= clock.now - since < 62
+    assert state(sleepers[0].pid) == "T"
+
+
+def test_one_that_says_nothing_is_missed_after_a_minute(clock, both):
+    first, second = both
+    assert pass_seconds(clock, 3, first, second) == ""
+    assert pass_seconds(clock, 59, first) == ""
+    assert pass_seconds(clock, 3, first).startswith("no answer from rank 1 on here/cpu for 6")
 
 
 def test_who_did_not_run_itself_blames_nobody(clock, both):
@@ -112,9 +146,9 @@ def test_who_did_not_run_itself_blames_nobody(clock, both):
     assert pass_seconds(clock, 20, first) != ""
 
 
-def test_a_process_that_is_gone_is_not_stopped(sleeper):
-    assert not stopped(sleeper.pid)
-    sleeper.kill()
-    sleeper.wait()
-    assert not stopped(sleeper.pid)
+def test_a_process_that_is_gone_is_not_stopped(sleepers):
+    assert not stopped(sleepers[0].pid)
+    sleepers[0].kill()
+    sleepers[0].wait()
+    assert not stopped(sleepers[0].pid)
     assert not stopped(None)

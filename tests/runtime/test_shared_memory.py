@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import mmap
 import os
 
@@ -43,6 +45,21 @@ def test_a_system_that_can_not_populate_is_no_error(monkeypatch):
     assert pages(memory) == 0
     content += 1
     assert pages(memory) == 1
+
+
+def test_a_descriptor_is_closed_once_if_mapping_fails(monkeypatch):
+    closed = []
+    real = os.close
+
+    def mapping(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(shared_memory.mmap, "mmap", mapping)
+    monkeypatch.setattr(shared_memory.os, "close", lambda descriptor: closed.append(descriptor) or real(descriptor))
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        SharedMemory.create(PAGE)
+    gc.collect()
+    assert len(closed) == 1
 
 
 def test_discarded_pages_are_gone_and_read_as_zeros():

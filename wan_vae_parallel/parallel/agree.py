@@ -48,7 +48,7 @@ class Board:
     """A meeting of a group's ranks: words that they leave in the store through which they found each other.
 
     No device waits for them and no group of its own is needed. All ranks make a board for the same thing, and then
-    the same calls in the same order; every wait has an end.
+    the same calls in the same order; every wait has an end, as long as the store answers.
 
     The first rank numbers the meetings, so that none can be taken for another. To one that the first rank refused
     before it came here, the others came in vain: they hear of its next one, and raise if that is about something

@@ -6,6 +6,7 @@ other process could import). Globals set from outside: ``connection``, ``log``, 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "wan_vae_parallel"
+# Of Linux: the signal that a process gets when its parent, or the thread that made it, is gone.
+_PR_SET_PDEATHSIG = 1
 
 
 def load_package() -> None:
@@ -37,6 +40,9 @@ def run(connection: Any, log: Any, environment: dict[str, str | None], options: 
     # Ctrl-C is the parent's to act on; and a parent that is gone already has no work. Whose child this is need not be
     # who made the options: a wrapper around Python may lie between, or another namespace of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Where somebody has stopped this process, its parent's end continues it, so that it can see that.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     if os.getppid() == 1 != options["parent"]:
         os._exit(1)
     options["parent"] = os.getppid()

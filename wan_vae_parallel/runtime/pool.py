@@ -181,7 +181,7 @@ class WorkerPool:
                         continue
                 end_all([worker], grace=0.0)
                 raise WorkerError("the workers were ended while they started; the next decode starts new ones")
-            self.tell("files", memory is not None, [worker.process.pid for worker in self.workers])
+            self.tell("files", memory is not None)
             self.hand_over(store, *([memory.descriptor] if memory else []))
             self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
         except OSError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import OutOfMemoryError, WanVAEError, WorkerError, is_out_of_memory
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError
+from ..memory import host_room
 from ..parallel.plan import describe_plan, plan_shards
 from .faults import StepOutOfMemory
 from .shared_memory import SharedMemory
@@ -31,24 +32,25 @@ class PoolRun:
         self._pool = pool
         self._chunk = chunk
         self._begun = 0
+        # Frames that nobody looks at again.
+        self._discarded = 0
         # Whether the newest frames are free of NaN.
         self.finite = True
         pool.enter()
         try:
             self._latents_shape = latents.shape
-            # In shared memory once, for all workers, as they will compute with them.
-            self._latents_memory = SharedMemory.create(max(1, latents.numel() * pool.dtype.itemsize))
-            self._latents_memory.tensor(latents.shape, pool.dtype).copy_(latents.detach())
             dtype = torch.promote_types(pool.dtype, torch.float32)
-            self._video_memory = SharedMemory.create(video_shape.numel() * dtype.itemsize)
+            with host_room(video_shape, dtype):
+                # In shared memory once, for all workers, as they will compute with them.
+                self._latents_memory = SharedMemory.create(max(1, latents.numel() * pool.dtype.itemsize))
+                self._latents_memory.tensor(latents.shape, pool.dtype).copy_(latents.detach())
+                self._video_memory = SharedMemory.create(video_shape.numel() * dtype.itemsize)
             self.video = self._video_memory.tensor(video_shape, dtype)
             plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
             self._shards = plan.shards
             logger.info("decoding on %s", describe_plan(plan, pool.devices))
         except OSError as error:
             pool.leave()
-            if is_out_of_memory(error):
-                raise
             raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
         except BaseException:
             pool.leave()
@@ -64,6 +66,8 @@ class PoolRun:
                 for count in self._attempt(chunk):
                     fresh = self.video[:, max(done, sent) : done + count]
                     done += count
+                    if done <= self._discarded:  # decoded once more
+                        self.discard(done)
                     if fresh.shape[1]:
                         sent = done
                         yield fresh
@@ -129,6 +133,7 @@ class PoolRun:
 
     def discard(self, frames: int) -> None:
         """Gives back the memory of the first ``frames`` frames of `video`, which nobody will look at again."""
+        self._discarded = max(self._discarded, frames)
         frame = self.video[0, 0].nbytes
         for video in range(len(self.video)):
             start = video * self.video[0].nbytes

@@ -22,9 +22,10 @@ class SharedMemory:
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor = descriptor
+        self.descriptor = -1
         self.size = size
         self._map = mmap.mmap(descriptor, size)
+        self.descriptor = descriptor  # this one's to close from here on
 
     @classmethod
     def create(cls, size: int) -> SharedMemory:

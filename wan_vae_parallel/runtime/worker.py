@@ -4,7 +4,7 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 
 | parent | worker |
 | --- | --- |
-| ``("files", weights, pids)``, then a file descriptor | nothing; in the file the ranks find one another |
+| ``("files", weights)``, then a file descriptor | nothing; in the file the ranks find one another |
 | if ``weights`` says so, another one | nothing; that file is the checkpoint |
 | | ``("alive",)`` about once a second while it starts or decodes, whatever else goes on |
 | | ``("said", level, text)`` what it logs; of news that concern all ranks the first one's |
@@ -19,12 +19,10 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
 import select
-import signal
 import threading
 import traceback
 from collections.abc import Iterator
@@ -88,11 +86,9 @@ class _Worker:
         self._sending = threading.Lock()
         # Whether the parent listens; it does not between decodes.
         self._heard = True
-        # All workers' processes.
-        self._pids: list[int] = []
         while not connection.poll(_HEARTBEAT_SECONDS):
             self._check_parent()
-        _, weights, self._pids = connection.recv()
+        _, weights = connection.recv()
         self._store = recv_handle(connection)
         self._weights: int | None = recv_handle(connection) if weights else None
         self._decoder: ShardDecoder
@@ -106,7 +102,7 @@ class _Worker:
             with self._sending:
                 self.connection.send(message)
         except OSError:
-            self._end_alone()
+            self.end(1)
 
     def end(self, code: int) -> None:
         """Ends the process at once, whatever its threads or the device wait for."""
@@ -115,14 +111,7 @@ class _Worker:
     def _check_parent(self) -> None:
         """Ends the process without its parent; one that the parent forked may hold the pipe open beyond its end."""
         if os.getppid() != self._parent:
-            self._end_alone()
-
-    def _end_alone(self) -> None:
-        """Ends the process, whose parent is gone, and lets those workers do the same that somebody has stopped."""
-        for pid in self._pids:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGCONT)
-        self.end(1)
+            self.end(1)
 
     def _listen(self) -> None:
         """Takes the parent's words while the main thread works, shows that the process lives, sees the parent's end."""
@@ -140,7 +129,7 @@ class _Worker:
                     # The descriptors follow their message, and must be taken before the next one.
                     message = (*message, recv_handle(self.connection), recv_handle(self.connection))
             except (EOFError, OSError, RuntimeError):  # the last is recv_handle's, of a pipe that ends
-                self._end_alone()
+                self.end(1)
             if message[0] == "close":
                 self.end(0)
             self._commands.put(message)

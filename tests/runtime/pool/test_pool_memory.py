@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -26,8 +27,9 @@ from tests.processes import (
 from tests.runtime.pool.common import CLOSE, ROOM, at, pids
 from wan_vae_parallel.memory import decode_memory
 from wan_vae_parallel.parallel.plan import plan_shards
-from wan_vae_parallel.runtime.faults import _failure
+from wan_vae_parallel.runtime.faults import StepOutOfMemory, _failure
 from wan_vae_parallel.runtime.pool_run import PoolRun
+from wan_vae_parallel.runtime.shared_memory import SharedMemory
 
 # Running out of memory. The limit is the address space of one worker, so torch's own allocator fails there.
 
@@ -179,6 +181,54 @@ def test_a_stream_gives_back_the_memory_of_frames_that_were_taken(vae):
             most = max(most, shared_bytes())
     assert size > 15 * 2**15
     assert most < 0.6 * size
+
+
+def test_a_stream_that_begins_anew_gives_frames_back_that_were_taken_before(vae, monkeypatch):
+    wide = torch.randn((1, 16, 6, 4, 40), generator=torch.Generator().manual_seed(1))
+    real, taken, shortages, after = vae._engine.gather, [], [], []
+
+    def gather(kind, *arguments, **options):
+        if kind == "done" and len(taken) == 5:
+            if not shortages:
+                shortages.append(shared_bytes())
+                raise StepOutOfMemory("worker 1 on cpu ran out of memory (simulated)")
+            after.append(shared_bytes())  # between the steps that decode once more what was taken
+        return real(kind, *arguments, **options)
+
+    vae.chunk = 2
+    whole = vae.decode(wide).clone()  # which shares nothing
+    vae.chunk = 1
+    # A chunk of one can't be made smaller; this one is of a shortage that another chunk brought.
+    monkeypatch.setattr(PoolRun, "_attempt", _with_begun(PoolRun._attempt))
+    monkeypatch.setattr(vae._engine, "gather", gather)
+    with contextlib.closing(vae.decode_stream(wide)) as stream:
+        for frames in stream:
+            taken.append(frames)
+    torch.testing.assert_close(torch.cat(taken, dim=1), whole, **CLOSE)
+    assert shortages
+    assert len(after) >= 5
+    before = sum(frames.nbytes for frames in taken[:5])
+    assert max(after) < 0.6 * before
+
+
+def _with_begun(attempt):
+    def begun(run, chunk):
+        for count in attempt(run, chunk):
+            run._begun = 2
+            yield count
+
+    return begun
+
+
+def test_no_memory_on_the_host_is_an_error_of_ours_and_the_next_decode_works(vae, latents, expected, monkeypatch):
+    def nothing_left(_size):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedMemory, "create", nothing_left)
+        with pytest.raises(wvp.OutOfMemoryError, match="on the host, where this process gets no more"):
+            vae.decode(latents)
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
 def test_nothing_goes_to_dev_shm(vae, latents):
