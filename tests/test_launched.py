@@ -59,7 +59,7 @@ def test_a_store_that_never_answers_ends_the_process():
         class Silent:
             def check(self, keys):
                 time.sleep(600)
-        launched.SILENT_SECONDS = 2.0
+        launched.SILENT_SECONDS, launched._UNWIND_SECONDS = 1.0, 0.1
         launched._watch(Silent(), "rank 1 on here/cpu", None)
         print("watched", flush=True)
         time.sleep(60)
@@ -70,4 +70,4 @@ def test_a_store_that_never_answers_ends_the_process():
     )  # fmt: skip
     assert process.stdout == "watched\n", process.stderr
     assert process.returncode == 1
-    assert process.stderr.startswith("error: rank 1 on here/cpu hears nothing from the first machine for 2 s")
+    assert process.stderr.startswith("error: rank 1 on here/cpu hears nothing from the first machine for 1 s")
