@@ -1,8 +1,11 @@
 """The command line, run as users run it."""
 
+import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +162,29 @@ def test_a_polite_kill_leaves_nothing_half_written(files, tmp_path):
     assert process.returncode == 130
     assert "nothing was left half-written" in errors
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_drops_while_it_forks_ends_the_decode_too(files, tmp_path, number):
+    # As logging's handler of forks, where a large process spends the time in which ffmpeg starts.
+    program = """
+        import os, sys
+        from wan_vae_parallel.cli import main
+        number = [int(sys.argv.pop())]
+        os.register_at_fork(after_in_parent=lambda: number and os.kill(os.getpid(), number.pop()))
+        sys.exit(main())
+    """
+    folder = files[0]
+    out = tmp_path / "v.mp4"
+    arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", out, "--devices", "cpu"]
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments), str(int(number))],
+        capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert "Exception ignored" in process.stderr  # Python did drop it
+    assert process.returncode == 130, process.stderr
+    assert "nothing was left half-written" in process.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_rates_may_be_fractions(files, tmp_path, capsys):

@@ -40,14 +40,18 @@ from .video import check_output, open_output, output_files
 _FPS = {"wan2.1": 16.0, "wan2.2": 24.0}
 _BAR = 32
 
+_stopped = threading.Event()
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     options = _parser().parse_args(arguments)
     # So that a polite kill unwinds too, and takes half-written files along.
+    _stopped.clear()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
     try:
         if launched() and options.run is not _decode:
             raise ArgumentError("torchrun's processes decode together; run demo, info and bench without it")
@@ -66,7 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stop(*_: object) -> None:
+    _stopped.set()
     raise KeyboardInterrupt
+
+
+def _end_if_stopped() -> None:
+    """Raises what Python may have dropped: it ignores errors while it forks a process, such as ffmpeg's."""
+    if _stopped.is_set():
+        raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,6 +236,7 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     fps = options.fps or _FPS[vae.architecture.family]
     with open_output(options.output, shape=shape, fps=fps) as write:
         for frames in vae.decode_stream(latents, normalized=options.normalized):
+            _end_if_stopped()
             write(frames)
             done += frames.shape[1]
             bar.show(done, shape[1])

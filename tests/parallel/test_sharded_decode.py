@@ -42,14 +42,27 @@ def expected_frames(family, rows, columns, frames, batch=1):
     return alone(family).decode(random_latents(family, frames=frames, rows=rows, columns=columns, batch=batch))
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
-def family(request):
+def settings():
+    """Both families with all numbers of workers; what takes longest is for the slow run."""
+    for family in FAMILIES:
+        for workers in SIZES:
+            slow = (family, workers) == ("wan2.2", 5)
+            yield pytest.param((family, workers), id=f"{family}-{workers}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.fixture(params=settings(), scope="module")
+def setting(request):
     return request.param
 
 
-@pytest.fixture(params=sorted(SIZES), scope="module")
-def workers(request):
-    return request.param
+@pytest.fixture(scope="module")
+def family(setting):
+    return setting[0]
+
+
+@pytest.fixture(scope="module")
+def workers(setting):
+    return setting[1]
 
 
 @pytest.fixture(scope="module")
