@@ -6,6 +6,8 @@ B videos, T latent frames, h x w latent rows and columns, z latent channels; fra
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -116,3 +118,15 @@ def max_error(frames: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest absolute difference; a NaN is infinitely wrong."""
     assert frames.shape == reference.shape
     return (frames.double() - reference.double()).abs().nan_to_num(nan=math.inf).max().item()
+
+
+def decode_at_once(vae, videos):
+    """What ``vae`` decodes each of ``videos`` to, asked by as many threads at the same time."""
+    barrier = threading.Barrier(len(videos), timeout=60)
+
+    def decode(video):
+        barrier.wait()
+        return vae.decode(video)
+
+    with ThreadPoolExecutor(len(videos)) as threads:
+        return list(threads.map(decode, videos))

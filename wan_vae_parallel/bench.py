@@ -105,7 +105,7 @@ def measure(
         def row(what: str, used: Sequence[torch.device], make: Callable[[], Decode]) -> Row:
             times, peak, failed = _timed(make, latents, used, repeats)  # noqa: B023 (called at once)
             return Row(
-                size=f"{width}x{height}",  # noqa: B023
+                size=f"{width}x{height}",  # noqa: B023 (likewise)
                 frames=architecture.frame_count(latent_frames),
                 what=what,
                 devices=tuple(map(str, used)),
@@ -157,7 +157,7 @@ def _timed(
 def _diffusers_decodes(architecture: Architecture) -> bool:
     """Whether diffusers is installed, and has this architecture."""
     try:
-        from diffusers import AutoencoderKLWan  # noqa: F401
+        from diffusers import AutoencoderKLWan  # noqa: F401 (whether it is there)
     except ImportError:
         return False
     return architecture.output_channels == 3
@@ -241,7 +241,7 @@ def save_json(path: Path, rows: Sequence[Row], facts: dict[str, str], settings: 
 def why_no_plot() -> str:
     """Why `save_plot` can't draw, if so."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 (whether it is there)
     except ImportError as error:
         return f"no plot without matplotlib ({error}); pip install 'wan-vae-parallel[bench]' brings it"
     return ""

@@ -88,7 +88,7 @@ def _store(name: str) -> Store:
     try:
         found = dist.rendezvous("env://", timeout=timedelta(seconds=WORD_SECONDS))  # type: ignore[attr-defined]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"attempt {attempt}", next(found)[0])  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"attempt {attempt}", next(found)[0])  # type: ignore[attr-defined]  # torch does not list it
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
             f"{name} can't reach the first machine at {os.environ.get('MASTER_ADDR')}, port "

@@ -1,10 +1,41 @@
 """Fixtures for tests on GPUs."""
 
 import pytest
+import torch
 
+from tests.gpu.device import CUDA, clear
 from tests.gpu.kernel_tests import leave_kernels_alone
+from tests.oracle import FAMILIES, oracle_vae
 
 
 @pytest.fixture
 def _kernels_alone(monkeypatch):
     leave_kernels_alone(monkeypatch)
+
+
+@pytest.fixture
+def clean_device():
+    if torch.cuda.is_available():
+        torch.cuda.init()  # resetting statistics does not do it
+        clear()
+        torch.cuda.reset_peak_memory_stats(CUDA)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+        clear()
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def oracle(family):
+    """On the CPU in fp32; tests that need it on the device take a copy of their own."""
+    return oracle_vae(family, width=96)
+
+
+@pytest.fixture(scope="module")
+def wan21():
+    return oracle_vae("wan2.1", width=96)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
-from tests.oracle import FAMILIES, load, max_error, oracle_vae, random_latents
+from tests.oracle import load, max_error, random_latents
 from tests.parallel import launch, test_edges
 from tests.processes import gone, shared_files, shared_maps, wait_until, worker_processes
 from tests.runtime.test_group import torchrun
@@ -45,21 +45,6 @@ def named(count):
 
 def counts():
     return sorted({2, COUNT})
-
-
-@pytest.fixture(params=FAMILIES, scope="module")
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def oracle(family):
-    return oracle_vae(family, width=96)
-
-
-@pytest.fixture(scope="module")
-def wan21():
-    return oracle_vae("wan2.1", width=96)
 
 
 @pytest.fixture(scope="module")

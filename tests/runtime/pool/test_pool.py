@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import pickle
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_vae_parallel as wvp
+from tests.oracle import decode_at_once
 from tests.processes import (
     children,
     gone,
@@ -124,15 +124,7 @@ def test_a_stream_may_be_closed_at_any_chunk(vae, latents, expected):
 def test_threads_decode_one_after_the_other(vae, latents, expected):
     videos = [latents, latents.flip(-1).contiguous(), latents.flip(-2).contiguous()]
     right = [expected, *(vae.decode(video) for video in videos[1:])]
-    barrier = threading.Barrier(len(videos), timeout=30)
-
-    def decode(video):
-        barrier.wait()
-        return vae.decode(video)
-
-    with ThreadPoolExecutor(len(videos)) as threads:
-        decoded = list(threads.map(decode, videos))
-    for frames, one in zip(decoded, right, strict=True):
+    for frames, one in zip(decode_at_once(vae, videos), right, strict=True):
         torch.testing.assert_close(frames, one, **CLOSE)
 
 

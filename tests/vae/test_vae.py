@@ -7,45 +7,17 @@ shape. That frames are right is the business of test_against_diffusers.py.
 from __future__ import annotations
 
 import itertools
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import wan_vae_parallel as wvp
-from tests.oracle import FAMILIES, load, oracle_vae, random_latents
+from tests.oracle import decode_at_once, load, oracle_vae, random_latents
 from wan_vae_parallel.latents import denormalize
 from wan_vae_parallel.memory import decode_memory, parameter_count
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
-
-
-@pytest.fixture(params=FAMILIES, scope="module")
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def family_vae(family):
-    return load(oracle_vae(family), chunk=2)
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    return oracle_vae("wan2.1")
-
-
-@pytest.fixture
-def vae(oracle):
-    """A fresh one for each test, of the smaller family, for what does not depend on it."""
-    return load(oracle, chunk=2)
-
-
-@pytest.fixture
-def latents():
-    return random_latents("wan2.1", frames=6, rows=2, columns=3)
 
 
 # Callbacks.
@@ -249,15 +221,7 @@ def test_several_threads_decode_at_once(vae):
     videos = [torch.roll(random_latents("wan2.1", frames=5, rows=2, columns=3), i, dims=-1) for i in range(4)]
     expected = [vae.decode(video) for video in videos]
     vae.release()  # and the weights are loaded again by whoever comes first
-    barrier = threading.Barrier(len(videos), timeout=60)
-
-    def decode(video):
-        barrier.wait()
-        return vae.decode(video)
-
-    with ThreadPoolExecutor(len(videos)) as pool:
-        decoded = list(pool.map(decode, videos))
-    for frames, right in zip(decoded, expected, strict=True):
+    for frames, right in zip(decode_at_once(vae, videos), expected, strict=True):
         torch.testing.assert_close(frames, right, **CLOSE)
 
 
