@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import threading
 import weakref
 
 import pytest
 import torch
 
+from wan_vae_parallel.ops.kernels import progress
 from wan_vae_parallel.ops.kernels.launch import Call, compile_all, launch
 
 CPU = torch.device("cpu")
@@ -166,3 +168,39 @@ def test_what_can_not_be_compiled_may_be_left_to_its_launch():
     assert len(good.compiled) == 1
     with pytest.raises(RuntimeError, match="out of registers"):
         compile_all(run, CPU)
+
+
+def test_long_compiling_says_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "WORD_SECONDS", 0.01)
+    caplog.set_level(logging.INFO)
+    said = threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if "1 of 2" in record.getMessage():
+                said.set()
+
+    class Slow(Kernel):
+        def warmup(self, *arguments, grid, **options):
+            super().warmup(*arguments, grid=grid, **options)
+            if options["BLOCK"] == 2:
+                assert said.wait(30)
+
+    kernel, handler = Slow(), Handler()
+
+    def run():
+        launch(kernel, (1,), BLOCK=1)
+        launch(kernel, (1,), BLOCK=2)
+
+    monkeypatch.setattr(progress.logger, "handlers", [handler])
+    compile_all(run, CPU)
+    assert any("compiling kernels for cpu, which is done once: 1 of 2" in r.getMessage() for r in caplog.records)
+    assert not [thread for thread in threading.enumerate() if "progress" in thread.name]
+
+
+def test_short_compiling_says_nothing(caplog):
+    caplog.set_level(logging.INFO)
+    kernel = Kernel()
+    compile_all(lambda: launch(kernel, (1,), BLOCK=1), CPU)
+    assert len(kernel.compiled) == 1
+    assert not caplog.records

@@ -153,9 +153,10 @@ def _why_not(device: torch.device, indices: list[int]) -> str:
 
 def _own_memory(device: torch.device) -> torch.Tensor:
     """Bytes for boxes and signals, all zero."""
-    from torch.distributed import _symmetric_memory
+    # Not that module's own `empty`, whose check of the size imports all of sympy: two to three seconds.
+    from torch._C._distributed_c10d import _SymmetricMemory
 
-    own = _symmetric_memory.empty(4 * _BOX_BYTES + _SIGNAL_BYTES, dtype=torch.uint8, device=device).zero_()
+    own = _SymmetricMemory.empty_strided_p2p((4 * _BOX_BYTES + _SIGNAL_BYTES,), (1,), torch.uint8, device).zero_()
     torch.cuda.synchronize(device)
     return own
 

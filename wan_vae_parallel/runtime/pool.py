@@ -28,14 +28,13 @@ from ..ops.dispatch import say_once
 from .faults import INTERFACE, cause, hint
 from .pool_run import PoolRun
 from .process import WorkerProcess, end_all
+from .pulse import PAUSE_SECONDS
 from .shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
 # A worker that says nothing for so long is stopped or stuck; it says something every second.
 _SILENCE_SECONDS = 7.0
-# If this process itself did not run for so long, it can't blame workers for their silence.
-_PAUSE_SECONDS = 2.0
 # Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
 _START_SECONDS = 300.0
 _COPY_THREADS = 4
@@ -277,7 +276,7 @@ class WorkerPool:
             if any(not w.alive and w.connection not in pending for w in workers):
                 raise self._cause(workers)
             now = time.monotonic()
-            if now - looked > _PAUSE_SECONDS:
+            if now - looked > PAUSE_SECONDS:
                 for worker in workers:
                     worker.heard = now
             looked = now

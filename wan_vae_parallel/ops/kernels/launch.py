@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+from .progress import WORD_SECONDS, Progress
 
 try:
     import triton
@@ -27,8 +28,6 @@ except ImportError:  # where no kernel runs either
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
-# What takes longer than this is worth a word.
-_WORD_SECONDS = 2.0
 
 # Since Triton 3.4 compiled kernels take all arguments, constants too.
 _COMPILED_TAKE_ALL = triton is None or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
@@ -99,11 +98,7 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
     finally:
         _collected.reset(token)
     started = time.monotonic()
-    word = threading.Timer(
-        _WORD_SECONDS, logger.info, ("compiling %d kernels for %s, which is done once", len(collected), device)
-    )
-    word.daemon = True
-    word.start()
+    progress = Progress(f"compiling kernels for {device}, which is done once", len(collected))
 
     def compile_one(job: Callable[[], Any]) -> None:
         # Each thread has a current device of its own.
@@ -113,14 +108,12 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
             except Exception:  # compilers fail in many ways; the launch will say it again
                 if not forgiving:
                     raise
+        progress.add()
 
-    try:
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_one, collected.values()))
-    finally:
-        word.cancel()
+    with progress, ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(compile_one, collected.values()))
     seconds = time.monotonic() - started
-    if seconds > _WORD_SECONDS:
+    if seconds > WORD_SECONDS:
         logger.info(
             "compiled %d kernels for %s in %.0f s; they are kept for the next time", len(collected), device, seconds
         )

@@ -23,6 +23,7 @@ from .. import conv as ops
 from ..kinds import LayerKind, Measured
 from . import conv, head_conv
 from .launch import compile_all
+from .progress import Progress
 from .tiles import Tile, candidates, gpu
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,13 @@ def measure(kinds: Sequence[LayerKind], dtype: torch.dtype, device: torch.device
                     problem.ours(tile)
 
         compile_all(run, device, forgiving=True)
+        found = {}
         try:
-            return {kind: _measured(kind, dtype, device) for kind in kinds}
+            with Progress(f"measuring kinds of layers on {device}, which is done once", len(kinds)) as progress:
+                for kind in kinds:
+                    found[kind] = _measured(kind, dtype, device)
+                    progress.add()
+            return found
         finally:
             torch.cuda.empty_cache()
 
