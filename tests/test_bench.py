@@ -26,14 +26,16 @@ def test_bench_draws_a_plot(tmp_path):
 
 def test_bench_measures_every_size_with_one_and_all_devices_and_diffusers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "save_plot", lambda *_: None)
-    assert main(["bench", *SMALL, "-o", str(tmp_path / "out")]) == 0
+    assert main(["bench", *SMALL, "--chunk", "1", "-o", str(tmp_path / "out")]) == 0
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     measured = [(row["size"], row["what"], len(row["devices"])) for row in content["rows"]]
     expected = [("ours", 1), ("ours", 2), ("diffusers", 1)]
     assert measured == [(size, *one) for size in ("32x16",) for one in expected]
     assert all(row["frames"] == 5 and 0 < row["seconds"] < row["first"] + 10 for row in content["rows"])
     assert content["environment"]["torch"] == torch.__version__
+    assert all(len(row["times"]) == 1 for row in content["rows"])
     assert content["settings"]["dtype"] == "float32"
+    assert content["settings"]["chunk"] == 1
     printed = capsys.readouterr().out
     assert printed.count("| ours |") == 2
     assert "1.00x" in printed
@@ -41,6 +43,7 @@ def test_bench_measures_every_size_with_one_and_all_devices_and_diffusers(tmp_pa
 
 def test_without_matplotlib_the_figures_are_there_and_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    (tmp_path / "bench.png").write_text("an older run's")
     arguments = ["bench", *SMALL, "--devices", "cpu", "--sizes", "16x16", "-o", str(tmp_path)]
     assert main(arguments) == 0
     printed = capsys.readouterr()
@@ -61,6 +64,55 @@ def test_what_fails_is_a_row_that_says_so_and_the_others_go_on(tmp_path, capsys,
     ]
     assert [row["seconds"] is None for row in rows] == [True, True, False, False]
     assert capsys.readouterr().out.count("| does not fit |") == 2
+
+
+def test_a_run_that_measured_nothing_fails(tmp_path, capsys):
+    arguments = ["--devices", "cpu", "--sizes", "99999984x99999984", "-o", str(tmp_path)]
+    assert main(["bench", *SMALL, *arguments]) == 1
+    assert "nothing could be measured" in capsys.readouterr().err
+    assert [row["failed"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["does not fit"] * 2
+    assert not (tmp_path / "bench.png").exists()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [RuntimeError("Failed to import diffusers.models\nas it is broken"), TypeError("no such keyword"), KeyError()],
+)
+def test_diffusers_that_is_broken_or_too_old_is_a_row_that_says_so(tmp_path, monkeypatch, broken):
+    def fails(*_):
+        raise broken
+
+    monkeypatch.setattr(bench, "save_plot", lambda *_: None)
+    monkeypatch.setattr(bench, "_diffusers", fails)
+    assert main(["bench", *SMALL, "--devices", "cpu", "-o", str(tmp_path)]) == 0
+    ours, theirs = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert ours["seconds"] > 0
+    assert theirs["failed"] in ("Failed to import diffusers.models", "no such keyword", "KeyError")
+
+
+def test_speed_ups_are_against_one_device_or_not_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra [bench]")
+    from matplotlib.axes import Axes
+
+    def row(count, seconds):
+        devices = tuple(f"cuda:{i}" for i in range(count))
+        return bench.Row(
+            size="16x16", frames=5, what="ours", devices=devices, seconds=seconds, times=(), first=1.0, peak_gib=None
+        )
+
+    drawn = []
+    plot = Axes.plot
+
+    def remembered(axes, *data, **options):
+        drawn.append(data[:2])
+        return plot(axes, *data, **options)
+
+    monkeypatch.setattr(Axes, "plot", remembered)
+    bench.save_plot(tmp_path / "a.png", [row(1, 4.0), row(2, 2.5)], "")
+    assert ([1, 2], [1.0, 1.6]) in drawn
+    drawn.clear()
+    bench.save_plot(tmp_path / "b.png", [row(1, None), row(2, 2.5), row(4, 1.5)], "")
+    assert drawn == [([2, 4], [2.5, 1.5]), ([1, 4], [1, 4])]
 
 
 def test_a_worker_that_fails_is_a_row_and_other_errors_are_ours_to_hear():

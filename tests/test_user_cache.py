@@ -67,6 +67,14 @@ def test_a_damaged_or_foreign_file_is_not_believed_and_gets_replaced(folder, con
     assert files(folder) == ["a.json"]
 
 
+def test_a_figure_in_which_a_digit_went_wrong_is_not_believed():
+    facts().write({"a": {"TFLOP/s": 250.0}})
+    path = facts().folder / "a.json"
+    assert facts().read("a") == {"TFLOP/s": 250.0}
+    path.write_text(path.read_text().replace("250.0", "2500.0"))
+    assert facts().read("a") is None
+
+
 @pytest.mark.parametrize("what", ["the cache", "the folder", "the file"])
 def test_where_nothing_can_be_written_that_is_an_error_and_nothing_stays(folder, what):
     block = {"the cache": folder, "the folder": facts().folder, "the file": facts().folder / "a.json"}[what]

@@ -6,6 +6,7 @@ B videos, T latent frames, h x w latent rows and columns
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import platform
 import statistics
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,7 +39,8 @@ class Row:
         frames: how many.
         what: ``"ours"``, ``"PyTorch's kernels"`` (our engine without its own) or ``"diffusers"``.
         devices: which.
-        seconds: until the float32 frames are on the host, median; None if that failed.
+        seconds: until the float32 frames are on the host, median of ``times``; None if that failed.
+        times: of each decode after the first.
         first: the same of the first decode, which starts workers, loads weights and compiles kernels.
         peak_gib: most memory that tensors took on the device; known for one device of this process only.
         failed: why there are no figures.
@@ -49,6 +51,7 @@ class Row:
     what: str
     devices: tuple[str, ...]
     seconds: float | None
+    times: tuple[float, ...]
     first: float | None
     peak_gib: float | None
     failed: str = ""
@@ -80,6 +83,7 @@ def measure(
     devices: Sequence[torch.device],
     dtype: torch.dtype,
     repeats: int,
+    chunk: int | Literal["auto"] = "auto",
 ) -> Iterator[Row]:
     """Measures each size with one, two, four... and all of ``devices``, then what it is compared with.
 
@@ -91,6 +95,7 @@ def measure(
         devices: the first ones are used where fewer take part.
         dtype: to compute in.
         repeats: decodes after the first one.
+        chunk: ours, latent frames at once; see `load_vae`.
 
     Yields:
         A row as soon as it is measured.
@@ -102,27 +107,30 @@ def measure(
         shape = (1, architecture.z_dim, latent_frames, height // ratio, width // ratio)
         latents = functools.partial(_latents, shape)
 
-        def row(what: str, used: Sequence[torch.device], make: Callable[[], Decode]) -> Row:
-            times, peak, failed = _timed(make, latents, used, repeats)  # noqa: B023 (called at once)
+        def row(what: str, used: Sequence[torch.device], make: Callable[[], Decode], *, foreign: bool = False) -> Row:
+            times, peak, failed = _timed(make, latents, used, repeats, foreign=foreign)  # noqa: B023 (called at once)
             return Row(
                 size=f"{width}x{height}",  # noqa: B023 (likewise)
                 frames=architecture.frame_count(latent_frames),
                 what=what,
                 devices=tuple(map(str, used)),
                 seconds=statistics.median(times[1:]) if times else None,
+                times=tuple(times[1:]),
                 first=times[0] if times else None,
                 peak_gib=peak,
                 failed=failed,
             )
 
         for count in counts:
-            with vae_from_state_dict(weights, devices=list(devices[:count]), dtype=dtype) as vae:
+            with vae_from_state_dict(weights, devices=list(devices[:count]), dtype=dtype, chunk=chunk) as vae:
                 yield row("ours", devices[:count], lambda: vae.decode)
         if devices[0].type == "cuda":
-            with torch_kernels_only(), vae_from_state_dict(weights, devices=list(one), dtype=dtype) as vae:
+            ours = vae_from_state_dict(weights, devices=list(one), dtype=dtype, chunk=chunk)
+            with torch_kernels_only(), ours as vae:
                 yield row("PyTorch's kernels", one, lambda: vae.decode)
         if _diffusers_decodes(architecture):
-            yield row("diffusers", one, functools.partial(_diffusers, architecture, devices[0], dtype))
+            make = functools.partial(_diffusers, architecture, devices[0], dtype)
+            yield row("diffusers", one, make, foreign=True)
         if devices[0].type == "cuda":
             torch.cuda.empty_cache()
 
@@ -132,9 +140,17 @@ def _latents(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _timed(
-    make: Callable[[], Decode], latents: Callable[[], torch.Tensor], devices: Sequence[torch.device], repeats: int
+    make: Callable[[], Decode],
+    latents: Callable[[], torch.Tensor],
+    devices: Sequence[torch.device],
+    repeats: int,
+    *,
+    foreign: bool = False,
 ) -> tuple[list[float], float | None, str]:
-    """Seconds of each decode, the first included, and the peak in GiB; or why there are none."""
+    """Seconds of each decode, the first included, and the peak in GiB; or why there are none.
+
+    Errors that are nobody's fault but the code's are raised, unless the code is not ours (``foreign``).
+    """
     here = len(devices) == 1 and devices[0].type == "cuda"
     times: list[float] = []
     try:
@@ -148,19 +164,15 @@ def _timed(
     except Exception as error:
         if is_out_of_memory(error):
             return [], None, "does not fit"
-        if isinstance(error, WanVAEError):
-            return [], None, str(error).splitlines()[0]
+        if foreign or isinstance(error, WanVAEError):
+            return [], None, str(error).strip().partition("\n")[0] or type(error).__name__
         raise
     return times, torch.cuda.max_memory_allocated(devices[0]) / 2**30 if here else None, ""
 
 
 def _diffusers_decodes(architecture: Architecture) -> bool:
-    """Whether diffusers is installed, and has this architecture."""
-    try:
-        from diffusers import AutoencoderKLWan  # noqa: F401 (whether it is there)
-    except ImportError:
-        return False
-    return architecture.output_channels == 3
+    """Whether diffusers is installed, whatever its version, and knows such an architecture."""
+    return importlib.util.find_spec("diffusers") is not None and architecture.output_channels == 3
 
 
 def _diffusers(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Decode:
@@ -198,9 +210,10 @@ def environment(devices: Sequence[torch.device]) -> dict[str, str]:
         "machine": platform.machine(),
     }
     if devices[0].type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(devices[0])
+        facts["gpu"] = ", ".join(dict.fromkeys(torch.cuda.get_device_name(device) for device in devices))
         facts["cuda"] = str(torch.version.cuda)
         facts["cudnn"] = str(torch.backends.cudnn.version())
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
         try:
             import triton
         except ImportError:
@@ -256,14 +269,14 @@ def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     most = 1
     for size in dict.fromkeys(row.size for row in rows):
         ours = [row for row in rows if row.what == "ours" and row.size == size and row.seconds]
+        base = _base(rows, size)
         if ours:
             counts = [len(row.devices) for row in ours]
             times = [row.seconds or 0.0 for row in ours]
             most = max(most, *counts)
             (line,) = seconds.plot(counts, times, marker="o", label=size)
-            speedup.plot(
-                counts, [times[0] * counts[0] / t for t in times], marker="o", color=line.get_color(), label=size
-            )
+            if base:
+                speedup.plot(counts, [base / t for t in times], marker="o", color=line.get_color(), label=size)
             for row in rows:
                 if row.what != "ours" and row.size == size and row.seconds:
                     marker = "x" if row.what == "diffusers" else "+"
@@ -274,7 +287,8 @@ def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     for axes in (seconds, speedup):
         axes.set_xticks(sorted({len(row.devices) for row in rows}))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

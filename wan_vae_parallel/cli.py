@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -116,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--frames", type=_positive, default=81, help="default: %(default)s")
     measure.add_argument("--devices", default="auto", help="1, 2, 4... and all of them are measured; default: auto")
     measure.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
+    measure.add_argument(
+        "--chunk", type=_chunk, default="auto", help="ours: latent frames at once; default: %(default)s"
+    )
     measure.add_argument("--repeats", type=_positive, default=3, help="decodes after a first one; default: %(default)s")
     measure.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-bench"), help="folder to write to")
     measure.set_defaults(run=_bench)
@@ -284,8 +289,15 @@ def _bench(options: argparse.Namespace) -> None:
         print(no_plot, file=sys.stderr)
     facts = bench.environment(devices)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = []
-    settings = {"architecture": str(architecture), "dtype": _name(dtype), "repeats": options.repeats}
+    rows: list[bench.Row] = []
+    settings = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "architecture": str(architecture),
+        "dtype": _name(dtype),
+        "repeats": options.repeats,
+        "chunk": options.chunk,
+    }
     for row in bench.measure(
         architecture=architecture,
         weights=weights,
@@ -294,7 +306,10 @@ def _bench(options: argparse.Namespace) -> None:
         devices=devices,
         dtype=dtype,
         repeats=options.repeats,
+        chunk=options.chunk,
     ):
+        if not rows:
+            plot.unlink(missing_ok=True)  # an older run's would lie beside this one's figures
         rows.append(row)
         # After each, so that what comes to a bad end still has figures.
         bench.save_json(figures, rows, facts, settings)
@@ -302,6 +317,8 @@ def _bench(options: argparse.Namespace) -> None:
         print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
     print(bench.table(rows))
     print(f"figures: {figures}")
+    if all(row.seconds is None for row in rows):
+        raise WanVAEError(f"nothing could be measured; {figures} says why for each row")
     if not no_plot:
         title = f"{architecture.name}, {rows[0].frames} frames, {_name(dtype)}, {facts.get('gpu', 'CPU')}"
         bench.save_plot(plot, rows, title)

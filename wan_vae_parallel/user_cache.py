@@ -63,7 +63,8 @@ class CachedFacts:
             return None  # found out anew, and replaced
         if not isinstance(found, dict) or found.get("key") != self._key or found.get("name") != name:
             return None
-        return found.get("value")
+        value = found.get("value")
+        return value if found.get("sum") == _sum(value) else None
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Keeps ``facts`` (plain data, by name), whatever was there.
@@ -75,11 +76,17 @@ class CachedFacts:
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in facts.items():
             with replacing(folder / f"{_plain(name)}.json") as path:
-                path.write_text(json.dumps({"key": self._key, "name": name, "value": value}, indent=1), "utf-8")
+                fact = {"key": self._key, "name": name, "value": value, "sum": _sum(value)}
+                path.write_text(json.dumps(fact, indent=1), "utf-8")
         for left in folder.glob(".*.partial"):
             with contextlib.suppress(OSError):  # another process may clear up, too
                 if time.time() - left.stat().st_mtime > _LEFT_BEHIND_SECONDS:
                     shutil.rmtree(left)
+
+
+def _sum(value: Any) -> str:
+    """What tells a value from one in which a digit went wrong."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(name: str) -> str:

@@ -65,6 +65,7 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(repeats):
+        time.sleep(_PAUSE_SECONDS)  # as between decodes to the host: a GPU that rested is faster
         dist.barrier()
         started = time.perf_counter()
         decode()

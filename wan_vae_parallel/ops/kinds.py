@@ -1,4 +1,4 @@
-"""Kinds of convolutions, and how fast a GPU model was seen to run them: on our kernels and on cuDNN."""
+"""Kinds of convolutions, and how fast a GPU model was seen to run them: on our kernels, and without."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Measured:
 
     Attributes:
         tiles: of each of `kernels.tiles.candidates`, in their order.
-        cudnn: of PyTorch's own convolution.
+        cudnn: of all that takes a kernel's place: cuDNN, and the copies that bring the arena's frames into its form.
     """
 
     tiles: tuple[float, ...]

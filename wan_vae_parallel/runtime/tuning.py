@@ -24,7 +24,7 @@ from ..user_cache import CachedFacts
 logger = logging.getLogger(__name__)
 
 # Counts changes to kernels, candidates or the way of measuring that make old figures wrong.
-_FORMAT = "1"
+_FORMAT = "2"
 
 _Key = dict[str, str]
 
