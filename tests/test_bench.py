@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -88,6 +91,20 @@ def test_diffusers_that_is_broken_or_too_old_is_a_row_that_says_so(tmp_path, mon
     ours, theirs = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert ours["seconds"] > 0
     assert theirs["failed"] in ("Failed to import diffusers.models", "no such keyword", "KeyError")
+
+
+@pytest.mark.parametrize("stand_in", ["no spec", "a folder"])
+def test_what_only_has_diffusers_name_is_not_compared_with(tmp_path, monkeypatch, stand_in):
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    if stand_in == "a folder":
+        (tmp_path / "diffusers").mkdir()
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        importlib.invalidate_caches()
+    else:
+        module = types.ModuleType("diffusers")
+        module.__spec__ = None
+        monkeypatch.setitem(sys.modules, "diffusers", module)
+    assert not bench._diffusers_decodes(Architecture.published("wan2.1"))
 
 
 def test_speed_ups_are_against_one_device_or_not_drawn(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ B videos, T latent frames, h x w latent rows and columns
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -172,7 +173,11 @@ def _timed(
 
 def _diffusers_decodes(architecture: Architecture) -> bool:
     """Whether diffusers is installed, whatever its version, and knows such an architecture."""
-    return importlib.util.find_spec("diffusers") is not None and architecture.output_channels == 3
+    with contextlib.suppress(ValueError):  # a module without a spec, which stands in for it
+        found = importlib.util.find_spec("diffusers")
+        # A folder that only has the name has no origin.
+        return found is not None and found.origin is not None and architecture.output_channels == 3
+    return False
 
 
 def _diffusers(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Decode:
@@ -213,7 +218,8 @@ def environment(devices: Sequence[torch.device]) -> dict[str, str]:
         facts["gpu"] = ", ".join(dict.fromkeys(torch.cuda.get_device_name(device) for device in devices))
         facts["cuda"] = str(torch.version.cuda)
         facts["cudnn"] = str(torch.backends.cudnn.version())
-        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
+        if torch.distributed.is_nccl_available():
+            facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         try:
             import triton
         except ImportError:

@@ -67,7 +67,7 @@ class CachedFacts:
         return value if found.get("sum") == _sum(value) else None
 
     def write(self, facts: Mapping[str, Any]) -> None:
-        """Keeps ``facts`` (plain data, by name), whatever was there.
+        """Keeps ``facts`` (plain data whose mappings have words as keys, by name), whatever was there.
 
         Raises:
             OSError, RuntimeError: there is no such folder, it can't be written to, or the disk is full.

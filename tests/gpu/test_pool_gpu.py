@@ -321,7 +321,5 @@ def test_torchrun_with_a_gpu_each(wan21, latents, tmp_path, dtype):
     frames = load_file(tmp_path / "out.safetensors")["frames"]
     if dtype == "bfloat16":
         assert torch.equal(frames, expected)
-        # Halo rows went straight to the neighbours' memory.
-        assert "halo rows travel through NCCL" not in "".join(outputs)
     else:
         assert max_error(frames, expected) <= 1e-4

@@ -5,11 +5,8 @@ from __future__ import annotations
 import sys
 import types
 
-import pytest
 import torch
 
-from wan_vae_parallel.parallel import mailbox as module
-from wan_vae_parallel.parallel.machine import machine
 from wan_vae_parallel.parallel.mailbox import Mailbox, open_mailbox
 
 
@@ -57,33 +54,6 @@ def test_boxes_and_signals_of_a_rank_are_parts_of_its_memory_alone(monkeypatch):
         assert (signals.view(torch.uint8) == rank).all()
         assert signals.data_ptr() == buffers[rank].data_ptr() + boxes.nbytes
     assert mailbox.capacity(arena) == 8 * 2**20 // (5 * 3 * 2)
-
-
-@pytest.mark.parametrize(
-    ("places", "peers", "reason"),
-    [
-        ([["here", "A"], ["here", "B"]], True, ""),
-        ([["here", "A"], ["there", "B"]], True, "not on one machine"),
-        ([["", "A"], ["", "B"]], True, "not on one machine"),  # where nothing tells
-        ([["here", "A"], ["here", "B"]], False, "cuda:0 can't reach cuda:1"),
-        # Both are cuda:0 to their own processes, as with a CUDA_VISIBLE_DEVICES of its own for each rank.
-        ([["here", "A"], ["here", "C"]], True, "does not see rank 1's device"),
-    ],
-)
-def test_devices_reach_one_another_on_one_machine_if_they_see_one_another(monkeypatch, places, peers, reason):
-    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    monkeypatch.setattr(module, "kernels_run", lambda _: True)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid="AB"[i]))
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: peers)
-    found = module._why_not(torch.device("cuda", 0), places)
-    assert reason in found
-    assert bool(reason) == bool(found)
-
-
-def test_a_machine_is_itself():
-    assert machine() == machine() != ""
 
 
 def test_there_is_none_on_the_cpu():

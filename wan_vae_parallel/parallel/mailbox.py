@@ -19,7 +19,6 @@ import torch.distributed as dist
 from ..errors import WorkerError
 from ..ops.dispatch import kernels_run
 from .agree import Board, plain
-from .machine import machine
 
 logger = logging.getLogger(__name__)
 
@@ -100,20 +99,16 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -
     All ranks call, and all get one or none does; what stands against it is said by the first rank.
 
     Args:
-        group: the ranks, each with a device of its own.
+        group: the ranks, on one machine, each with a device of its own.
         device: this rank's.
         board: the ranks' words.
     """
     if device.type != "cuda":
         return None
-    with torch.cuda.device(device):
-        return _open(group, device, board)
-
-
-def _open(group: dist.ProcessGroup, device: torch.device, board: Board) -> Mailbox | None:
     buffers: list[torch.Tensor] = []
     memory: object = None
-    reason = _why_not(device, board.exchange([machine(), _uuid(device.index)]))
+    indices = board.exchange(device.index)
+    reason = _why_not(device, indices)
     if not reason:
         try:
             own = _own_memory(device)
@@ -144,30 +139,15 @@ def _open(group: dist.ProcessGroup, device: torch.device, board: Board) -> Mailb
     return None
 
 
-def _uuid(index: int) -> str:
-    """A device's own name: programs may number the same ones differently."""
-    return str(getattr(torch.cuda.get_device_properties(index), "uuid", index))
-
-
-def _why_not(device: torch.device, places: list[list[str]]) -> str:
-    """Why the devices can't reach one another's memory, as far as this one knows; nothing if they can.
-
-    Args:
-        device: this rank's.
-        places: of each rank, which machine and which device.
-    """
-    if len({name for name, _ in places}) > 1 or not places[0][0]:
-        return "the ranks are not on one machine, or not in one container"
+def _why_not(device: torch.device, indices: list[int]) -> str:
+    """Why the devices can't reach one another's memory, as far as this one knows; nothing if they can."""
     if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
         return "NCCL_P2P_DISABLE says that devices can't reach one another"
     if not kernels_run(torch.empty(0, device=device)):
         return f"no kernels of our own run on {device}"
-    seen = {_uuid(index): index for index in range(torch.cuda.device_count())}
-    for rank, (_, uuid) in enumerate(places):
-        if uuid not in seen:
-            return f"{device}'s process does not see rank {rank}'s device"
-        if seen[uuid] != device.index and not torch.cuda.can_device_access_peer(device, seen[uuid]):
-            return f"{device} can't reach cuda:{seen[uuid]}"
+    for index in indices:
+        if index != device.index and not torch.cuda.can_device_access_peer(device, index):
+            return f"{device} can't reach cuda:{index}"
     return ""
 
 

@@ -22,7 +22,6 @@ from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, WanVAEError
 from ..parallel.agree import WORD_SECONDS, WORK_SECONDS, Board, check_same
 from ..parallel.edges import connect
-from ..parallel.mailbox import Mailbox, open_mailbox
 from ..parallel.plan import describe_plan, plan_shards
 from ..parallel.rows import to_first_rank
 from .download import to_host
@@ -55,8 +54,6 @@ class GroupEngine:
         self._weights = weights
         self._decoder: ShardDecoder | None = None
         self._connected = False
-        # The group's, if its devices reach one another's memory; it stays as long as the connections do.
-        self.mailbox: Mailbox | None = None
         self.names = tuple(self.meet(call="load_vae").places)
 
     @property
@@ -94,7 +91,6 @@ class GroupEngine:
         if not self._connected:
             with self.exchanging(board):
                 connect(self.group, self.device)
-                self.mailbox = open_mailbox(self.group, self.device, board)
             self._connected = True
 
     @contextlib.contextmanager
@@ -171,9 +167,7 @@ class GroupRun:
     def _whole_frames(self) -> Iterator[torch.Tensor]:
         engine, plan = self._engine, self._plan
         decoder = engine.decoder()
-        shards = (
-            decoder.steps(self._latents, plan, engine.group, self._chunk, engine.mailbox) if self._working else iter(())
-        )
+        shards = decoder.steps(self._latents, plan, engine.group, self._chunk) if self._working else iter(())
         # The first rank says before each step whether there is one: those without rows know no other end.
         more = True
         while self._board.from_first(more):

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..parallel.machine import machine
-
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -43,7 +41,10 @@ def _status(pid: int | None) -> tuple[str, str]:
 
 def _identity() -> dict[str, Any]:
     """This process, so that others know whether they see the same one under its number."""
-    return {"machine": machine(), "pid": os.getpid(), "started": _status(os.getpid())[1]}
+    machine = ""
+    with contextlib.suppress(OSError):
+        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return {"machine": machine, "pid": os.getpid(), "started": _status(os.getpid())[1]}
 
 
 @dataclasses.dataclass
