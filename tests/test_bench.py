@@ -45,7 +45,7 @@ def test_bench_measures_every_size_with_one_and_all_devices_and_diffusers(tmp_pa
 
 
 def test_without_matplotlib_the_figures_are_there_and_it_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "bench.png").write_text("an older run's")
     arguments = ["bench", *SMALL, "--devices", "cpu", "--sizes", "16x16", "-o", str(tmp_path)]
     assert main(arguments) == 0

@@ -126,8 +126,10 @@ def measure(
             with vae_from_state_dict(weights, devices=list(devices[:count]), dtype=dtype, chunk=chunk) as vae:
                 yield row("ours", devices[:count], lambda: vae.decode)
         if devices[0].type == "cuda":
-            ours = vae_from_state_dict(weights, devices=list(one), dtype=dtype, chunk=chunk)
-            with torch_kernels_only(), ours as vae:
+            with (
+                torch_kernels_only(),
+                vae_from_state_dict(weights, devices=list(one), dtype=dtype, chunk=chunk) as vae,
+            ):
                 yield row("PyTorch's kernels", one, lambda: vae.decode)
         if _diffusers_decodes(architecture):
             make = functools.partial(_diffusers, architecture, devices[0], dtype)
