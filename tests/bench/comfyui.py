@@ -118,6 +118,7 @@ class Bench:
             environment |= {"XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
         arguments = [*(["--cpu"] if options.cpu else []), *shlex.split(options.server_options)]
         self.server = Server(*options.comfyui, folder, *arguments, packs=PACK, environment=environment)
+        self._started = len(self.server.log())
         self._asked = itertools.count()
 
     def stop(self) -> None:
@@ -192,8 +193,8 @@ class Bench:
         print(f"#   {who}, {state}: {described(processes)}; in use on the GPUs, MiB: {all_used}", flush=True)
 
     def notes(self) -> list[str]:
-        """What the server's log tells that makes times mean something else."""
-        log = self.server.log()
+        """What the server's log tells, since it is up, that makes times mean something else."""
+        log = self.server.log()[self._started :]
         return [word for word in ("tiled", "out of memory", "Traceback") if word.lower() in log.lower()]
 
 
@@ -323,7 +324,7 @@ def heading(options: argparse.Namespace) -> str:
     theirs = "import torch; print(torch.__version__, torch.backends.cudnn.version())"
     torch_version = subprocess.run([str(python), "-c", theirs], capture_output=True, text=True, check=True).stdout
     names = gpu_names()  # not by torch, which would make this process a CUDA context
-    where = "CPU" if options.cpu else f"{len(names)} x {names[0]}"
+    where = "CPU" if options.cpu else f"{len(names)} x {', '.join(dict.fromkeys(names))}"
     cache = "cold" if options.cold_cache else "warm" if options.warm_cache else "the user's"
     return (
         f"# {where}, {os.cpu_count()} cores, Python {platform.python_version()}, torch and cuDNN "
