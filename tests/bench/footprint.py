@@ -22,6 +22,7 @@ class Footprint:
 
     pid: int
     name: str
+    parent: int
     gpus: dict[int, int] = field(default_factory=dict)
     host: int = 0
 
@@ -37,7 +38,12 @@ def footprints(server: int, mark: str) -> list[Footprint]:
             if status["State"].split()[0] != "Z":
                 pid = int(entry.name)
                 name = "server" if pid == server else _role((entry / "cmdline").read_bytes())
-                found[pid] = Footprint(pid, name, host=int(status["RssAnon"].split()[0]) // 1024)
+                host = int(status["RssAnon"].split()[0]) // 1024
+                found[pid] = Footprint(pid, name, int(status["PPid"]), host=host)
+    servers = {pid for pid, one in found.items() if one.name == "forkserver"}
+    for pid in servers:
+        if found[pid].parent in servers:  # forked, so it has its parent's command line
+            found[pid].name = "worker"
     for index, pid, used in _gpu_processes():
         if pid in found:
             found[pid].gpus[index] = found[pid].gpus.get(index, 0) + used
