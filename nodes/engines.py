@@ -10,6 +10,7 @@ import collections
 import functools
 import logging
 import re
+import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,10 @@ def _release_all() -> None:
 
 
 def _hear_of_free() -> None:
-    """Has ``/free``, and whatever else unloads all models, end workers too."""
+    """Has ``/free`` end workers too; it reaches ComfyUI's models through the one function that unloads them all.
+
+    Core calls that for other reasons as well, with ``--disable-smart-memory`` after each prompt: memory is enough then.
+    """
     unload_all_models = model_management.unload_all_models
     if getattr(unload_all_models, "ends_wan_vae_workers", False):
         return
@@ -207,7 +211,9 @@ def _hear_of_free() -> None:
     @functools.wraps(unload_all_models)
     def unload_all(*args: Any, **kwargs: Any) -> Any:
         result = unload_all_models(*args, **kwargs)
-        _release_all()
+        # The loop in which core looks for ``/free`` between prompts.
+        if sys._getframe(1).f_code.co_name == "prompt_worker":
+            _release_all()
         return result
 
     unload_all.ends_wan_vae_workers = True  # type: ignore[attr-defined]

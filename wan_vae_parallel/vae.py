@@ -29,6 +29,7 @@ from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEngine, GroupRun
 from .runtime.pool import WORKER_BYTES, WorkerPool
 from .runtime.pool_run import PoolRun
+from .runtime.shared_memory import populating
 
 logger = logging.getLogger(__name__)
 
@@ -256,14 +257,17 @@ class VAE:
         with cancellable(check), self._running(latents, shape) as run:
             with host_room(shape, dtype):
                 out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
-            for frames in run:
-                self._check(run)
-                newest = out[:, done : done + frames.shape[1]]
-                if run.video is None:
-                    newest.copy_(frames)
-                done += frames.shape[1]
-                if on_chunk:
-                    on_chunk(done, total, newest)
+            # The last frames' pages would come into being when the device has nothing to do any more.
+            ahead = run.video is None and self.devices[0].type == "cuda"
+            with populating(out) if ahead else contextlib.nullcontext():
+                for frames in run:
+                    self._check(run)
+                    newest = out[:, done : done + frames.shape[1]]
+                    if run.video is None:
+                        newest.copy_(frames)
+                    done += frames.shape[1]
+                    if on_chunk:
+                        on_chunk(done, total, newest)
         return out
 
     def decode_stream(self, latents: torch.Tensor, normalized: bool = False) -> Iterator[torch.Tensor]:

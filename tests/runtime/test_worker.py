@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import types
 
 import pytest
@@ -50,6 +51,7 @@ def test_pages_come_into_being_while_a_step_is_computed_and_for_no_more_than_it(
         # At once, and not in the thread that a worker has for it.
         _pages=types.SimpleNamespace(put=populate),
         _empty_cache=lambda: None,
+        _busy=threading.Event(),
     )
     monkeypatch.setattr(worker, "to_host", to_host)
     monkeypatch.setattr(dist, "get_rank", lambda _group: 1)

@@ -43,14 +43,6 @@ def load_package() -> None:
     spec.loader.exec_module(package)
 
 
-def load_worker(device: str) -> Any:
-    """Imports all that a worker on ``device`` will need, and returns its module. Touches no device."""
-    load_package()
-    worker = importlib.import_module(PACKAGE + ".runtime.worker")
-    worker.prepare(device)
-    return worker
-
-
 def run(options: dict[str, Any]) -> None:
     """Ends the process when the work is done; never returns."""
     # Ctrl-C is the parent's to act on; and a parent that is gone already has no work. Whose child this is need not be
@@ -69,13 +61,18 @@ def run(options: dict[str, Any]) -> None:
     loaded: list[Any] = []
 
     def load() -> None:
-        loaded.append(load_worker(options["device"]))
+        load_package()
+        loaded.append(importlib.import_module(PACKAGE + ".runtime.worker"))
 
-    if options["device"].startswith("cuda"):
+    gpu = options["device"].startswith("cuda")
+    if gpu:
         _in_background(_init_driver)
     _in_background(load).join()
     if not loaded:
         os._exit(1)  # the thread has printed why
+    if gpu:
+        # What the worker needs a moment later; whoever wants it sooner waits for it.
+        _in_background(loaded[0].load_kernels)
     loaded[0].main(Connection(options["connection"]), options)
 
 

@@ -112,16 +112,22 @@ class PoolRun:
         pool.tell("begin", self._begun)
         for _ in range(_AHEAD):
             pool.tell("step")
+        done = 0
         while True:
             answers = pool.gather("done", self._shards, limit=_STEP_SECONDS if pool.devices[0].type == "cuda" else None)
             counts = {answer[1] if answer[0] == "done" else 0 for answer in answers}
             if len(counts) != 1:
                 raise WorkerError(f"workers disagree on the frames of a step: {sorted(counts)}")
             if counts == {0}:
-                return
+                raise WorkerError(f"workers ended after {done} of {self.video.shape[1]} frames")
             self.finite = all(answer[2] for answer in answers)
+            (count,) = counts
+            done += count
+            if done == self.video.shape[1]:
+                yield count
+                return
             pool.tell("step")  # before anybody looks at the frames
-            yield counts.pop()
+            yield count
 
     def _open(self, chunk: int) -> None:
         request = {

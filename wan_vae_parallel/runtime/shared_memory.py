@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 
 # Of Linux 5.14; Python knows its name from 3.14 on.
 _MADV_POPULATE_WRITE = 23
+# Bytes between two looks whether they are still wanted.
+_AT_ONCE = 32 * 2**20
 
 
 class SharedMemory:
@@ -65,9 +70,31 @@ def populate(tensor: torch.Tensor) -> None:
 
     What it holds stays. Where the system has no such call, pages come with the first write as ever.
     """
+    if not tensor.nbytes or sys.platform != "linux":
+        return
     first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     # Unlike mmap's own method, it lets other threads run.
     _madvise()(first, tensor.data_ptr() + tensor.nbytes - first, _MADV_POPULATE_WRITE)
+
+
+@contextlib.contextmanager
+def populating(tensor: torch.Tensor) -> Iterator[None]:
+    """Within it a thread does that to a contiguous tensor from its beginning on, ahead of whoever writes to it."""
+    over = threading.Event()
+
+    def populate_all() -> None:
+        for part in tensor.view(-1).split(_AT_ONCE // tensor.element_size()):
+            if over.is_set():
+                return
+            populate(part)
+
+    thread = threading.Thread(target=populate_all, name="wan-vae-parallel pages", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @functools.cache

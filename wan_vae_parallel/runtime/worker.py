@@ -57,6 +57,8 @@ from .shared_memory import SharedMemory, populate
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 1.0
+# Without another decode for so long, the one before lets go of its memory.
+_IDLE_SECONDS = 1.0
 # Of CUDA's limits: bytes of stack for each thread.
 _STACK_SIZE = 0
 _LEAST_STACK_BYTES = 256
@@ -64,10 +66,8 @@ _LEAST_STACK_BYTES = 256
 _DESCRIPTORS = {"load": 1, "weights": 1, "open": 2}
 
 
-def prepare(device: str) -> None:
-    """Loads what a worker on ``device`` will want, which takes seconds, without a touch of the device."""
-    if not device.startswith("cuda"):
-        return
+def load_kernels() -> None:
+    """Loads what a worker on a GPU will want, which takes a moment, without a touch of the device."""
 
     def name_cache() -> None:
         # What Triton names its cache's entries after: it reads all of itself for that, half a gigabyte.
@@ -126,6 +126,8 @@ class _Worker:
         # What has been asked for and not begun yet; what to let go of while the main thread goes on.
         self._pages: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._gone: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        # Whether the device has work for a while.
+        self._busy = threading.Event()
         # Gives the device's memory back while the last frames are copied.
         self._emptying: threading.Thread | None = None
         self._store: int | None = None
@@ -179,9 +181,14 @@ class _Worker:
             populate(self._pages.get())
 
     def _let_go(self) -> None:
-        """Unmaps what was shared, which takes longer than a step, while the main thread goes on."""
+        """Unmaps what was shared. The system takes longer for that than for a step, and whoever wants memory waits.
+
+        So it is not done when the next decode begins, but when that keeps the device busy, or after a moment.
+        """
         while True:
-            self._gone.get().clear()
+            shared = self._gone.get()
+            self._busy.wait(_IDLE_SECONDS)
+            shared.clear()
 
     def serve(self) -> None:
         logging.basicConfig()
@@ -297,6 +304,7 @@ class _Worker:
                 self.send("end") if done is None else self.send("done", *done)
             elif command == "finish":
                 break
+        self._busy.clear()
         del steps, latents, video
         if self._emptying:
             self._emptying.join()
@@ -335,6 +343,7 @@ class _Worker:
                 done += own.shape[1]
                 yield own
                 del own, frames
+                self._busy.set()
             more = False
 
         done = 0

@@ -86,10 +86,11 @@ class AskForRoom(io.ComfyNode):
 
 @functools.cache
 def large_model(device):
-    """The stand-in, of the class that core takes for its models; it stays loaded, as a graph's own would."""
+    """The stand-in; it stays loaded, as a graph's own would. Core's dynamic class wants a model's real memory."""
     model = torch.nn.Sequential(comfy.ops.manual_cast.Linear(4096, 4096, dtype=torch.bfloat16))
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher(model, load_device=device, offload_device=model_management.unet_offload_device())
+    return comfy.model_patcher.ModelPatcher(
+        model, load_device=device, offload_device=model_management.unet_offload_device()
+    )
 
 
 class BenchExtension(ComfyExtension):
