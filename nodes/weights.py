@@ -108,7 +108,7 @@ def changed_padding(model: torch.nn.Module) -> str:
     """What other nodes have changed in how the decoder's convolutions pad, for a message; empty if nothing."""
     changed = []
     for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and not name.startswith("encoder."):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and "decoder" in name.split("."):
             if module.padding_mode != "zeros":
                 changed.append(f"{name} has padding_mode {module.padding_mode}")
             elif "_conv_forward" in vars(module):

@@ -19,13 +19,18 @@ def alter(how, vae="core"):
     return node("ProbeAlterVAE", vae=[vae, 0], how=how)
 
 
-def apply(vae="core", **inputs):
-    return node("WanVAEParallelApply", vae=[vae, 0], **inputs)
+def apply(vae="core", devices="auto"):
+    return node("WanVAEParallelApply", vae=[vae, 0], devices=devices, dtype="auto", chunk=0)
+
+
+def load(name="wan21.safetensors"):
+    return node("WanVAEParallelLoader", vae_name=name, devices="auto", dtype="auto", chunk=0)
 
 
 def decoded(name, vae, decoder="VAEDecode", slot=0):
     """A decode whose frames are saved under ``name``."""
-    decode = node(decoder, samples=["latent", 0], vae=[vae, 0])
+    ours = {"normalized_latents": False} if decoder == "WanVAEParallelDecode" else {}
+    decode = node(decoder, samples=["latent", 0], vae=[vae, 0], **ours)
     return {
         f"decode {name}": decode,
         f"save {name}": node("ProbeSaveTensor", name=name, image=[f"decode {name}", slot]),
@@ -105,27 +110,34 @@ def test_an_image_vae_is_told_from_a_wan_vae(server, graph):
     # The least that core takes for a VAE of Stable Diffusion; its weights stay as they are initialised.
     tensors = {"encoder.conv_in.weight": torch.zeros(128, 3, 3, 3), "decoder.conv_in.weight": torch.zeros(512, 4, 3, 3)}
     save_file(tensors, server.folder / "models" / "vae" / "image.safetensors")
-    loader = node("WanVAEParallelLoader", vae_name="image.safetensors")
-    run = server.run({**graph, "vae": loader, **decoded("never", "vae")})
+    run = server.run({**graph, "vae": load("image.safetensors"), **decoded("never", "vae")})
     assert run.ended == "execution_error"
     assert "decoder.conv_in.weight has four axes (512, 4, 3, 3)" in run.detail["exception_message"]
 
 
-def test_circular_padding_is_refused_in_words(server, received, graph):
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("circular", "decoder.conv1 has padding_mode circular, decoder.middle.0.residual.2 has"),
+        ("tile asymmetrically", "decoder.conv1 has a _conv_forward of its own"),
+    ],
+)
+def test_padding_that_others_have_changed_has_no_effect_and_the_log_says_so_once(server, received, graph, how, what):
+    before = server.log().count("has changed how this VAE pads")
     server.run(
         {
             **graph,
             "parallel": apply(),
             **decoded("expected", "parallel"),
-            "altered": alter("circular", "parallel"),
-            **decoded("circular", "altered"),
+            "altered": alter(how, "parallel"),
+            **decoded("changed", "altered"),
             **decoded("again", "altered", "WanVAEParallelDecode"),
         }
     ).check()
-    assert torch.equal(received("circular"), received("expected"))
-    said = [line for line in server.log().splitlines() if "has changed how this VAE pads" in line]
+    assert torch.equal(received("changed"), received("expected"))
+    said = [line for line in server.log().splitlines() if "has changed how this VAE pads" in line][before:]
     assert len(said) == 1
-    assert "conv1 has padding_mode circular" in said[0]
+    assert what in said[0]
     assert "connect a VAE that was not made parallel to VAE Decode" in said[0]
 
 
@@ -158,7 +170,7 @@ def test_cores_device_selector_may_stand_behind_our_loader(server, received, sen
     server.run(
         {
             "latent": send("selected " + name, latents),
-            "vae": node("WanVAEParallelLoader", vae_name=name),
+            "vae": load(name),
             **decoded("expected", "vae"),
             "selected": node("SelectVAEDevice", vae=["vae", 0], device="default"),
             **decoded("selected", "selected"),
@@ -168,6 +180,47 @@ def test_cores_device_selector_may_stand_behind_our_loader(server, received, sen
     ).check()
     for frames in ("selected", "applied"):
         assert torch.equal(received(frames), received("expected"))
+
+
+@pytest.mark.parametrize("name", ["wan21.safetensors", "wan22.safetensors"])
+def test_cores_device_selector_moves_our_loaders_vae(server, received, send, name):
+    if "SelectVAEDevice" not in server.get("/object_info"):
+        pytest.skip("this ComfyUI has no SelectVAEDevice")
+    latents = LATENTS if "21" in name else torch.randn(1, 48, 2, 3, 4, generator=torch.Generator().manual_seed(4))
+    before = len(server.log())
+    server.run(
+        {
+            "latent": send("moved " + name, latents),
+            "vae": load(name),
+            **decoded("expected", "vae"),
+            "selected": alter("select gpu:1", "vae"),
+            **decoded("selected", "selected"),
+            "applied": apply("selected"),
+            **decoded("applied", "applied"),
+        }
+    ).check()
+    log = server.log()[before:]
+    assert "cuda:1 is not supported; decoding on the CPU" in log  # as there is none here
+    assert "cannot retarget" not in log
+    for frames in ("selected", "applied"):
+        assert torch.equal(received(frames), received("expected"))
+
+
+@pytest.mark.parametrize(
+    ("devices", "put_on", "chosen"),
+    [
+        ("auto", "", ["cuda:0", "cuda:1"]),
+        ("auto", "cuda:1", ["cuda:1"]),
+        ("Default", "cpu", ["cpu"]),
+        ("GPU:0,gpu:1", "", ["cuda:0", "cuda:1"]),
+        ("cuda:0", "cuda:1", ["cuda:0"]),
+        ("gpu:7", "cuda:1", ["cuda:1"]),  # made elsewhere
+        ("gpu:7", "", ["cuda:0", "cuda:1"]),
+    ],
+)
+def test_which_devices_are_taken_on_a_machine_with_two_gpus(server, devices, put_on, chosen):
+    probe = node("ProbeChosenDevices", devices=devices, put_on=put_on)
+    assert server.run({"probe": probe}).check().outputs("probe")["devices"] == chosen
 
 
 def test_arguments_of_later_cores_are_taken(server, received, graph):
@@ -192,9 +245,10 @@ def test_inputs_with_a_default_may_be_missing_and_devices_have_their_usual_names
         {
             **graph,
             "loaded": node("WanVAEParallelLoader", vae_name="wan21.safetensors", **named),
-            "applied": apply(**named),
+            "applied": node("WanVAEParallelApply", vae=["core", 0], **named),
             **decoded("expected", "core"),
-            **decoded("loaded", "loaded", "WanVAEParallelDecode"),
+            **decoded("loaded", "loaded"),
+            "decode loaded": node("WanVAEParallelDecode", samples=["latent", 0], vae=["loaded", 0]),
             **decoded("applied", "applied"),
         }
     ).check()
@@ -214,7 +268,7 @@ def test_frames_have_the_dtype_that_core_is_told_to_return(comfyui, tmp_path):
         graph = {
             "latent": node("ProbeLoadTensor", name="latent"),
             "core": node("VAELoader", vae_name="wan21.safetensors"),
-            "loaded": node("WanVAEParallelLoader", vae_name="wan21.safetensors"),
+            "loaded": load(),
             **decoded("expected", "core"),
             **decoded("applied", "loaded"),
             **decoded("ours", "core", "WanVAEParallelDecode"),

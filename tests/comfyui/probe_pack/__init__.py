@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 
+import comfy.model_management as model_management
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
@@ -73,6 +74,11 @@ class EngineState(io.ComfyNode):
         return io.NodeOutput(ui={"loaded": [vae._engine.loaded]})
 
 
+def of_the_pack(name):
+    """A module of the pack, which ComfyUI names by its path."""
+    return next(module for key, module in sys.modules.items() if key.endswith("wan-vae-parallel." + name))
+
+
 class FastNorm(torch.nn.Module):
     """As packs with kernels of their own put it in the place of core's norms: other names, same values."""
 
@@ -140,6 +146,12 @@ class AlterVAE(io.ComfyNode):
             for module in model.modules():
                 if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
                     module.padding_mode = "circular"
+        elif how == "tile asymmetrically":
+            for module in model.modules():
+                if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+                    module._conv_forward = module._conv_forward  # in its own attributes, whatever it does
+        elif how == "select gpu:1":
+            altered = cls.select(altered, torch.device("cuda", 1))
         elif how == "put on cuda:1":
             altered.device = torch.device("cuda", 1)
         elif how == "put on the cpu":
@@ -149,6 +161,18 @@ class AlterVAE(io.ComfyNode):
         if engine is not None:
             engine.release()  # as /free does: the weights are read once more
         return io.NodeOutput(altered)
+
+    @staticmethod
+    def select(vae, device):
+        """What core's SelectVAEDevice makes of it on a machine with that device."""
+        from comfy_extras.nodes_multigpu import SelectVAEDeviceNode
+
+        was = model_management.resolve_gpu_device_option
+        model_management.resolve_gpu_device_option = lambda _: device
+        try:
+            return SelectVAEDeviceNode.execute(vae, f"gpu:{device.index}").result[0]
+        finally:
+            model_management.resolve_gpu_device_option = was
 
     @staticmethod
     def patch_norms(vae):
@@ -173,7 +197,7 @@ class DecodeWithoutRoom(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae):
-        memory = next(module for name, module in sys.modules.items() if name.endswith("wan_vae_parallel.memory"))
+        memory = of_the_pack("wan_vae_parallel.memory")
         was, memory.free_memory = memory.free_memory, lambda _: 1000
         try:
             vae.decode(samples["samples"])
@@ -182,6 +206,33 @@ class DecodeWithoutRoom(io.ComfyNode):
         finally:
             memory.free_memory = was
         raise AssertionError("it had room")
+
+
+class ChosenDevices(io.ComfyNode):
+    """Tells which devices the nodes take on a machine with two GPUs."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeChosenDevices",
+            category="probe",
+            is_output_node=True,
+            inputs=[io.String.Input("devices"), io.String.Input("put_on")],
+        )
+
+    @classmethod
+    def execute(cls, devices, put_on):
+        engines, parsing = of_the_pack("nodes.engines"), of_the_pack("wan_vae_parallel.devices")
+        there = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
+        was = engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
+        engines.available_devices = parsing.available_devices = lambda: there
+        parsing._why_alone = lambda _: ""
+        model_management.vae_device = lambda: there[1]
+        try:
+            chosen = engines._choose_devices(devices, torch.device(put_on) if put_on else None)
+        finally:
+            engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
+        return io.NodeOutput(ui={"devices": [str(device) for device in chosen]})
 
 
 class DecodeAsLaterCores(io.ComfyNode):
@@ -207,7 +258,15 @@ class ProbeExtension(ComfyExtension):
     """Lists the nodes."""
 
     async def get_node_list(self):
-        return [LoadTensor, SaveTensor, EngineState, AlterVAE, DecodeWithoutRoom, DecodeAsLaterCores]
+        return [
+            LoadTensor,
+            SaveTensor,
+            EngineState,
+            AlterVAE,
+            DecodeWithoutRoom,
+            ChosenDevices,
+            DecodeAsLaterCores,
+        ]
 
 
 async def comfy_entrypoint():
