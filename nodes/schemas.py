@@ -13,9 +13,9 @@ from .vaes import ParallelVAE, apply_parallel, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
 _DEVICES = (
-    "Where to decode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it; or cpu, cuda:0, or several "
-    "with commas between them, which then decode one video together. Devices that this machine does not have are left "
-    "out, and the log says which were taken."
+    "Where to decode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it, or the device that another "
+    "node has put the VAE on; or cpu, cuda:0, or several with commas between them, which then decode one video "
+    "together. Devices that this machine does not have are left out, and the log says which were taken."
 )
 _DTYPE = (
     "What to compute in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "
