@@ -21,7 +21,7 @@ import comfy.model_patcher
 import torch
 
 from ..wan_vae_parallel import VAE, Architecture
-from ..wan_vae_parallel.devices import available_devices, parse_devices, parse_dtype
+from ..wan_vae_parallel.devices import available_devices, device_names, parse_devices, parse_dtype
 from ..wan_vae_parallel.errors import DeviceError
 from ..wan_vae_parallel.latents import check_latents
 from ..wan_vae_parallel.memory import check_host_room
@@ -161,6 +161,12 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
     def clone(self, *_: Any, **__: Any) -> _EnginePatcher:
         return self
 
+    def deepclone_multigpu(self, *_: Any, **__: Any) -> _EnginePatcher:
+        return self  # a VAE that is put on another device gets another engine when it decodes
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _EnginePatcher:
+        return self
+
     def model_size(self) -> int:
         engine = self._engine()
         return max(engine.weights_size(), engine.memory_held) if engine and self.load_device in engine.devices else 0
@@ -223,18 +229,19 @@ def _hear_of_free() -> None:
 _hear_of_free()
 
 
-def shared_engine(source: Source, devices: str, dtype: str) -> Engine:
+def shared_engine(source: Source, devices: str, dtype: str, put_on: torch.device | None = None) -> Engine:
     """The engine for ``source`` on the devices and in the dtype asked for, made if there is none.
 
     Args:
         source: the weights.
         devices: as a user wrote it; those that are not there are left out.
         dtype: ``"auto"`` for ComfyUI's own choice.
+        put_on: the device that a node has put the VAE on, if one has: ``"auto"`` follows it.
 
     Raises:
         DeviceError: ``devices`` is no list of devices.
     """
-    places = _choose_devices(devices)
+    places = _choose_devices(devices, put_on)
     chosen = _choose_dtype(dtype, places[0])
     key = (source.key, tuple(places), chosen)
     engine = _engines.get(key)
@@ -251,14 +258,21 @@ def shared_engine(source: Source, devices: str, dtype: str) -> Engine:
     return engine
 
 
-def _choose_devices(devices: str) -> list[torch.device]:
-    names = [name.strip() for name in devices.split(",") if name.strip()]
+def _choose_devices(devices: str, put_on: torch.device | None) -> list[torch.device]:
+    names = [str(name) for name in device_names(devices)]
     if not names or names == ["auto"]:
-        return _comfyui_devices()
+        return _comfyui_devices(put_on)
     there = [name for name in names if not _elsewhere(name)]
-    places = parse_devices(there, forgiving=True) if there else _comfyui_devices()
+    places = parse_devices(there, forgiving=True) if there else _comfyui_devices(put_on)
     if len(there) < len(names):
         logger.info("Wan VAE Parallel: devices %s were asked for; decoding on %s", devices, ", ".join(map(str, places)))
+    elif put_on is not None and places != [put_on]:
+        logger.info(
+            "Wan VAE Parallel: a node has put the VAE on %s, but devices says %s; decoding there. Set devices to auto "
+            "to follow that node",
+            put_on,
+            devices,
+        )
     return places
 
 
@@ -267,16 +281,19 @@ def _elsewhere(name: str) -> bool:
     try:
         parse_devices(name)
     except DeviceError:
-        if re.fullmatch(r"(cuda|mps|xpu|npu|mlu)(:\d+)?", name.lower()):
+        if re.fullmatch(r"(cuda|mps|xpu|npu|mlu)(:\d+)?", name):
             return True
         raise
     return False
 
 
-def _comfyui_devices() -> list[torch.device]:
-    """The device of ComfyUI's own VAE; all GPUs if it is one of them."""
-    device = torch.device(model_management.vae_device())
-    if device.type == "cuda":
+def _comfyui_devices(put_on: torch.device | None) -> list[torch.device]:
+    """The device that a node has put the VAE on, or else that of ComfyUI's own VAE; all GPUs if it is one of them."""
+    device = put_on or torch.device(model_management.vae_device())
+    if put_on in available_devices():
+        logger.info("Wan VAE Parallel: decoding on %s, where a node has put the VAE", put_on)
+        return [device]
+    if device.type == "cuda" and put_on is None:
         return parse_devices("auto")
     if device not in available_devices():
         logger.warning("Wan VAE Parallel: %s is not supported; decoding on the CPU", device)

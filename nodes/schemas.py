@@ -13,9 +13,9 @@ from .vaes import ParallelVAE, apply_parallel, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
 _DEVICES = (
-    "Where to decode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it; or cpu, cuda:0, or several "
-    "with commas between them, which then decode one video together. Devices that this machine does not have are left "
-    "out, and the log says which were taken."
+    "Where to decode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it, or the device that another "
+    "node has put the VAE on; or cpu, cuda:0, or several with commas between them, which then decode one video "
+    "together. Devices that this machine does not have are left out, and the log says which were taken."
 )
 _DTYPE = (
     "What to compute in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "
@@ -38,17 +38,19 @@ def _advanced(input_class: Any) -> dict[str, Any]:
     return _given(input_class.__init__, advanced=True) or {"extra_dict": {"advanced": True}}
 
 
+# Optional, as all that has a default: headless prompts leave out what they don't set.
 def _engine_inputs() -> list[io.Input]:
     return [
-        io.String.Input("devices", default="auto", tooltip=_DEVICES),
+        io.String.Input("devices", optional=True, default="auto", tooltip=_DEVICES),
         io.Combo.Input(
             "dtype",
+            optional=True,
             options=["auto", "bfloat16", "float16", "float32"],
             default="auto",
             tooltip=_DTYPE,
             **_advanced(io.Combo.Input),
         ),
-        io.Int.Input("chunk", default=0, min=0, max=4096, tooltip=_CHUNK, **_advanced(io.Int.Input)),
+        io.Int.Input("chunk", optional=True, default=0, min=0, max=4096, tooltip=_CHUNK, **_advanced(io.Int.Input)),
     ]
 
 
@@ -78,13 +80,19 @@ class WanVAEParallelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, vae_name: str, devices: str, dtype: str, chunk: int) -> tuple[Any, ...]:
-        """A file that was replaced is loaded anew."""
-        path = folder_paths.get_full_path("vae", vae_name)
+    def fingerprint_inputs(
+        cls,
+        vae_name: str | None = None,
+        devices: str | None = "auto",
+        dtype: str | None = "auto",
+        chunk: int | None = 0,
+    ) -> tuple[Any, ...]:
+        """A file that was replaced is loaded anew. What another node gives is None here, and its file not known."""
+        path = folder_paths.get_full_path("vae", vae_name) if vae_name else None
         return (vae_name, devices, dtype, chunk, _version(path) if path else None)
 
     @classmethod
-    def execute(cls, vae_name: str, devices: str, dtype: str, chunk: int) -> io.NodeOutput:
+    def execute(cls, vae_name: str, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("vae", vae_name)
         return io.NodeOutput(load_parallel(path, devices=devices, dtype=dtype, chunk=chunk))
 
@@ -108,7 +116,7 @@ class WanVAEParallelApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae: Any, devices: str, dtype: str, chunk: int) -> io.NodeOutput:
+    def execute(cls, vae: Any, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> io.NodeOutput:
         return io.NodeOutput(apply_parallel(vae, devices=devices, dtype=dtype, chunk=chunk))
 
 
@@ -130,6 +138,7 @@ class WanVAEParallelDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
                 io.Boolean.Input(
                     "normalized_latents",
+                    optional=True,
                     default=False,
                     tooltip=(
                         "Switch on for latents of WanVideoWrapper, which are still as the diffusion model made them. "
@@ -143,7 +152,7 @@ class WanVAEParallelDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples: dict[str, Any], vae: Any, normalized_latents: bool) -> io.NodeOutput:
+    def execute(cls, samples: dict[str, Any], vae: Any, normalized_latents: bool = False) -> io.NodeOutput:
         latents = samples["samples"]
         if getattr(latents, "is_nested", False):
             latents = latents.unbind()[0]

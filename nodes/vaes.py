@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management as model_management
@@ -19,28 +18,42 @@ import comfy.sd
 import torch
 
 from ..wan_vae_parallel import VAE, load_vae
-from ..wan_vae_parallel.checkpoint import Checkpoint, checkpoint_from_state_dict, read_checkpoint
-from ..wan_vae_parallel.errors import CheckpointError
+from ..wan_vae_parallel.checkpoint import Checkpoint, read_checkpoint
+from ..wan_vae_parallel.errors import CheckpointError, OutOfMemoryError
 from .engines import Engine, Source, shared_engine
+from .weights import LoadedWeights, changed_padding, patches_of, unwrapped
 
 logger = logging.getLogger(__name__)
 
 # Engines live as long as the model whose weights they took, so that a Decode node finds its own again.
-_engines_of: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, str], Engine]] = weakref.WeakKeyDictionary()
+_engines_of: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Engine]] = weakref.WeakKeyDictionary()
+# Models whose changed padding the log has told of.
+_told_of: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 class ParallelVAE:
-    """What is added to a VAE's own class: decoding. All else stays the VAE's, encoding too."""
+    """What is added to a VAE's own class: decoding. All else stays the VAE's, encoding too.
+
+    Attributes:
+        _engine: what decodes.
+        _chunk: latent frames at once; 0 chooses.
+        _asked: devices and dtype, as the node was asked.
+        _home: the device that the VAE's loader put it on; on another one it was put by a node.
+        _seen: the state (`_state`) that the engine was chosen for.
+        _weights_of: the model that the engine reads its weights from, kept alive; None if they are a file's.
+    """
 
     _engine: Engine
     _chunk: int
+    _asked: tuple[str, str]
+    _home: torch.device
+    _seen: Any
+    _weights_of: torch.nn.Module | None
+    first_stage_model: torch.nn.Module | None
     output_device: torch.device
 
-    def decode(
-        self,
-        samples_in: torch.Tensor,
-        vae_options: Mapping[str, Any] | None = None,  # noqa: ARG002 (core's signature)
-    ) -> torch.Tensor:
+    # What core adds later is for its own models.
+    def decode(self, samples_in: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """``[B, z, T, h, w]`` to ``[B, T', H, W, C]``, exact; in the place of core's ``VAE.decode``."""
         return self.decode_latents(samples_in)
 
@@ -51,8 +64,22 @@ class ParallelVAE:
 
     def decode_latents(self, samples: torch.Tensor, *, normalized: bool = False) -> torch.Tensor:
         """`decode` with a word on whether mean and deviation are still to be applied."""
-        frames = self._engine.decode(samples, normalized=normalized, chunk=self._chunk)
-        return frames.to(self.output_device)
+        if _state(self) != self._seen:  # a node has copied this VAE and put it elsewhere, or patched its weights
+            _choose_engine(self, self, *self._asked)
+        _warn_of_changed_padding(self)
+        try:
+            frames = self._engine.decode(samples, normalized=normalized, chunk=self._chunk)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(error.text) from error  # a graph is no Python
+        return frames.to(self.output_device, _output_dtype(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copy decodes with the same engine, and so with the weights of the model that it reads.
+        shared = ("_engine", "_weights_of")
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(copied, name, value if name in shared else copy.deepcopy(value, memo))
+        return copied
 
 
 class _DecoderOnly:
@@ -87,12 +114,14 @@ def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chun
     def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
         return load_vae(path, places, compute_dtype, predecessor=predecessor)
 
-    engine = shared_engine(Source((path, stat.st_mtime_ns, stat.st_size), make), devices, dtype)
-    core = _core_vae(checkpoint)
-    if core is None:
+    source = Source((path, stat.st_mtime_ns, stat.st_size), make)
+    vae = _core_vae(checkpoint)
+    if vae is None:
         logger.info("Wan VAE Parallel: %s is loaded for decoding only", checkpoint.source)
-        core = _decoder_only(engine)
-    return _parallel(core, engine, chunk)
+        return _parallel(_decoder_only(shared_engine(source, devices, dtype)), devices, dtype, chunk, source=source)
+    # Core's nodes that put a VAE on another device load it anew.
+    vae.patcher.cached_patcher_init = (_core_patcher, (path,))
+    return _parallel(vae, devices, dtype, chunk, source=source)
 
 
 def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> Any:
@@ -107,34 +136,80 @@ def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chun
             f"the connected VAE is a {type(vae).__name__}, not one of ComfyUI's own; take it from Load VAE, or from "
             f"Load Wan VAE (Parallel)"
         )
-    model = vae.first_stage_model
-    if model is None:
-        if not isinstance(vae, ParallelVAE):
-            raise CheckpointError(
-                "ComfyUI could make nothing of the connected VAE's file; if it is a Wan VAE, of diffusers or with a "
-                "prefix, take it from Load Wan VAE (Parallel)"
-            )
-        return _parallel(vae, shared_engine(vae._engine.source, devices, dtype), chunk)
-    # Not the model itself: the engine must not keep it alive beyond its VAE.
-    weak = weakref.ref(model)
+    if vae.first_stage_model is None and not isinstance(vae, ParallelVAE):
+        raise CheckpointError(
+            "ComfyUI could make nothing of the connected VAE's file; if it is a Wan VAE, of diffusers or with a "
+            "prefix, take it from Load Wan VAE (Parallel)"
+        )
+    return _parallel(vae, devices, dtype, chunk)
 
-    def weights() -> Checkpoint:
-        return checkpoint_from_state_dict(weak().state_dict(), source="the connected VAE")
+
+def _parallel(vae: Any, devices: str, dtype: str, chunk: int, source: Source | None = None) -> Any:
+    """A copy of ``vae`` that decodes with an engine of ``source``, or else of the weights that it has."""
+    parallel = copy.copy(vae)
+    # Whatever class the VAE is of, another pack's too, it stays one: ours only goes in front.
+    parallel.__class__ = _parallel_class(next(c for c in type(vae).__mro__ if not issubclass(c, ParallelVAE)))
+    parallel._chunk = chunk
+    _choose_engine(parallel, vae, devices, dtype, source)
+    return parallel
+
+
+def _choose_engine(parallel: Any, vae: Any, devices: str, dtype: str, source: Source | None = None) -> None:
+    """Gives ``parallel`` the engine that suits ``vae``, of which it is a copy, where and as it is now."""
+    state = _state(vae)
+    home, weights_of = _home(vae), None
+    if source is None and isinstance(vae, ParallelVAE) and state[1] == vae._seen[1]:
+        source, weights_of = vae._engine.source, vae._weights_of
+    elif source is None:
+        weights_of = unwrapped(vae.first_stage_model)
+        source = _source_of(weights_of, vae.patcher)
+    engine = shared_engine(source, devices, dtype, put_on=None if state[0] == home else state[0])
+    if weights_of is not None:
+        _engines_of.setdefault(weights_of, {})[source.key, engine.devices, dtype] = engine
+    parallel._engine, parallel._asked, parallel._weights_of = engine, (devices, dtype), weights_of
+    parallel._home, parallel._seen = home, state
+
+
+def _source_of(model: torch.nn.Module, patcher: Any) -> Source:
+    # Not the model itself: the engine must not keep it alive beyond its VAE.
+    weights = LoadedWeights(model, patcher)
 
     def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
         return VAE(weights, devices=places, dtype=compute_dtype, chunk="auto", predecessor=predecessor)
 
-    engine = shared_engine(Source(weak, make), devices, dtype)
-    _engines_of.setdefault(model, {})[(str(engine.devices), dtype)] = engine
-    return _parallel(vae, engine, chunk)
+    return Source((weakref.ref(model), patches_of(patcher)), make)
 
 
-def _parallel(vae: Any, engine: Engine, chunk: int) -> Any:
-    parallel = copy.copy(vae)
-    # Whatever class the VAE is of, another pack's too, it stays one: ours only goes in front.
-    parallel.__class__ = _parallel_class(next(c for c in type(vae).__mro__ if not issubclass(c, ParallelVAE)))
-    parallel._engine, parallel._chunk = engine, chunk
-    return parallel
+def _state(vae: Any) -> tuple[torch.device, Any]:
+    """What nodes may change on a VAE that was made parallel already: its device, patches of its weights."""
+    return torch.device(vae.device), patches_of(vae.patcher)
+
+
+def _home(vae: Any) -> torch.device:
+    """The device that the VAE's loader put it on."""
+    if hasattr(vae, "_home"):
+        return vae._home
+    # Core's device selector notes it before it puts the VAE elsewhere.
+    return torch.device(getattr(vae, "_select_base_device", None) or model_management.vae_device())
+
+
+def _output_dtype(vae: Any) -> torch.dtype:
+    """The dtype of the frames that core's decode returns: float32, before a core that lets users choose."""
+    chosen = getattr(vae, "vae_output_dtype", None)
+    return chosen() if chosen else torch.float32
+
+
+def _warn_of_changed_padding(vae: ParallelVAE) -> None:
+    model = unwrapped(vae.first_stage_model)
+    if model is None or model in _told_of or not (changed := changed_padding(model)):
+        return
+    _told_of.add(model)
+    logger.warning(
+        "Wan VAE Parallel: another node has changed how this VAE pads at the frame's edges (%s), as for frames that "
+        "tile. This pack pads with zeros, as published, so the frames will not tile; for that, connect a VAE that "
+        "was not made parallel to VAE Decode",
+        changed,
+    )
 
 
 @functools.cache
@@ -154,6 +229,11 @@ def _core_vae(checkpoint: Checkpoint) -> Any:
     return vae
 
 
+def _core_patcher(path: str, *_: Any, **__: Any) -> Any:
+    """The patcher of core's own VAE, loaded once more."""
+    return _core_vae(read_checkpoint(path)).patcher
+
+
 @functools.cache
 def _decoder_only_class() -> type:
     return type("DecoderOnlyVAE", (_DecoderOnly, comfy.sd.VAE), {})
@@ -167,7 +247,7 @@ def _decoder_only(engine: Engine) -> Any:
     spatial, temporal = architecture.spatial_ratio, architecture.temporal_ratio
     vae.first_stage_model = None
     vae.patcher = engine.patcher
-    vae.device = engine.devices[0]
+    vae.device = vae._home = engine.devices[0]
     vae.output_device = model_management.intermediate_device()
     vae.vae_dtype = torch.float32
     vae.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]

@@ -231,13 +231,89 @@ def test_an_empty_file_is_not_a_wan_vae():
         read({})
 
 
-def test_a_vae_of_another_kind_is_refused(plain):
-    # An image VAE has a decoder.conv_in too, of four axes, and no decoder.norm_out.gamma.
-    image_vae = {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3), "decoder.norm_out.weight": torch.zeros(8)}
-    with pytest.raises(CheckpointError, match="is not a Wan VAE"):
-        read(image_vae)
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3), "decoder.norm_out.weight": torch.zeros(8)},  # Flux's
+        {
+            "decoder.conv_in.weight": torch.zeros(8, 4, 3, 3),
+            "decoder.conv_norm_out.weight": torch.zeros(8),
+        },  # diffusers
+        {"vae.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3), "vae.decoder.norm_out.gamma": torch.zeros(8)},
+        {"first_stage_model.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3), "cond_stage_model.x": torch.zeros(8)},
+    ],
+)
+def test_an_image_vae_is_called_one(tensors):
+    with pytest.raises(CheckpointError) as error:
+        read(tensors)
+    text = str(error.value)
+    assert "decoder.conv_in.weight has four axes (8, 4, 3, 3), where a video VAE's has five" in text
+    assert "so it is an image VAE" in text
+    assert "neither" not in text
+    assert text.endswith("take the VAE that came with the Wan model")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (
+            {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3, 3)},
+            "but lacks decoder.norm_out.gamma, so it is incomplete",
+        ),
+        ({"decoder.conv_in.weight": torch.zeros(8)}, "decoder.conv_in.weight has 1 axes (8,), where five belong"),
+        ({"decoder.conv_in.conv.weight": torch.zeros(8, 4, 3, 3, 3)}, "weight: the VAE of another video model"),
+        ({"blocks.0.self_attn.q.weight": torch.zeros(8, 8)}, "q.weight: a diffusion model, not its VAE"),
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 8)}, "lora_A.weight: a LoRA"),
+        ({"decoder.1.weight": torch.zeros(8, 16, 3, 3)}, "decoder.1.weight: a small VAE for previews"),
+        (
+            {"net.decoder.conv1.weight": torch.zeros(8, 4, 3, 3, 3)},
+            "its keys begin with 'net.', where 'model.', 'vae.'",
+        ),
+    ],
+)
+def test_what_is_known_of_another_file_is_said(tensors, words):
+    with pytest.raises(CheckpointError) as error:
+        read(tensors)
+    assert words in str(error.value)
+
+
+def test_a_wan_vae_with_a_convolution_of_four_axes_is_refused(plain):
     with pytest.raises(CheckpointError, match=r"is not a Wan VAE: its decoder\.conv1\.weight has the shape"):
         read({**plain, "decoder.conv1.weight": torch.zeros(8, 4, 3, 3)})
+
+
+WRAPPED = {
+    "the decoder compiled": lambda key: key.replace("decoder.", "decoder._orig_mod."),
+    "all compiled": lambda key: "_orig_mod." + key,
+    "a layer compiled": lambda key: key.replace("middle.0.", "middle.0._orig_mod.").replace(
+        "resnets.0.", "resnets.0._orig_mod."
+    ),
+    "trained on several GPUs and compiled": lambda key: "module._orig_mod." + key,
+    "within a prefix": lambda key: "vae." + key.replace("decoder.", "decoder._orig_mod."),
+    "sharded": lambda key: "_fsdp_wrapped_module." + key.replace("conv1.", "conv1._checkpoint_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_weights_are_read_through_wrappers(plain, original, wrap):
+    for tensors in (plain, original):
+        wrapped = {wrap(key): tensor for key, tensor in tensors.items()}
+        assert wrapped.keys() != tensors.keys()
+        checkpoint, expected = read(wrapped), read(tensors)
+        assert checkpoint.architecture == expected.architecture
+        assert checkpoint.decoder.keys() == expected.decoder.keys()
+        assert all(torch.equal(tensor, expected.decoder[key]) for key, tensor in checkpoint.decoder.items())
+
+
+def test_one_tensor_with_and_without_its_wrapper_is_refused(plain):
+    with pytest.raises(CheckpointError, match=r"both (\S+) and _orig_mod\.\1, which are the same tensor"):
+        read({**plain, **{f"_orig_mod.{key}": tensor for key, tensor in plain.items()}})
+
+
+def test_weights_that_were_moved_away_are_refused(plain):
+    away = {key: tensor.to("meta") if "head" in key or "conv_out" in key else tensor for key, tensor in plain.items()}
+    with pytest.raises(CheckpointError, match=r"weights without values \(on the meta device\): decoder\."):
+        read(away)
 
 
 def test_missing_keys_are_named_five_and_the_rest_counted(original):

@@ -96,7 +96,7 @@ def test_info_tells_what_the_file_is_and_what_it_takes(files, capsys):
             ["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cuda:99"],
             "'cuda:99' is not there",
         ),
-        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cpu,gpu"], "'gpu' is no device"),
+        (["decode", "{latent}", "--vae", "{vae}", "-o", "{tmp}/o.mp4", "--devices", "cpu,tpu"], "'tpu' is no device"),
         (["info", "{vae}", "--size", "100x100"], "multiple of 8 pixels a side"),
         (["demo", "-o", "{tmp}/demo", "--width", "4"], "needs at least 8"),
     ],
@@ -197,3 +197,11 @@ def test_rates_may_be_fractions(files, tmp_path, capsys):
 def test_a_demo_larger_than_memory_is_refused(capsys):
     assert main(["demo", "--size", "8000000x8000000"]) == 1
     assert "more than is free" in capsys.readouterr().err
+
+
+def test_a_full_host_is_no_reason_to_write_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("wan_vae_parallel.memory.free_memory", lambda _device: 1000)
+    assert main(["demo", "-o", str(tmp_path / "demo"), "--width", "8", "--size", "64x64", "--latent-frames", "2"]) == 1
+    printed = capsys.readouterr().err
+    assert "5 frames of 64x64 take" in printed
+    assert printed.endswith("free some of it, or decode fewer or smaller frames at once\n")

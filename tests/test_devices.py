@@ -56,6 +56,15 @@ def test_without_a_gpu_it_is_the_cpu(devices):
         ((GPUS[1],), GPUS[1:]),
         ("cpu", [CPU]),
         ("cpu,cpu,cpu", [CPU] * 3),  # as many processes
+        # as ComfyUI's selectors and other programs write them
+        ("CUDA:1", GPUS[1:]),
+        (["CUDA:0", "Cuda:1"], GPUS),
+        ("gpu", GPUS[:1]),
+        ("GPU:0,gpu:1", GPUS),
+        ("CPU", [CPU]),
+        ("Auto", GPUS),
+        ("default", GPUS),
+        ([" AUTO "], GPUS),
     ],
 )
 def test_with_gpus(devices, parsed):
@@ -70,7 +79,9 @@ def test_with_gpus(devices, parsed):
         ("", "no device is named; write 'auto'"),
         (" , ", "no device is named"),
         ([], "no device is named"),
-        ("gpu", "'gpu' is no device; there are cpu, cuda:0, cuda:1, or write 'auto'"),
+        ("tpu", "'tpu' is no device; there are cpu, cuda:0, cuda:1, or write 'auto'"),
+        ("gpu:2", "device 'cuda:2' is not there"),
+        ("cuda:0,GPU:0", "cuda:0 is named twice"),
         ("cuda:x", "'cuda:x' is no device"),
         ("cuda:2", "device 'cuda:2' is not there; there are cpu, cuda:0, cuda:1"),
         ("mps", "device 'mps' is not there"),
@@ -128,6 +139,7 @@ def test_a_gpu_that_is_not_there_is_refused():
         ("fp16", torch.float16),
         ("float64", torch.float64),
         ("fp64", torch.float64),
+        ("BF16", torch.bfloat16),
         (torch.bfloat16, torch.bfloat16),
         (torch.float64, torch.float64),
     ],

@@ -11,6 +11,7 @@ from .demo import demo_latents, save_demo_checkpoint
 from .errors import (
     ArgumentError,
     CheckpointError,
+    ClosedError,
     DeviceError,
     LatentError,
     OutOfMemoryError,
@@ -25,6 +26,7 @@ __all__ = [
     "Architecture",
     "ArgumentError",
     "CheckpointError",
+    "ClosedError",
     "DeviceError",
     "LatentError",
     "OutOfMemoryError",

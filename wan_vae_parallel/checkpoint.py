@@ -26,6 +26,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 # A diffusers model folder keeps its VAE's weights under this name.
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+# Names that wrappers put into the keys of what they wrap: torch.compile, data parallelism, sharding, checkpointing.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Keys that tell other models' files, and what to call these.
+_OTHERS = (
+    (r"lora_|\.lora\.|\.(alpha|diff)$", "a LoRA"),
+    (r"(^|\.)(self_attn|cross_attn|ffn)\.|^model\.diffusion_model\.", "a diffusion model, not its VAE"),
+    (r"^taesd_decoder\.|^decoder\.\d+\.", "a small VAE for previews (TAE)"),
+    (r"(^|\.)decoder\.conv_in\.conv\.", "the VAE of another video model"),
+)
 # Keys besides the decoder's, kept for whoever wraps an encoder around the same weights.
 _ENCODER_PREFIXES = ("encoder.", "conv1.")
 _MOST_NAMED = 5
@@ -99,7 +108,7 @@ def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in state_dict.items()
     ):
         raise CheckpointError(f"{source} is no mapping of names to tensors; pass a module's state dict")
-    layout, tensors = _original_layout(state_dict, source)
+    layout, tensors = _original_layout(_unwrapped(state_dict, source), source)
     try:
         architecture = Architecture.from_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     except CheckpointError as error:
@@ -137,22 +146,69 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
+def _unwrapped(state_dict: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The same tensors by the keys that they had before modules were wrapped, as by torch.compile."""
+    plain: dict[str, str] = {}
+    for key in state_dict:
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        if name in plain:
+            raise CheckpointError(
+                f"{source} has both {plain[name]} and {key}, which are the same tensor wrapped; save the VAE anew"
+            )
+        plain[name] = key
+    return {name: state_dict[key] for name, key in plain.items()}
+
+
 def _original_layout(state_dict: Mapping[str, torch.Tensor], source: str) -> tuple[Layout, dict[str, torch.Tensor]]:
     for prefix in _PREFIXES:
         if prefix + "decoder.conv1.weight" in state_dict:
             return "original", _stripped(state_dict, prefix, source)
-        if prefix + "decoder.conv_in.weight" in state_dict and prefix + "decoder.norm_out.gamma" in state_dict:
+        conv_in = state_dict.get(prefix + "decoder.conv_in.weight")
+        if conv_in is not None and conv_in.dim() == 5 and prefix + "decoder.norm_out.gamma" in state_dict:
             tensors = _stripped(state_dict, prefix, source)
             blocks = {
                 m.group(1) for m in map(re.compile(r"decoder\.up_blocks\.\d+\.(upsamplers?)\.").match, tensors) if m
             }
             residual = "upsampler" in blocks
             return "diffusers", _renamed(tensors, residual, source)
-    keys = sorted(state_dict)
     raise CheckpointError(
-        f"{source} is not a Wan VAE: it has neither decoder.conv1.weight nor decoder.conv_in.weight, "
-        f"but {_listed(keys) if keys else 'no tensors at all'}; take the VAE that came with the Wan model"
+        f"{source} is not a Wan VAE: {_what_else(state_dict)}; take the VAE that came with the Wan model"
     )
+
+
+def _what_else(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Why the tensors are no Wan VAE's, and what they are if that can be told."""
+    if not state_dict:
+        return "it has no tensors at all"
+    keys = sorted(state_dict)
+    for key in keys:
+        if key.endswith("decoder.conv_in.weight"):
+            shape = tuple(state_dict[key].shape)
+            if len(shape) == 4:
+                return (
+                    f"its {key} has four axes {shape}, where a video VAE's has five, so it is an image VAE, such as "
+                    f"Stable Diffusion's or Flux's"
+                )
+            if len(shape) != 5:
+                return f"its {key} has {len(shape)} axes {shape}, where five belong"
+            if key.removesuffix("conv_in.weight") + "norm_out.gamma" in state_dict:
+                return _foreign_prefix(key.removesuffix("decoder.conv_in.weight"))
+            return (
+                f"it has {key}, as in diffusers' layout, but lacks {key.removesuffix('conv_in.weight')}norm_out.gamma, "
+                f"so it is incomplete or the VAE of another video model"
+            )
+        if key.endswith("decoder.conv1.weight"):
+            return _foreign_prefix(key.removesuffix("decoder.conv1.weight"))
+    why = f"it has neither decoder.conv1.weight nor decoder.conv_in.weight, but {_listed(keys)}"
+    for pattern, name in _OTHERS:
+        if any(re.search(pattern, key) for key in keys):
+            return f"{why}: {name}"
+    return why
+
+
+def _foreign_prefix(prefix: str) -> str:
+    known = ", ".join(repr(prefix) for prefix in _PREFIXES if prefix)
+    return f"its keys begin with {prefix!r}, where {known} or nothing is known: save the VAE's tensors alone"
 
 
 def _renamed(tensors: Mapping[str, torch.Tensor], residual: bool, source: str) -> dict[str, torch.Tensor]:
@@ -241,6 +297,11 @@ def _check_against(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
         problems.append(f"has misshapen {_listed(misshapen)}")
     if problems:
         raise CheckpointError(f"{named} {'; '.join(problems)}; take the VAE as it was published")
+    if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"{named} has weights without values (on the meta device): {_listed(empty)}; something has moved them "
+            f"away: take the VAE from its file"
+        )
     odd = [f"{key} {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]
     if odd:
         raise CheckpointError(

@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ArgumentError("torchrun's processes decode together; run demo, info and bench without it")
         options.run(options)
     except WanVAEError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Without what only helps in Python.
+        print(f"error: {error.text if isinstance(error, OutOfMemoryError) else error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Nobody reads what is printed any more; files are whole by then. Python itself would try again at its end.

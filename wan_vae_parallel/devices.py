@@ -17,6 +17,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# What else people call them: ComfyUI's device selectors, other programs.
+_ALSO = {"default": "auto", "gpu": "cuda"}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -33,21 +35,17 @@ def parse_devices(
 
     Args:
         devices: ``"auto"`` (all CUDA devices, else the CPU), one device, names with commas between them, or a list.
-            The CPU may be named several times, for as many processes.
+            The CPU may be named several times, for as many processes. Upper case, ``"gpu"`` for ``"cuda"`` and
+            ``"default"`` for ``"auto"`` are understood.
         forgiving: where this system can't use several devices together, take the first, as for ``"auto"``, and say so.
 
     Raises:
         DeviceError: a name that is no device, a device that is not there, a GPU that is named twice, GPUs mixed with
             the CPU, or several devices where this system can't use them together.
     """
-    if isinstance(devices, str):
-        names: list[str | torch.device] = [name.strip().lower() for name in devices.split(",") if name.strip()]
-    elif isinstance(devices, (list, tuple, torch.device)):
-        names = [devices] if isinstance(devices, torch.device) else list(devices)
-    else:
-        raise DeviceError(f"devices are {devices!r}; write 'auto', 'cpu', 'cuda:0', several with commas, or a list")
+    names = device_names(devices)
     there = available_devices()
-    if [str(name) for name in names] == ["auto"]:
+    if names == ["auto"]:
         gpus = there[1:] or there
         return _together(gpus)
     if not names:
@@ -63,6 +61,26 @@ def parse_devices(
     return _together(parsed)
 
 
+def device_names(devices: str | torch.device | Sequence[str | torch.device]) -> list[str | torch.device]:
+    """The devices that a user wrote, one by one, each by the name that torch knows.
+
+    Raises:
+        DeviceError: it is neither text nor a device nor a list of such.
+    """
+    if isinstance(devices, str):
+        names: list[str | torch.device] = [name for name in devices.split(",") if name.strip()]
+    elif isinstance(devices, (list, tuple, torch.device)):
+        names = [devices] if isinstance(devices, torch.device) else list(devices)
+    else:
+        raise DeviceError(f"devices are {devices!r}; write 'auto', 'cpu', 'cuda:0', several with commas, or a list")
+    return [_known_name(name) if isinstance(name, str) else name for name in names]
+
+
+def _known_name(name: str) -> str:
+    kind, colon, number = name.strip().lower().partition(":")
+    return _ALSO.get(kind, kind) + colon + number
+
+
 def parse_rank_device(
     devices: str | torch.device | Sequence[str | torch.device], group: dist.ProcessGroup
 ) -> torch.device:
@@ -76,7 +94,7 @@ def parse_rank_device(
         DeviceError: several devices, one that is not there, or one that the group can't join.
     """
     gpus = "nccl" in str(dist.get_backend(group))
-    if devices in ("auto", ["auto"]):
+    if device_names(devices) == ["auto"]:
         return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     parsed = parse_devices(devices)
     if len(parsed) > 1:
@@ -130,7 +148,7 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     Raises:
         DeviceError: a dtype that is none of fp32, bf16, fp16 and fp64.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).strip().lower().removeprefix("torch.")
     name = _SHORT.get(name, name)
     if name == "auto":
         if device.type != "cuda":

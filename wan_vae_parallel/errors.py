@@ -31,7 +31,23 @@ class DeviceError(WanVAEError, ValueError):
 
 
 class OutOfMemoryError(WanVAEError, MemoryError):
-    """The decode does not fit, not even one latent frame at a time."""
+    """The decode does not fit, not even one latent frame at a time.
+
+    Args:
+        text: what does not fit, and what to do.
+        in_python: what else to do, for who calls from Python.
+
+    Attributes:
+        text: the message without that.
+    """
+
+    def __init__(self, text: str = "", in_python: str = "") -> None:
+        super().__init__(f"{text}, or {in_python}" if in_python else text)
+        self.text = text
+
+
+class ClosedError(WanVAEError, RuntimeError):
+    """The VAE was closed, before it was asked to decode or while it did."""
 
 
 class WorkerError(WanVAEError, RuntimeError):

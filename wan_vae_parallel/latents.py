@@ -78,7 +78,7 @@ def denormalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tens
     if architecture.latents_mean is None or architecture.latents_std is None:
         raise LatentError(
             f"normalized latents need a mean and standard deviation, and none are published for "
-            f"{architecture.name} with {architecture.z_dim} channels; de-normalise them yourself"
+            f"{architecture.name} with {architecture.z_dim} channels; de-normalise them before, and decode them as such"
         )
     wide = torch.promote_types(latents.dtype, torch.float32)
     mean = torch.tensor(architecture.latents_mean, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)

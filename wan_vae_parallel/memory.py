@@ -139,15 +139,22 @@ def largest_frame(
     return "no frame"
 
 
-def check_host_room(shape: Sequence[int], dtype: torch.dtype, *, videos: int) -> None:
-    """Raises `OutOfMemoryError` if the host has no room for so many videos of frames ``[B, T, H, W, C]``."""
+def check_host_room(shape: Sequence[int], dtype: torch.dtype, *, videos: int, in_python: str = "") -> None:
+    """Raises `OutOfMemoryError` if the host has no room for so many videos of frames ``[B, T, H, W, C]``.
+
+    Args:
+        shape: of one video.
+        dtype: of the frames.
+        videos: how many of them.
+        in_python: a way out for who calls from Python, see `OutOfMemoryError`.
+    """
     needed, free = videos * math.prod(shape) * dtype.itemsize, free_memory(torch.device("cpu"))
     if needed > free:
-        raise _no_host_room(shape, needed, f"{gibibytes(free)} are free", videos)
+        raise _no_host_room(shape, needed, f"{gibibytes(free)} are free", videos, in_python)
 
 
 @contextlib.contextmanager
-def host_room(shape: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
+def host_room(shape: Sequence[int], dtype: torch.dtype, *, in_python: str = "") -> Iterator[None]:
     """Within it memory of the host is taken for frames ``[B, T, H, W, C]``; raises `OutOfMemoryError` if it has none.
 
     It may be short of what it said that it had, as where a limit holds for this process alone.
@@ -157,13 +164,15 @@ def host_room(shape: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise _no_host_room(shape, math.prod(shape) * dtype.itemsize, "this process gets no more", 1) from error
+        needed = math.prod(shape) * dtype.itemsize
+        raise _no_host_room(shape, needed, "this process gets no more", 1, in_python) from error
 
 
-def _no_host_room(shape: Sequence[int], needed: int, why: str, videos: int) -> OutOfMemoryError:
+def _no_host_room(shape: Sequence[int], needed: int, why: str, videos: int, in_python: str) -> OutOfMemoryError:
     return OutOfMemoryError(
-        f"{videos * shape[0] * shape[1]} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} on the host, where "
-        f"{why}; decode fewer latents at once, or take the frames from decode_stream"
+        f"{videos * shape[0] * shape[1]} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} of the computer's "
+        f"own memory (RAM), where {why}; free some of it, or decode fewer or smaller frames at once",
+        in_python,
     )
 
 

@@ -20,7 +20,7 @@ from .architecture import Architecture
 from .cancel import cancellable
 from .checkpoint import Checkpoint, checkpoint_file, checkpoint_from_state_dict, read_checkpoint
 from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, CheckpointError, WanVAEError, WorkerError
+from .errors import ArgumentError, CheckpointError, ClosedError, WanVAEError, WorkerError
 from .latents import check_fits, check_latents, denormalize
 from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
 from .ops.dispatch import kernels_expected
@@ -41,6 +41,8 @@ Run = LocalRun | PoolRun | GroupRun
 _IDLE_SECONDS = 600.0
 # What a decode found, for the log.
 _FOUND = {"ready": "warm", "parked": "after giving memory back"}
+_CLOSED_MEANWHILE = "this VAE was closed while it decoded; load it again"
+_STREAM = "take the frames from decode_stream"
 
 
 def load_vae(
@@ -237,6 +239,7 @@ class VAE:
 
         Raises:
             LatentError: the latents don't belong to this VAE, or hold NaN.
+            ClosedError: the VAE is closed, or is closed meanwhile.
             OutOfMemoryError: not even one latent frame at a time fits; the message says what would.
         """
         if torch.compiler.is_compiling():  # steps change what they work on: there is nothing to trace
@@ -247,7 +250,7 @@ class VAE:
             shape = torch.Size((shape[0], 0, *shape[2:]))
         total, done = shape[1], 0
         dtype = torch.promote_types(self.dtype, torch.float32)
-        check_host_room(shape, dtype, videos=1)
+        check_host_room(shape, dtype, videos=1, in_python=_STREAM)
 
         def check() -> None:
             self._check_open()
@@ -255,7 +258,7 @@ class VAE:
                 on_wait()
 
         with cancellable(check), self._running(latents, shape) as run:
-            with host_room(shape, dtype):
+            with host_room(shape, dtype, in_python=_STREAM):
                 out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
             # The last frames' pages would come into being when the device has nothing to do any more.
             ahead = run.video is None and self.devices[0].type == "cuda"
@@ -280,7 +283,7 @@ class VAE:
             ``[B, t, H, W, C]``, the frames that follow those before.
 
         Raises:
-            LatentError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
+            LatentError, ClosedError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
         """
         return self._host_stream(self._checked(latents, normalized))
 
@@ -365,6 +368,10 @@ class VAE:
             with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
                 self._check(run)  # it may have waited for others
                 yield run
+        except WorkerError as error:
+            if self._closed:  # which has ended the workers
+                raise ClosedError(_CLOSED_MEANWHILE) from error
+            raise
         finally:
             if self._closed:  # meanwhile, by another thread or a callback
                 self._engine.close()
@@ -381,11 +388,11 @@ class VAE:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise WanVAEError("this VAE was closed while it decoded; load it again")
+            raise ClosedError(_CLOSED_MEANWHILE)
 
     def _checked(self, latents: torch.Tensor, normalized: bool) -> torch.Tensor:
         if self._closed:
-            raise WanVAEError("this VAE is closed; load it again")
+            raise ClosedError("this VAE is closed; load it again")
         latents = check_latents(latents, self.architecture).detach()
         if normalized:
             latents = denormalize(latents, self.architecture)
@@ -395,10 +402,7 @@ class VAE:
     def _check(self, run: Run) -> None:
         self._check_open()
         if not run.finite:
-            raise WanVAEError(
-                f"the frames are NaN: in {str(self.dtype).removeprefix('torch.')} the activations overflow, or the "
-                f"weights are damaged; try dtype bfloat16 or float32, or fetch the VAE again"
-            )
+            raise WanVAEError(_why_nan(self.dtype))
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
@@ -415,3 +419,18 @@ class VAE:
                 done += frames.shape[1]
                 if isinstance(run, PoolRun):
                     run.discard(done)
+
+
+def _why_nan(dtype: torch.dtype) -> str:
+    """What NaN in frames computed in ``dtype`` comes of, and what to do."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        return (
+            f"the frames are NaN: in {name} the activations overflow, or the weights are damaged; try dtype bfloat16 "
+            f"or float32, or fetch the VAE again"
+        )
+    # The others reach as far as float32, or farther.
+    return (
+        f"the frames are NaN, and {name} does not overflow with sound weights and latents: the weights are damaged, "
+        f"or the latents far too large; fetch the VAE again, or look at how the latents were made"
+    )

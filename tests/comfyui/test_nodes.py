@@ -407,12 +407,13 @@ def test_nodes_describe_themselves(server):
         described = info[name]
         assert described["description"]
         assert described["category"] == "Wan VAE Parallel"
-        inputs = described["input"].get("required", {})
-        assert inputs
+        inputs = {**described["input"].get("required", {}), **described["input"].get("optional", {})}
+        # What has a default may be missing.
+        assert all(("default" in value[1]) == (key in described["input"]["optional"]) for key, value in inputs.items())
         for key, value in inputs.items():
             assert value[1]["tooltip"], f"{name}.{key} has no tooltip"
         assert all(described["output_tooltips"])
-    loader = info["WanVAEParallelLoader"]["input"]["required"]
+    loader = info["WanVAEParallelLoader"]["input"]["optional"]
     assert loader["dtype"][1]["advanced"]
     assert loader["chunk"][1]["advanced"]
 

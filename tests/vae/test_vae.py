@@ -252,9 +252,28 @@ def test_a_closed_vae_says_so(vae, latents):
     vae.close()
     assert not vae.loaded
     for decode in (vae.decode, vae.decode_stream):
-        with pytest.raises(wvp.WanVAEError, match="this VAE is closed; load it again"):
+        with pytest.raises(wvp.ClosedError, match="this VAE is closed; load it again"):
             decode(latents)
     vae.close()  # twice is fine
+
+
+def test_a_vae_that_is_closed_while_it_decodes_says_so(vae, latents):
+    with pytest.raises(wvp.ClosedError, match="this VAE was closed while it decoded; load it again"):
+        vae.decode(latents, on_chunk=lambda *_: vae.close())
+    assert issubclass(wvp.ClosedError, wvp.WanVAEError)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_nan_frames_do_not_advise_the_dtype_in_use(oracle, dtype):
+    damaged = {key: tensor.clone() for key, tensor in oracle.state_dict().items()}
+    damaged["decoder.conv_out.bias"].fill_(torch.nan)
+    vae = wvp.vae_from_state_dict(damaged, devices="cpu", dtype=dtype)
+    with pytest.raises(wvp.WanVAEError, match="the frames are NaN") as raised:
+        vae.decode(random_latents("wan2.1", frames=1, rows=2, columns=2))
+    advice = str(raised.value).partition(";")[2]
+    assert "fetch the VAE again" in advice
+    assert dtype not in advice.replace(",", "").split()
+    assert ("try dtype" in advice) == (dtype == "float16")
 
 
 def test_a_with_block_closes_whatever_happens(oracle, latents):
@@ -325,7 +344,7 @@ def test_devices_are_a_tuple_of_what_was_named(oracle):
 
 def test_bad_devices_and_dtypes_are_refused_at_the_call(oracle):
     with pytest.raises(wvp.DeviceError, match="no device"):
-        load(oracle, devices="gpu")
+        load(oracle, devices="tpu")
     with pytest.raises(wvp.DeviceError, match="dtype is 'int8'"):
         load(oracle, dtype="int8")
 

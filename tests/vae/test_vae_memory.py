@@ -82,6 +82,7 @@ def test_when_not_even_one_latent_frame_fits_the_error_names_sizes_and_ways_out(
     assert text.startswith("24x16 does not fit on cpu even one latent frame at a time: it takes about ")
     assert "iB, and " in text
     assert "would fit" in text
+    assert "decode on the CPU" not in text  # where it does already
     assert str(error) in text
     assert isinstance(raised.value, MemoryError)
     assert torch.equal(vae.decode(latents), vae.decode(latents))  # and the VAE still works
@@ -121,8 +122,8 @@ def test_frames_that_the_host_can_not_hold_are_refused_before_decoding(vae, late
     monkeypatch.setattr("wan_vae_parallel.memory.free_memory", lambda _device: 1000)
     with pytest.raises(wvp.OutOfMemoryError) as raised:
         vae.decode(latents)
-    assert "21 frames of 24x16 take 0.1 MiB on the host, where 0.0 MiB are free" in str(raised.value)
-    assert "decode_stream" in str(raised.value)
+    assert "21 frames of 24x16 take 0.1 MiB of the computer's own memory (RAM), where 0.0 MiB" in str(raised.value)
+    assert str(raised.value) == raised.value.text + ", or take the frames from decode_stream"
     # Which is true: the stream needs no whole video.
     assert sum(frames.shape[1] for frames in vae.decode_stream(latents)) == 21
 
@@ -135,8 +136,18 @@ def test_a_limit_of_this_process_alone_is_an_error_of_ours(vae, latents, monkeyp
         return real(2**60, dtype=torch.uint8) if whole else real(*sizes, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(wvp.OutOfMemoryError, match=r"21 frames of 24x16 take .* this process gets no more; dec"):
+    with pytest.raises(wvp.OutOfMemoryError, match=r"21 frames of 24x16 take .* this process gets no more; free"):
         vae.decode(latents)
+
+
+def test_a_stream_short_of_memory_is_not_advised_to_stream(vae, latents, monkeypatch):
+    def clone(_frames):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(wvp.OutOfMemoryError, match=r"this process gets no more; free some of it") as raised:
+        next(vae.decode_stream(latents))
+    assert "decode_stream" not in str(raised.value)
 
 
 def test_a_larger_batch_needs_more_memory(vae):

@@ -149,8 +149,9 @@ class LocalRun:
         ways = [f"{largest_frame(architecture, size, dtype=engine.dtype, free=free, kernels=kernels)} would fit"]
         if batch > 1:
             ways.append(f"or decode the batch of {batch} one by one")
+        if engine.device.type != "cpu":
+            ways.append("or decode on the CPU")
         return (
             f"{width}x{height} does not fit on {engine.device} even one latent frame at a time: it takes about "
-            f"{gibibytes(needed.total)}, and {gibibytes(free)} are free; {', '.join(ways)}, or decode on the CPU "
-            f"({reason})"
+            f"{gibibytes(needed.total)}, and {gibibytes(free)} are free; {', '.join(ways)} ({reason})"
         )

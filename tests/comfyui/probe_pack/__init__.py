@@ -1,8 +1,12 @@
 """Nodes that only the tests use: they bring tensors in and out of a real server, exactly."""
 
+import copy
 import os
+import sys
 
+import comfy.model_management as model_management
 import folder_paths
+import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file, save_file
 
@@ -70,11 +74,199 @@ class EngineState(io.ComfyNode):
         return io.NodeOutput(ui={"loaded": [vae._engine.loaded]})
 
 
+def of_the_pack(name):
+    """A module of the pack, which ComfyUI names by its path."""
+    return next(module for key, module in sys.modules.items() if key.endswith("wan-vae-parallel." + name))
+
+
+class FastNorm(torch.nn.Module):
+    """As packs with kernels of their own put it in the place of core's norms: other names, same values."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.scaled_weight = torch.nn.Parameter(norm.gamma.detach() * norm.scale)
+
+    def forward(self, x):
+        return torch.nn.functional.normalize(x, dim=1) * self.scaled_weight
+
+
+class Holder(torch.nn.Module):
+    """Calls the module that it holds, as packs do that time or offload it."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def forward(self, *args, **kwargs):
+        return self.held(*args, **kwargs)
+
+
+class AlterVAE(io.ComfyNode):
+    """Does to a copy of a VAE what other packs do."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeAlterVAE",
+            category="probe",
+            inputs=[io.Vae.Input("vae"), io.String.Input("how")],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae, how):
+        altered = copy.deepcopy(vae)
+        engine = getattr(vae, "_engine", None)
+        assert getattr(altered, "_engine", None) is engine
+        model = altered.first_stage_model
+        if how == "compile parts":
+            model.encoder, model.decoder = torch.compile(model.encoder), torch.compile(model.decoder)
+        elif how == "compile layers":
+            model.decoder.middle[0] = torch.compile(model.decoder.middle[0])
+        elif how == "compile all":
+            altered.first_stage_model = torch.compile(model)
+        elif how == "hold":
+            model.decoder.middle[1] = Holder(Holder(model.decoder.middle[1]))
+            model.decoder = Holder(model.decoder)
+        elif how == "patch objects":
+            cls.patch_norms(altered)
+            altered.patcher.patch_model(altered.patcher.load_device)
+        elif how == "patch objects later":
+            cls.patch_norms(altered)
+        elif how == "replace norms":
+            model.decoder.head[0] = FastNorm(model.decoder.head[0])
+        elif how == "normalise weights":
+            torch.nn.utils.parametrizations.weight_norm(model.decoder.conv1)
+        elif how == "lora":
+            shape = model.decoder.conv1.weight.shape
+            diff = torch.randn(shape, generator=torch.Generator().manual_seed(9)) / shape[1:].numel() ** 0.5
+            altered.patcher = altered.patcher.clone()
+            assert altered.patcher.add_patches({"decoder.conv1.weight": ("diff", (diff,))}, 0.5)
+        elif how == "circular":
+            for module in model.modules():
+                if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+                    module.padding_mode = "circular"
+        elif how == "tile asymmetrically":
+            for module in model.modules():
+                if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+                    module._conv_forward = module._conv_forward  # in its own attributes, whatever it does
+        elif how == "select gpu:1":
+            altered = cls.select(altered, torch.device("cuda", 1))
+        elif how == "put on cuda:1":
+            altered.device = torch.device("cuda", 1)
+        elif how == "put on the cpu":
+            altered.device, altered._select_base_device = torch.device("cpu"), torch.device("cuda", 0)
+        else:
+            assert how == "copy", how
+        if engine is not None:
+            engine.release()  # as /free does: the weights are read once more
+        return io.NodeOutput(altered)
+
+    @staticmethod
+    def select(vae, device):
+        """What core's SelectVAEDevice makes of it on a machine with that device."""
+        from comfy_extras.nodes_multigpu import SelectVAEDeviceNode
+
+        was = model_management.resolve_gpu_device_option
+        model_management.resolve_gpu_device_option = lambda _: device
+        try:
+            return SelectVAEDeviceNode.execute(vae, f"gpu:{device.index}").result[0]
+        finally:
+            model_management.resolve_gpu_device_option = was
+
+    @staticmethod
+    def patch_norms(vae):
+        vae.patcher = vae.patcher.clone()
+        blocks = vae.first_stage_model.decoder.middle
+        for index in (0, 2):
+            norm = FastNorm(blocks[index].residual[0])
+            vae.patcher.add_object_patch(f"decoder.middle.{index}.residual.0", norm)
+
+
+class DecodeWithoutRoom(io.ComfyNode):
+    """Decodes where the host has no memory left; tells the error."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeDecodeWithoutRoom",
+            category="probe",
+            is_output_node=True,
+            inputs=[io.Latent.Input("samples"), io.Vae.Input("vae")],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae):
+        memory = of_the_pack("wan_vae_parallel.memory")
+        was, memory.free_memory = memory.free_memory, lambda _: 1000
+        try:
+            vae.decode(samples["samples"])
+        except MemoryError as error:
+            return io.NodeOutput(ui={"error": [str(error)]})
+        finally:
+            memory.free_memory = was
+        raise AssertionError("it had room")
+
+
+class ChosenDevices(io.ComfyNode):
+    """Tells which devices the nodes take on a machine with two GPUs."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeChosenDevices",
+            category="probe",
+            is_output_node=True,
+            inputs=[io.String.Input("devices"), io.String.Input("put_on")],
+        )
+
+    @classmethod
+    def execute(cls, devices, put_on):
+        engines, parsing = of_the_pack("nodes.engines"), of_the_pack("wan_vae_parallel.devices")
+        there = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
+        was = engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
+        engines.available_devices = parsing.available_devices = lambda: there
+        parsing._why_alone = lambda _: ""
+        model_management.vae_device = lambda: there[1]
+        try:
+            chosen = engines._choose_devices(devices, torch.device(put_on) if put_on else None)
+        finally:
+            engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
+        return io.NodeOutput(ui={"devices": [str(device) for device in chosen]})
+
+
+class DecodeAsLaterCores(io.ComfyNode):
+    """Decodes with arguments that no core has yet."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeDecodeAsLaterCores",
+            category="probe",
+            inputs=[io.Latent.Input("samples"), io.Vae.Input("vae")],
+            outputs=[io.Image.Output(), io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae):
+        whole = vae.decode(samples["samples"], vae_options={"unheard": 1}, unheard=True)
+        tiled = vae.decode_tiled(samples["samples"], 64, tile_y=64, unheard=True)
+        return io.NodeOutput(whole.flatten(0, 1), tiled.flatten(0, 1))
+
+
 class ProbeExtension(ComfyExtension):
     """Lists the nodes."""
 
     async def get_node_list(self):
-        return [LoadTensor, SaveTensor, EngineState]
+        return [
+            LoadTensor,
+            SaveTensor,
+            EngineState,
+            AlterVAE,
+            DecodeWithoutRoom,
+            ChosenDevices,
+            DecodeAsLaterCores,
+        ]
 
 
 async def comfy_entrypoint():
