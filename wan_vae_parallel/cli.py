@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from . import bench
 from .architecture import Architecture
-from .checkpoint import read_checkpoint
+from .checkpoint import describe_checkpoint
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
 from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
@@ -326,7 +326,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(options.vae)
+    checkpoint = describe_checkpoint(options.vae)
     architecture = checkpoint.architecture
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])

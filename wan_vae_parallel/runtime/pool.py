@@ -15,14 +15,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Weights
 from ..errors import WanVAEError, WorkerError
 from ..ops.dispatch import say_once
 from .faults import INTERFACE, cause, hint
@@ -67,7 +67,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        weights: Callable[[], Checkpoint],
+        weights: Weights,
         devices: Sequence[torch.device],
         dtype: torch.dtype,
         *,
@@ -152,13 +152,15 @@ class WorkerPool:
             self.stop(grace=0.5)
         ended = self._ended
         cuda = self.devices[0].type == "cuda"
-        checkpoint = self._weights()
+        # Of a file no more than what tells whether it is still the same one: the workers read it.
+        checkpoint = self._weights.describe() if self._path else self._weights()
         options = {
             "world_size": len(self.devices),
             # As a word: a torch.dtype would have the worker import torch before its environment is its own.
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": "nccl" if cuda else "gloo",
             "weights": str(self._path.absolute()) if self._path else None,
+            "version": checkpoint.version and tuple(checkpoint.version),
             # On GPUs the host only copies frames: more threads than these would only be in each other's way.
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
         }

@@ -41,6 +41,7 @@ from ..parallel.edges import connect
 from ..parallel.mailbox import Mailbox, open_mailbox
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
+from ..tensor_file import FileVersion
 from .download import to_host
 from .shard import ShardDecoder
 from .shared_memory import SharedMemory, populate
@@ -144,7 +145,8 @@ class _Worker:
         torch.set_num_threads(self.options["threads"])
         self._join_group()
         path = self.options["weights"] if self._weights is None else f"/proc/self/fd/{self._weights}"
-        self._decoder = ShardDecoder(read_checkpoint(path), self.device, self.dtype)
+        version = self.options["version"] and FileVersion(*self.options["version"])
+        self._decoder = ShardDecoder(read_checkpoint(path, version), self.device, self.dtype)
         if self._weights is not None:
             os.close(self._weights)  # the last that keeps the host's copy
         board = Board(self._group)
