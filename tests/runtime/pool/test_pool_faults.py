@@ -230,7 +230,7 @@ def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_pat
     copy = tmp_path / "vae.safetensors"
     shutil.copy2(path, copy)
     with wvp.load_vae(copy, devices="cpu,cpu", chunk=1) as vae:
-        real = vae._engine._weights
+        real = vae._engine._weights.describe
 
         def vanishing():
             # Behind the parent's own look at it, before the workers'.
@@ -238,7 +238,7 @@ def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_pat
             copy.unlink()
             return checkpoint
 
-        monkeypatch.setattr(vae._engine, "_weights", vanishing)
+        monkeypatch.setattr(vae._engine._weights, "describe", vanishing)
         with pytest.raises(wvp.WorkerError, match=r"worker [01] on cpu failed: CheckpointError: .*does not exist") as e:
             vae.decode(latents)
         assert "its last lines:\n" in str(e.value)
