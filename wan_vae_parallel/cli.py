@@ -338,7 +338,9 @@ def _info(options: argparse.Namespace) -> None:
     size = (1, latent_frames, tallest, plan.columns)
     free = min(free_memory(device) for device in devices)
     given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
-    chunk = largest_chunk(architecture, size, free=free, **given) if options.chunk == "auto" else options.chunk
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
     needed = decode_memory(architecture, size, chunk=chunk, **given)
     least = decode_memory(architecture, size, chunk=1, **given)
     frames = architecture.frame_count(latent_frames)

@@ -286,7 +286,12 @@ class VAE:
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
         kernels = kernels_expected(self.devices[0], self.dtype)
         chunk = self._chunk_number or largest_chunk(
-            self.architecture, size, dtype=self.dtype, free=UNLIMITED, kernels=kernels
+            self.architecture,
+            size,
+            dtype=self.dtype,
+            free=UNLIMITED,
+            kernels=kernels,
+            device_type=self.devices[0].type,
         )
         return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, kernels=kernels).total
 
