@@ -1,11 +1,13 @@
 """Engines for ComfyUI: one for each set of weights, device and dtype, shared by all nodes that ask for the same.
 
 An engine asks ComfyUI's memory manager for room before it decodes, and stands in its list of loaded models, so that
-``/free`` and other models can take the room back.
+other models can take the room back; its worker processes stay then. ``/free`` ends them.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import logging
 import re
 import weakref
@@ -27,6 +29,9 @@ from .progress import ChunkProgress
 logger = logging.getLogger(__name__)
 
 _engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
+# The engines used last stay though no VAE is there that uses them: ComfyUI may keep no results between prompts.
+_KEPT = 2
+_kept: collections.OrderedDict[Hashable, Engine] = collections.OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,17 @@ class Source:
     """Where weights come from.
 
     Attributes:
-        key: what tells one set of weights from another.
-        make: makes a VAE of them, given devices and dtype.
+        key: what tells one set of weights from another; a weak reference if they are a model's.
+        make: makes a VAE of them, given devices, dtype, and one whose worker processes it takes over.
     """
 
     key: Hashable
-    make: Callable[[list[torch.device], torch.dtype], VAE]
+    make: Callable[[list[torch.device], torch.dtype, VAE | None], VAE]
+
+    @property
+    def gone(self) -> bool:
+        """Whether the weights are there no more."""
+        return isinstance(self.key, weakref.ref) and self.key() is None
 
 
 class Engine:
@@ -73,6 +83,15 @@ class Engine:
         """Bytes that decoding latents of ``shape`` takes on each device."""
         return self._vae.memory_needed(shape)
 
+    @property
+    def memory_held(self) -> int:
+        """Bytes on each device that `park` gives back."""
+        return self._vae.memory_held
+
+    def park(self) -> None:
+        """Gives the devices' memory back; workers' processes stay."""
+        self._vae.park()
+
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers, until the next decode."""
         self._vae.release()
@@ -96,7 +115,12 @@ class Engine:
         progress = ChunkProgress(parts=len(parts))
         decoded = torch.empty(0)
         for i, part in enumerate(parts):
-            video = self._vae.decode(part, normalized=normalized, on_chunk=progress.part(i))
+            video = self._vae.decode(
+                part,
+                normalized=normalized,
+                on_chunk=progress.part(i),
+                on_wait=model_management.throw_exception_if_processing_interrupted,
+            )
             if len(parts) == 1:
                 return video
             if i == 0:
@@ -106,6 +130,7 @@ class Engine:
         return decoded
 
     def _make_room(self, needed: int) -> None:
+        needed += self._vae.memory_to_start
         extra = needed - self.weights_size()
         model_management.load_models_gpu([self.patcher], memory_required=extra)
         # Only where ComfyUI has something to free: asking how much is free would make this process a CUDA context
@@ -137,11 +162,11 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self) -> int:
         engine = self._engine()
-        return engine.weights_size() if engine and self.load_device in engine.devices else 0
+        return max(engine.weights_size(), engine.memory_held) if engine and self.load_device in engine.devices else 0
 
     def loaded_size(self) -> int:
         engine = self._engine()
-        return self.model_size() if engine and engine.loaded else 0
+        return engine.memory_held if engine and self.load_device in engine.devices else 0
 
     def model_dtype(self) -> None:
         return None
@@ -151,17 +176,45 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
         freed = self.loaded_size()
-        self._release()
+        self._park()
         return freed
 
-    def detach(self, unpatch_all: bool = True) -> torch.nn.Module:  # noqa: ARG002 (ComfyUI's signature)
-        self._release()
+    def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
+        # Without that, the list only forgets this entry: it puts it to its front when it is loaded again.
+        if unpatch_all:
+            self._park()
         return self.model
 
-    def _release(self) -> None:
+    def _park(self) -> None:
         engine = self._engine()
         if engine:
-            engine.release()
+            engine.park()
+
+
+def _release_all() -> None:
+    """Ends all engines' workers, which ComfyUI's list has forgotten when it asked for their memory."""
+    _kept.clear()
+    for engine in list(_engines.values()):
+        engine.release()
+
+
+def _hear_of_free() -> None:
+    """Has ``/free``, and whatever else unloads all models, end workers too."""
+    unload_all_models = model_management.unload_all_models
+    if getattr(unload_all_models, "ends_wan_vae_workers", False):
+        return
+
+    @functools.wraps(unload_all_models)
+    def unload_all(*args: Any, **kwargs: Any) -> Any:
+        result = unload_all_models(*args, **kwargs)
+        _release_all()
+        return result
+
+    unload_all.ends_wan_vae_workers = True  # type: ignore[attr-defined]
+    model_management.unload_all_models = unload_all
+
+
+_hear_of_free()
 
 
 def shared_engine(source: Source, devices: str, dtype: str) -> Engine:
@@ -180,8 +233,15 @@ def shared_engine(source: Source, devices: str, dtype: str) -> Engine:
     key = (source.key, tuple(places), chosen)
     engine = _engines.get(key)
     if engine is None:
-        engine = Engine(source.make(places, chosen), source)
+        # Of a model that is no more, as ComfyUI loads it anew, the worker processes are as good for this one.
+        before = next((k for k in _kept if _kept[k].source.gone and _kept[k].devices == tuple(places)), None)
+        predecessor = _kept.pop(before) if before is not None else None
+        engine = Engine(source.make(places, chosen, predecessor and predecessor._vae), source)
         _engines[key] = engine
+    _kept[key] = engine
+    _kept.move_to_end(key)
+    while len(_kept) > _KEPT:
+        _kept.popitem(last=False)
     return engine
 
 

@@ -84,8 +84,8 @@ def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chun
     checkpoint = read_checkpoint(path)
     stat = os.stat(path)
 
-    def make(places: list[torch.device], compute_dtype: torch.dtype) -> VAE:
-        return load_vae(path, places, compute_dtype)
+    def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
+        return load_vae(path, places, compute_dtype, predecessor=predecessor)
 
     engine = shared_engine(Source((path, stat.st_mtime_ns, stat.st_size), make), devices, dtype)
     core = _core_vae(checkpoint)
@@ -121,8 +121,8 @@ def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chun
     def weights() -> Checkpoint:
         return checkpoint_from_state_dict(weak().state_dict(), source="the connected VAE")
 
-    def make(places: list[torch.device], compute_dtype: torch.dtype) -> VAE:
-        return VAE(weights, devices=places, dtype=compute_dtype, chunk="auto")
+    def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
+        return VAE(weights, devices=places, dtype=compute_dtype, chunk="auto", predecessor=predecessor)
 
     engine = shared_engine(Source(weak, make), devices, dtype)
     _engines_of.setdefault(model, {})[(str(engine.devices), dtype)] = engine

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from wan_vae_parallel.runtime.pool import _pools
+from wan_vae_parallel.runtime.process import WorkerProcess
 
 LISTEN = "0A"
 
 
-def worker_processes() -> list[multiprocessing.Process]:
+def worker_processes() -> list[WorkerProcess]:
     """The engine's living workers of this process, by rank; of all VAEs that have some."""
     workers = [worker for pool in list(_pools) for worker in pool.workers if worker.alive]
-    return [worker.process for worker in sorted(workers, key=lambda worker: worker.rank)]
+    return sorted(workers, key=lambda worker: worker.rank)
 
 
 def state(pid: int) -> str:

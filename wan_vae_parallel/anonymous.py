@@ -31,13 +31,3 @@ def anonymous_file(name: str, size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def keeps_its_size(descriptor: int) -> bool:
-    """Whether nobody can make the open file shorter, so that its mapping stays safe to read."""
-    if sys.platform != "linux":
-        return False
-    try:
-        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-    except OSError:  # no file that can be sealed
-        return False

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -61,16 +61,6 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of the decoder's parameters."""
         return sum(tensor.numel() for tensor in self.decoder.values())
-
-
-class Weights(Protocol):
-    """What gives the same checkpoint each time, for an engine that loads and releases it."""
-
-    def __call__(self) -> Checkpoint:
-        """With the values."""
-
-    def describe(self) -> Checkpoint:
-        """Perhaps without them, for less."""
 
 
 def read_checkpoint(path: str | Path, version: FileVersion | None = None) -> Checkpoint:

@@ -59,6 +59,7 @@ class DecodeMemory:
         return self.weights + self.caches + self.step
 
 
+@functools.lru_cache(maxsize=256)
 def decode_memory(
     architecture: Architecture,
     shape: tuple[int, int, int, int],
@@ -97,6 +98,7 @@ def decode_memory(
     )
 
 
+@functools.cache
 def parameter_count(architecture: Architecture) -> int:
     """Parameters of the decoder."""
     return sum(parameter.numel() for parameter in _skeleton(architecture).parameters())

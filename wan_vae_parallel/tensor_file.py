@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .anonymous import anonymous_file, keeps_its_size
+from .anonymous import anonymous_file
 from .errors import OutOfMemoryError, WanVAEError, is_out_of_memory
 
 # The library refuses longer headers.
@@ -121,8 +121,6 @@ class TensorFile:
             OutOfMemoryError: the host has no room for them.
         """
         with self._told():
-            if keeps_its_size(self._file.fileno()):
-                return self._mapped(self._file.fileno())
             copy = self._with_header()
             if copy is None:
                 return self._loaded()

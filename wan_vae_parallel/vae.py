@@ -6,6 +6,8 @@ B videos, T latent frames, h x w latent rows and columns, z latent channels; H x
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,18 +17,21 @@ import torch
 import torch.distributed as dist
 
 from .architecture import Architecture
+from .cancel import cancellable
 from .checkpoint import Checkpoint, checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
 from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, WanVAEError
+from .errors import ArgumentError, WanVAEError, WorkerError
 from .latents import check_fits, check_latents, denormalize
 from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
 from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEngine, GroupRun
-from .runtime.pool import WorkerPool
+from .runtime.pool import WORKER_BYTES, WorkerPool
 from .runtime.pool_run import PoolRun
 from .tensor_file import FileVersion
+
+logger = logging.getLogger(__name__)
 
 OnChunk = Callable[[int, int, torch.Tensor], None]
 Devices = str | torch.device | Sequence[str | torch.device]
@@ -34,6 +39,8 @@ Chunk = int | Literal["auto"]
 Run = LocalRun | PoolRun | GroupRun
 
 _IDLE_SECONDS = 600.0
+# What a decode found, for the log.
+_FOUND = {"ready": "warm", "parked": "after giving memory back"}
 
 
 def load_vae(
@@ -43,6 +50,7 @@ def load_vae(
     chunk: Chunk = "auto",
     idle_seconds: float = _IDLE_SECONDS,
     group: dist.ProcessGroup | None = None,
+    predecessor: VAE | None = None,
 ) -> VAE:
     """Loads a Wan VAE's decoder.
 
@@ -56,10 +64,11 @@ def load_vae(
         dtype: ``"auto"`` (bf16 on GPUs that have it, fp32 on the CPU), ``"float32"``, ``"bfloat16"``,
             ``"float16"`` or ``"float64"``.
         chunk: latent frames that are decoded at once, or ``"auto"``. It trades memory for speed, not pixels.
-        idle_seconds: workers that had no decode for so long end; the next decode starts new ones.
+        idle_seconds: workers that had no decode for so long since their last one end; the next decode starts new ones.
         group: decode in this process group instead, with its ranks as workers, which may be on several machines.
             Each rank makes the same calls; ``devices`` is its own one. The frames come to the group's first rank:
             on the others `VAE.decode` returns none and `VAE.decode_stream` yields nothing.
+        predecessor: a VAE on the same devices that is not needed any more; its worker processes become this one's.
 
     Raises:
         CheckpointError: the file is not a Wan VAE that can be decoded with.
@@ -67,8 +76,9 @@ def load_vae(
     """
     path = Path(path).absolute()
     return VAE(
-        FileWeights(path), path=path, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group
-    )
+        FileWeights(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group,
+        predecessor=predecessor,
+    )  # fmt: skip
 
 
 def vae_from_state_dict(
@@ -126,17 +136,12 @@ class _SameWeights:
 
     def __init__(self, weights: Callable[[], Checkpoint]) -> None:
         self._weights = weights
-        self._describe = weights.describe if isinstance(weights, FileWeights) else weights
-        self.architecture = self._describe().architecture
+        # Of a file, its values are read when they are wanted.
+        first = weights.describe() if isinstance(weights, FileWeights) else weights()
+        self.architecture = first.architecture
 
     def __call__(self) -> Checkpoint:
-        return self._same(self._weights())
-
-    def describe(self) -> Checkpoint:
-        """The same without values, if a file holds them."""
-        return self._same(self._describe())
-
-    def _same(self, checkpoint: Checkpoint) -> Checkpoint:
+        checkpoint = self._weights()
         if checkpoint.architecture != self.architecture:
             raise WanVAEError(
                 f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
@@ -164,9 +169,9 @@ class VAE:
         devices: Devices,
         dtype: str | torch.dtype,
         chunk: Chunk,
-        path: Path | None = None,
         idle_seconds: float = _IDLE_SECONDS,
         group: dist.ProcessGroup | None = None,
+        predecessor: VAE | None = None,
     ) -> None:
         self.devices = tuple(parse_devices(devices) if group is None else [parse_rank_device(devices, group)])
         self.dtype = parse_dtype(dtype, self.devices[0])
@@ -186,7 +191,13 @@ class VAE:
         elif len(self.devices) == 1:
             self._engine = LocalEngine(unchanged, self.devices[0], self.dtype)
         else:
-            self._engine = WorkerPool(unchanged, self.devices, self.dtype, path=path, idle_seconds=idle_seconds)
+            self._engine = WorkerPool(unchanged, self.devices, self.dtype, idle_seconds=idle_seconds)
+            try:
+                if predecessor is not None and isinstance(predecessor._engine, WorkerPool):
+                    self._engine.take_over(predecessor._engine)
+                self._engine.prepare()
+            except WorkerError as error:
+                logger.debug("%s", error)  # a decode will try again, and say so
 
     @property
     def chunk(self) -> Chunk:
@@ -207,7 +218,13 @@ class VAE:
     ) -> None:
         self.close()
 
-    def decode(self, latents: torch.Tensor, normalized: bool = False, on_chunk: OnChunk | None = None) -> torch.Tensor:
+    def decode(
+        self,
+        latents: torch.Tensor,
+        normalized: bool = False,
+        on_chunk: OnChunk | None = None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """Decodes latents to frames.
 
         Args:
@@ -216,6 +233,8 @@ class VAE:
             normalized: the latents are as the diffusion model made them; apply the published mean and deviation.
             on_chunk: called as ``on_chunk(done, total, frames)`` with the frames finished and in all, and the
                 newest ``[B, t, H, W, C]``. What it raises ends the decode and reaches the caller.
+            on_wait: called several times a second, in this thread, while workers start, kernels compile, settings are
+                measured, or workers decode. What it raises ends the decode and reaches the caller.
 
         Returns:
             ``[B, 4 * (T - 1) + 1, H, W, C]`` in [0, 1], float32 (float64 for a float64 VAE), contiguous, on the
@@ -226,7 +245,7 @@ class VAE:
             OutOfMemoryError: not even one latent frame at a time fits; the message says what would.
         """
         if torch.compiler.is_compiling():  # steps change what they work on: there is nothing to trace
-            return torch.compiler.disable(self.decode)(latents, normalized, on_chunk)
+            return torch.compiler.disable(self.decode)(latents, normalized, on_chunk, on_wait)
         latents = self._checked(latents, normalized)
         shape = self.output_shape(latents.shape)
         if self._group is not None and dist.get_rank(self._group):
@@ -234,7 +253,13 @@ class VAE:
         total, done = shape[1], 0
         dtype = torch.promote_types(self.dtype, torch.float32)
         check_host_room(shape, dtype, videos=1)
-        with self._running(latents, shape) as run:
+
+        def check() -> None:
+            self._check_open()
+            if on_wait:
+                on_wait()
+
+        with cancellable(check), self._running(latents, shape) as run:
             with host_room(shape, dtype):
                 out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
             for frames in run:
@@ -299,6 +324,28 @@ class VAE:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
         self._engine.close()
 
+    def park(self) -> None:
+        """Gives the devices' memory back and keeps workers' processes, so that the next decode needs not start them.
+
+        On one device it does what `release` does. It leaves a decode alone that is under way in another thread.
+        """
+        if isinstance(self._engine, WorkerPool):
+            self._engine.park()
+        else:
+            self._engine.close()
+
+    @property
+    def memory_held(self) -> int:
+        """Bytes on each device that `park` would give back."""
+        if isinstance(self._engine, WorkerPool):
+            return self._engine.held
+        return self.weights_size if self._engine.running else 0
+
+    @property
+    def memory_to_start(self) -> int:
+        """Bytes that worker processes will take on each device beside what `memory_needed` tells."""
+        return WORKER_BYTES if isinstance(self._engine, WorkerPool) and not self._engine.running else 0
+
     @property
     def weights_size(self) -> int:
         """Bytes of the weights on each device."""
@@ -320,6 +367,7 @@ class VAE:
 
     @contextlib.contextmanager
     def _running(self, latents: torch.Tensor, shape: torch.Size) -> Iterator[Run]:
+        started = time.monotonic()
         try:
             with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
                 self._check(run)  # it may have waited for others
@@ -327,9 +375,20 @@ class VAE:
         finally:
             if self._closed:  # meanwhile, by another thread or a callback
                 self._engine.close()
+        if shape[1]:
+            batch = f"{shape[0]} times " if shape[0] > 1 else ""
+            logger.info(
+                "decoded %s%d frames of %dx%d on %s, in %s, chunk %d, in %.2f s (%s)",
+                batch, shape[1], shape[3], shape[2], run.where, str(self.dtype).removeprefix("torch."), run.chunk,
+                time.monotonic() - started, _FOUND.get(run.found, "first"),
+            )  # fmt: skip
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a VAE holds devices and processes, so it can't be copied or pickled; load it where it is used")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WanVAEError("this VAE was closed while it decoded; load it again")
 
     def _checked(self, latents: torch.Tensor, normalized: bool) -> torch.Tensor:
         if self._closed:
@@ -341,8 +400,7 @@ class VAE:
         return latents
 
     def _check(self, run: Run) -> None:
-        if self._closed:
-            raise WanVAEError("this VAE was closed while it decoded; load it again")
+        self._check_open()
         if not run.finite:
             raise WanVAEError(
                 f"the frames are NaN: in {str(self.dtype).removeprefix('torch.')} the activations overflow, or the "

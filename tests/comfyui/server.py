@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from socket import socket
@@ -32,14 +33,26 @@ def find_comfyui() -> tuple[Path, Path] | None:
 
 
 class Server:
-    """A server process with its own models, inputs and outputs below ``folder``."""
+    """A server process with its own models, inputs and outputs below ``folder``.
 
-    def __init__(self, comfyui: Path, python: Path, folder: Path, *options: str) -> None:
+    ``options`` go to ComfyUI. ``packs`` are node packs beside this one and the probes, by the names that they get in
+    custom_nodes. ``environment`` is added to this process's.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path,
+        python: Path,
+        folder: Path,
+        *options: str,
+        packs: Mapping[str, Path] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.input, self.output = folder / "input", folder / "output"
         for name in ("input", "output", "temp", "user", "models/vae", "custom_nodes", "frontend"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        for name, target in (("wan-vae-parallel", REPOSITORY), ("probes", PROBES)):
+        for name, target in {"wan-vae-parallel": REPOSITORY, "probes": PROBES, **(packs or {})}.items():
             link = folder / "custom_nodes" / name
             if not link.exists():
                 link.symlink_to(target)
@@ -56,6 +69,7 @@ class Server:
                 *options,
             ],
             cwd=comfyui,
+            env={**os.environ, **(environment or {})},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -75,7 +75,7 @@ def vae(warm, latents, expected):
 
 
 def pids(vae):
-    return [worker.process.pid for worker in vae._engine.workers]
+    return [worker.pid for worker in vae._engine.workers]
 
 
 # Frames.

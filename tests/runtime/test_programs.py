@@ -198,12 +198,12 @@ def pids_of(output):
     return [int(word) for line in output.splitlines() if line.startswith("pids") for word in line.split()[1:]]
 
 
-PRINT_PIDS = "print('pids', *[worker.process.pid for worker in vae._engine.workers], flush=True)"
+PRINT_PIDS = "print('pids', *[worker.pid for worker in vae._engine.workers], flush=True)"
 
 
 def test_a_program_ends_though_a_worker_is_stopped(program):
     process = program(
-        f"import signal; vae.decode(latents); {PRINT_PIDS}; os.kill(vae._engine.workers[1].process.pid, signal.SIGSTOP)"
+        f"import signal; vae.decode(latents); {PRINT_PIDS}; os.kill(vae._engine.workers[1].pid, signal.SIGSTOP)"
     )
     try:
         output, _ = process.communicate(timeout=20)
@@ -259,10 +259,10 @@ def test_a_worker_that_was_killed_is_named_where_nobody_hears_of_exit_codes(prog
     lines = [
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
         "def kill(done, *_):",
-        "    if done == 1: os.kill(vae._engine.workers[1].process.pid, signal.SIGKILL); time.sleep(0.3)",
+        "    if done == 1: os.kill(vae._engine.workers[1].pid, signal.SIGKILL); time.sleep(0.3)",
         "try: vae.decode(latents, on_chunk=kill)",
         "except wvp.WorkerError as error: print(str(error).splitlines()[0], flush=True)",
-        "vae.decode(latents); os.kill(vae._engine.workers[1].process.pid, signal.SIGKILL); time.sleep(0.5)",
+        "vae.decode(latents); os.kill(vae._engine.workers[1].pid, signal.SIGKILL); time.sleep(0.5)",
         "print(vae.decode(latents).shape[1], 'frames', flush=True)",
     ]
     output, _ = program("\n".join(lines)).communicate(timeout=90)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime import worker
-from wan_vae_parallel.runtime.shared_memory import SharedMemory
+from wan_vae_parallel.runtime.shared_memory import SharedMemory, populate
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="workers are Linux's")
 
@@ -41,7 +41,16 @@ def test_pages_come_into_being_while_a_step_is_computed_and_for_no_more_than_it(
         yield waiting, True
 
     decoder = types.SimpleNamespace(architecture=types.SimpleNamespace(spatial_ratio=8), steps=lambda *_: iter(steps))
-    one = types.SimpleNamespace(_decoder=decoder, _group=None, _mailbox=None, rank=1, device=torch.device("cpu"))
+    one = types.SimpleNamespace(
+        _decoder=decoder,
+        _group=object(),
+        _mailbox=None,
+        rank=1,
+        device=torch.device("cpu"),
+        # At once, and not in the thread that a worker has for it.
+        _pages=types.SimpleNamespace(put=populate),
+        _empty_cache=lambda: None,
+    )
     monkeypatch.setattr(worker, "to_host", to_host)
     monkeypatch.setattr(dist, "get_rank", lambda _group: 1)
     counts = list(worker._Worker._steps(one, torch.empty(0), video, plan_shards(4, 4, 2), 1))

@@ -5,6 +5,8 @@ T frames, H rows of this shard, W columns, C channels
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
@@ -29,6 +31,35 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> None:
         work.wait()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # only now have the bytes moved
+
+
+def exchange(
+    outgoing: Mapping[int, torch.Tensor],
+    incoming: Mapping[int, torch.Tensor],
+    group: dist.ProcessGroup,
+    mailbox: Mailbox | None,
+) -> None:
+    """Sends tensors to other ranks and receives theirs; all of those ranks make the same calls in the same order.
+
+    Args:
+        outgoing: contiguous, by rank in ``group``.
+        incoming: contiguous, by rank: the same ones.
+        group: the ranks.
+        mailbox: through which bytes travel; without one they are messages.
+    """
+    if mailbox is not None:
+        mailbox.exchange(outgoing, incoming)
+        return
+    operations = []
+    for peer in outgoing:
+        global_peer = dist.get_global_rank(group, peer)
+        # Neither gets nor wants a message of nothing.
+        if outgoing[peer].numel():
+            operations.append(dist.P2POp(dist.isend, outgoing[peer], global_peer, group))
+        if incoming[peer].numel():
+            operations.append(dist.P2POp(dist.irecv, incoming[peer], global_peer, group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
 
 
 class ShardEdges:
@@ -98,18 +129,13 @@ class ShardEdges:
         scale = shard.shape[1] // plan.height(self.shard)
         frames, _, columns, channels = shard.shape
         own = shard.contiguous()  # a message is bytes, and knows no strides
-        parts, operations = [], []
-        for peer in range(plan.shards):
-            if peer == self.shard:
-                parts.append(own)
-                continue
-            parts.append(own.new_empty((frames, plan.height(peer) * scale, columns, channels)))
-            global_peer = dist.get_global_rank(self.group, peer)
-            operations.append(dist.P2POp(dist.isend, own, global_peer, self.group))
-            operations.append(dist.P2POp(dist.irecv, parts[-1], global_peer, self.group))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
-        return torch.cat(parts, dim=1)
+        parts = {
+            peer: own if peer == self.shard else own.new_empty((frames, plan.height(peer) * scale, columns, channels))
+            for peer in range(plan.shards)
+        }
+        incoming = {peer: part for peer, part in parts.items() if peer != self.shard}
+        exchange(dict.fromkeys(incoming, own), incoming, self.group, self._mailbox)
+        return torch.cat(list(parts.values()), dim=1)
 
     def silent(self) -> _SilentEdges:
         """The same without the other ranks, see `model.state.Edges`."""

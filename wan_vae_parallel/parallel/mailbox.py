@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Of one box: all rows of a direction that travel at once, or as many of them as fit. Four boxes a device.
 _BOX_BYTES = 8 * 2**20
+# Of one box of a pair of ranks for all other bytes: larger ones take several turns. Two boxes for each other rank.
+_PAIR_BYTES = 8 * 2**20
 # Of the signals of both directions, which kernels/swap_rows.py needs fewer of.
 _SIGNAL_BYTES = 4096
 
@@ -35,15 +38,61 @@ class Mailbox:
         buffers: by rank, bytes that this rank's device can reach.
         rank: whose own.
         memory: what the buffers are views of, and does not go while this has it.
+        handle: torch's, whose signals tell of bytes that have come.
     """
 
-    def __init__(self, buffers: list[torch.Tensor], rank: int, memory: object) -> None:
+    def __init__(self, buffers: list[torch.Tensor], rank: int, memory: object, handle: Any) -> None:
         self._buffers = buffers
         self._memory = memory
+        self._handle = handle
         self._rank = rank
         self._views: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         # By the other rank: both of a pair count the same swaps, though others may have had more or fewer.
         self._counts: collections.Counter[int | None] = collections.Counter()
+        # Likewise the turns of `exchange`.
+        self._turns: collections.Counter[int] = collections.Counter()
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes on this device."""
+        return self._buffers[self._rank].numel()
+
+    def exchange(self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> None:
+        """Sends bytes to other ranks and receives theirs; the device waits for them, the host does not.
+
+        Both of a pair make the same calls in the same order. Who sends turn n + 2 into a box has had the other's
+        n + 1, so the other has emptied the box of n.
+
+        Args:
+            outgoing: contiguous, by rank.
+            incoming: contiguous, by rank: the same ranks, and what each of them sends.
+        """
+        parts = {
+            peer: (_bytes(outgoing[peer]).split(_PAIR_BYTES), _bytes(incoming[peer]).split(_PAIR_BYTES))
+            for peer in outgoing
+        }
+        turns = {peer: max(len(out), len(into)) for peer, (out, into) in parts.items()}
+        for turn in range(max(turns.values(), default=0)):
+            peers = [peer for peer, count in turns.items() if turn < count]
+            for peer in peers:
+                self._turns[peer] += 1
+                for part in parts[peer][0][turn : turn + 1]:
+                    box = self._pair_box(at=peer, of=self._rank, turn=self._turns[peer])
+                    box[: part.numel()].copy_(part)
+                self._handle.put_signal(peer)
+            for peer in peers:
+                self._handle.wait_signal(peer)
+                into = parts[peer][1]
+                if turn < len(into):
+                    into[turn].copy_(
+                        self._pair_box(at=self._rank, of=peer, turn=self._turns[peer])[: into[turn].numel()]
+                    )
+
+    def _pair_box(self, *, at: int, of: int, turn: int) -> torch.Tensor:
+        """The box on the device of rank ``at`` for what rank ``of`` sends in ``turn``."""
+        number = 2 * (of - (of > at)) + turn % 2  # a rank sends itself nothing
+        start = 4 * _BOX_BYTES + _SIGNAL_BYTES + number * _PAIR_BYTES
+        return self._buffers[at][start : start + _PAIR_BYTES]
 
     def capacity(self, arena: torch.Tensor) -> int:
         """How many frames of ``arena`` ``[S, H + 2, W + 2, C]`` can swap rows at once."""
@@ -84,9 +133,13 @@ class Mailbox:
         if views is None:
             buffer = self._buffers[rank]
             boxes = buffer[: 4 * _BOX_BYTES].view(dtype).view(2, 2, -1)
-            views = boxes, buffer[4 * _BOX_BYTES :].view(torch.int32)
+            views = boxes, buffer[4 * _BOX_BYTES : 4 * _BOX_BYTES + _SIGNAL_BYTES].view(torch.int32)
             self._views[rank, dtype] = views
         return views
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _as_int32(number: int) -> int:
@@ -106,19 +159,19 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -
     if device.type != "cuda":
         return None
     buffers: list[torch.Tensor] = []
-    memory: object = None
+    handle: Any = None
     indices = board.exchange(device.index)
     reason = _why_not(device, indices)
     if not reason:
         try:
-            own = _own_memory(device)
+            own = _own_memory(device, board.world_size)
         except Exception as error:  # noqa: BLE001 (whatever it is, messages work without)
             reason = f"{device} has no memory for it ({plain(error)})"
     reasons = board.exchange(reason)
     if not any(reasons):
         try:
             with _socket_folder(board):
-                buffers, memory = _rendezvous(own, group)
+                buffers, handle = _rendezvous(own, group)
         except RuntimeError as error:  # others may wait in it for this rank, so there is no way back to messages
             raise WorkerError(
                 f"{device} could not reach the other devices' memory ({plain(error)}); with NCCL_P2P_DISABLE=1 rows go "
@@ -133,7 +186,7 @@ def open_mailbox(group: dist.ProcessGroup, device: torch.device, board: Board) -
         arrived = bool(buffers[board.rank][: len(buffers)].all())
         reasons = board.exchange("" if arrived else f"what other devices write to {device} does not arrive")
     if not any(reasons):
-        return Mailbox(buffers, board.rank, memory)
+        return Mailbox(buffers, board.rank, own, handle)
     if board.rank == 0:
         logger.info("halo rows travel through NCCL: %s", next(filter(None, reasons)))
     return None
@@ -151,12 +204,13 @@ def _why_not(device: torch.device, indices: list[int]) -> str:
     return ""
 
 
-def _own_memory(device: torch.device) -> torch.Tensor:
+def _own_memory(device: torch.device, world_size: int) -> torch.Tensor:
     """Bytes for boxes and signals, all zero."""
+    size = 4 * _BOX_BYTES + _SIGNAL_BYTES + 2 * (world_size - 1) * _PAIR_BYTES
     # Not that module's own `empty`, whose check of the size imports all of sympy: two to three seconds.
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    own = _SymmetricMemory.empty_strided_p2p((4 * _BOX_BYTES + _SIGNAL_BYTES,), (1,), torch.uint8, device).zero_()
+    own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device).zero_()
     torch.cuda.synchronize(device)
     return own
 
@@ -183,9 +237,9 @@ def _socket_folder(board: Board) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rendezvous(own: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], object]:
-    """Every rank's bytes, by rank; and what holds them. All ranks wait for one another."""
+def _rendezvous(own: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], Any]:
+    """Every rank's bytes, by rank; and torch's handle to them. All ranks wait for one another."""
     from torch.distributed import _symmetric_memory
 
     handle = _symmetric_memory.rendezvous(own, group)
-    return [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(dist.get_world_size(group))], (own, handle)
+    return [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(dist.get_world_size(group))], handle

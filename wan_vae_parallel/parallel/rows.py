@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from .edges import exchange
+from .mailbox import Mailbox
 from .plan import ShardPlan
 
 
@@ -22,7 +24,9 @@ def frame_rows(plan: ShardPlan, shard: int, ratio: int) -> tuple[int, int]:
     return height * shard // plan.shards, height * (shard + 1) // plan.shards
 
 
-def to_own_rows(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, ratio: int) -> torch.Tensor:
+def to_own_rows(
+    frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, ratio: int, mailbox: Mailbox | None = None
+) -> torch.Tensor:
     """Turns what a shard decoded into the rows that it writes.
 
     Args:
@@ -30,6 +34,7 @@ def to_own_rows(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup,
         plan: the split.
         group: its ranks; all with a shard must call.
         ratio: frame rows (and columns) per latent row.
+        mailbox: the group's, if it has one.
 
     Returns:
         ``[B, t, rows, W, C]``, contiguous: the rows that `frame_rows` tells.
@@ -39,24 +44,16 @@ def to_own_rows(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup,
     me = dist.get_rank(group)
     ranges = [frame_rows(plan, shard, ratio) for shard in range(plan.shards)]
     start, stop = ranges[me]
-    pieces, operations = [], []
+    pieces, outgoing = {}, {}
     for shard in range(plan.shards):
-        columns = plan.height(shard) * ratio
         if shard == me:
-            pieces.append(frames[:, :, start:stop])
+            pieces[shard] = frames[:, :, start:stop]
             continue
-        incoming = frames.new_empty((*frames.shape[:2], stop - start, columns, frames.shape[-1]))
-        outgoing = frames[:, :, slice(*ranges[shard])].contiguous()
-        peer = dist.get_global_rank(group, shard)
-        # More shards than rows leave some without any: they neither get nor want a message of nothing.
-        if outgoing.numel():
-            operations.append(dist.P2POp(dist.isend, outgoing, peer, group))
-        if incoming.numel():
-            operations.append(dist.P2POp(dist.irecv, incoming, peer, group))
-        pieces.append(incoming)
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-    return torch.cat(pieces, dim=3)
+        columns = plan.height(shard) * ratio
+        pieces[shard] = frames.new_empty((*frames.shape[:2], stop - start, columns, frames.shape[-1]))
+        outgoing[shard] = frames[:, :, slice(*ranges[shard])].contiguous()
+    exchange(outgoing, {shard: pieces[shard] for shard in outgoing}, group, mailbox)
+    return torch.cat(list(pieces.values()), dim=3)
 
 
 def to_first_rank(frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, ratio: int) -> torch.Tensor | None:

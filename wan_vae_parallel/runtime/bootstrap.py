@@ -1,23 +1,33 @@
-"""What a worker process runs first: its own environment, then this very engine under its own name.
+"""What a worker process runs first: this very engine under its own name, loaded while nothing waits for it.
 
-Run by path in a freshly spawned interpreter (the parent may be ComfyUI, which names the engine by a path that no
-other process could import). Globals set from outside: ``connection``, ``log``, ``environment``, ``options``.
+Run by path in a fresh interpreter, since the parent may be ComfyUI, which names the engine by a path that no other
+process could import. Arguments: the options as JSON.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
-import importlib.util
-import os
-import signal
 import sys
-from pathlib import Path
-from typing import Any
+
+# Python puts a script's folder first, where these names are the engine's and not the library's.
+sys.path = [entry for entry in sys.path if entry != __file__.rpartition("/")[0]]
+
+import contextlib  # noqa: E402
+import ctypes  # noqa: E402
+import importlib  # noqa: E402
+import importlib.util  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import threading  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from multiprocessing.connection import Connection  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 PACKAGE = "wan_vae_parallel"
 # Of Linux: the signal that a process gets when its parent, or the thread that made it, is gone.
 _PR_SET_PDEATHSIG = 1
+_LOWEST_PRIORITY = 19
 
 
 def load_package() -> None:
@@ -33,10 +43,16 @@ def load_package() -> None:
     spec.loader.exec_module(package)
 
 
-def run(connection: Any, log: Any, environment: dict[str, str | None], options: dict[str, Any]) -> None:
+def load_worker(device: str) -> Any:
+    """Imports all that a worker on ``device`` will need, and returns its module. Touches no device."""
+    load_package()
+    worker = importlib.import_module(PACKAGE + ".runtime.worker")
+    worker.prepare(device)
+    return worker
+
+
+def run(options: dict[str, Any]) -> None:
     """Ends the process when the work is done; never returns."""
-    # torch reads its settings when it is loaded: what the parent has there must be gone before.
-    assert "torch" not in sys.modules, "a worker's torch was loaded with its parent's environment"
     # Ctrl-C is the parent's to act on; and a parent that is gone already has no work. Whose child this is need not be
     # who made the options: a wrapper around Python may lie between, or another namespace of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -46,17 +62,40 @@ def run(connection: Any, log: Any, environment: dict[str, str | None], options: 
     if os.getppid() == 1 != options["parent"]:
         os._exit(1)
     options["parent"] = os.getppid()
-    for descriptor in (1, 2):
-        os.dup2(log.fileno(), descriptor)
-    for name, value in environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    load_package()
-    worker = importlib.import_module(PACKAGE + ".runtime.worker")
-    worker.main(connection, options)
+    for descriptor in (options["connection"], options["sentinel"]):
+        os.set_inheritable(descriptor, False)
+    # What the parent found elsewhere is found here, too, but stands in nobody's way.
+    sys.path += [entry for entry in options["path"] if entry not in sys.path]
+    loaded: list[Any] = []
+
+    def load() -> None:
+        loaded.append(load_worker(options["device"]))
+
+    if options["device"].startswith("cuda"):
+        _in_background(_init_driver)
+    _in_background(load).join()
+    if not loaded:
+        os._exit(1)  # the thread has printed why
+    loaded[0].main(Connection(options["connection"]), options)
 
 
-if __name__ == "__wan_vae_worker__":
-    run(*(globals()[name] for name in ("connection", "log", "environment", "options")))
+def _in_background(work: Callable[[], None]) -> threading.Thread:
+    """A thread that gives way to everybody else on this machine; a whole process could never take that back."""
+
+    def run() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def _init_driver() -> None:
+    """Has CUDA's driver make its tables, which takes a moment, but no context on any device."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1]))

@@ -83,6 +83,10 @@ class LocalRun:
         self._engine = engine
         self._latents = latents
         self._chunk = chunk
+        # What the decode found, where it is done and with which chunk, for a log.
+        self.found = "ready" if engine.running else "gone"
+        self.where = str(engine.device)
+        self.chunk = chunk
         self._frames = to_host(self._on_device(), engine.device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -101,7 +105,7 @@ class LocalRun:
         size = (latents.shape[0], latents.shape[2], latents.shape[3], latents.shape[4])
         chunk, sent, said = self._first_chunk(size), 0, False
         while True:
-            skip = sent
+            skip, self.chunk = sent, chunk
             try:
                 for frames in engine.decoder().stream(latents, chunk):
                     fresh = frames[:, skip:]

@@ -43,8 +43,8 @@ def cause(workers: Sequence[WorkerProcess], heard: Mapping[int, tuple[Any, ...]]
                     failed[worker.rank] = message[1:]
     for worker in workers:
         if not worker.alive:  # its files are closed, and its exit code comes soon
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-    codes = {worker.rank: worker.process.exitcode for worker in workers}
+            worker.join(max(0.0, deadline - time.monotonic()))
+    codes = {worker.rank: worker.exit_code for worker in workers}
     for rank, (kind, text) in failed.items():
         if kind == "memory":
             return _failure(workers[rank], kind, text)
@@ -71,7 +71,7 @@ def hint(device: torch.device, guess: str = "") -> str:
 
 
 def _death(worker: WorkerProcess) -> WorkerError:
-    code = worker.process.exitcode
+    code = worker.exit_code
     more = ""
     if code == -signal.SIGABRT:  # as NCCL's watchdog ends a process
         more = hint(worker.device, " (NCCL waited for a peer in vain?)")
@@ -86,7 +86,10 @@ def _death(worker: WorkerProcess) -> WorkerError:
 def _failure(worker: WorkerProcess, kind: str, text: str) -> WanVAEError:
     if kind == "memory":
         return StepOutOfMemory(f"{worker} ran out of memory: {text}")
-    more = hint(worker.device) if "NCCL" in text else ""
     if f"address for: {INTERFACE}" in text:
-        more = f"; workers find one another through the network interface {INTERFACE}, which has to be up"
+        return WorkerError(
+            f"{worker} can't find the others: they meet through the network interface {INTERFACE}, which is missing or "
+            f"down here; bring it up (ip link set {INTERFACE} up), or name one device"
+        )
+    more = hint(worker.device) if "NCCL" in text else ""
     return WorkerError(f"{worker} failed: {text}{more}{worker.last_lines()}")

@@ -115,6 +115,8 @@ class GroupRun:
         self._engine = engine
         self._latents = latents
         self._over = True
+        # What the decode found, for a log.
+        self.found = "ready" if engine.running else "gone"
         self._board = engine.meet(call="decode", latents=_described(latents))
         check_same(self._board.gather(lambda: engine.decoder().facts(), WORK_SECONDS))
         # Once, or layers might go to cuDNN between two decodes.
@@ -122,8 +124,7 @@ class GroupRun:
             engine.decoder().settle(self._board)
         engine.connect(self._board)
         self._plan = plan_shards(latents.shape[3], latents.shape[4], len(engine.names))
-        if engine.rank == 0:
-            logger.info("decoding on %s", describe_plan(self._plan, engine.names))
+        self.where = describe_plan(self._plan, engine.names)
         rooms = self._board.gather(lambda: self._room(chunk), WORD_SECONDS)
         self._chunk = min(most for most in rooms if most is not None)
         if not self._chunk:
@@ -133,6 +134,11 @@ class GroupRun:
                 f"devices, free some of its memory, or decode smaller frames"
             )
         self._over = False
+
+    @property
+    def chunk(self) -> int:
+        """Latent frames at once."""
+        return self._chunk
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields ``[B, t, H, W, C]`` on the first rank's host, each valid until the next; nothing on the others."""
@@ -167,7 +173,10 @@ class GroupRun:
     def _whole_frames(self) -> Iterator[torch.Tensor]:
         engine, plan = self._engine, self._plan
         decoder = engine.decoder()
-        shards = decoder.steps(self._latents, plan, engine.group, self._chunk) if self._working else iter(())
+        shards: Iterator[torch.Tensor] = iter(())
+        if self._working:
+            rows = decoder.own_rows(self._latents, plan, engine.rank)
+            shards = decoder.steps(rows, plan, engine.group, self._chunk)
         # The first rank says before each step whether there is one: those without rows know no other end.
         more = True
         while self._board.from_first(more):

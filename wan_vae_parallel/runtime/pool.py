@@ -2,11 +2,22 @@
 
 The parent commands step after step and stays a few ahead; workers can't disagree on when to stop, because stopping is
 that no next step comes. Each writes its rows into memory that all share and that becomes the returned tensor.
+
+Workers are in one of these stages, all of them in the same:
+
+| stage | they have |
+| --- | --- |
+| gone | no process |
+| prepared | a process that has loaded its modules, or does so, and touched no device |
+| loading | been told to take the weights; they may be on the devices already |
+| ready | weights and connections on the devices |
+| parked | a process that has given its device's memory back |
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import logging
 import multiprocessing.connection
@@ -15,14 +26,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
 
 import torch
-from safetensors.torch import save
 
-from ..checkpoint import Checkpoint, Weights
+from ..cancel import LOOK_SECONDS, check_cancelled
+from ..checkpoint import Checkpoint
 from ..errors import WanVAEError, WorkerError
 from ..ops.dispatch import say_once
 from .faults import INTERFACE, cause, hint
@@ -40,9 +50,22 @@ _START_SECONDS = 300.0
 _COPY_THREADS = 4
 # A thread that waits for another one's decode for so long says so.
 _WAIT_WORD_SECONDS = 5.0
+# Giving memory back takes milliseconds, and NCCL's half a second; a device that is stuck does not answer at all.
+_PARK_SECONDS = 20.0
+# A decode that was cancelled may have steps that are under way: who cancelled does not wait for all of them.
+_FINISH_SECONDS = 0.5
+# What a worker takes on a GPU besides a decode's own memory: the driver's context, kernels, boxes for the neighbours.
+WORKER_BYTES = 3 * 2**28
+# Variables that libraries read when workers load weights, and not when they are made.
+_LATE_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
+# What may be answered to while nobody listens.
+_KEPT = ("ready", "finished", "parked")
+# Bytes between tensors that are handed over begin at multiples of this.
+_ALIGNMENT = 64
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
+Stage = Literal["gone", "prepared", "loading", "ready", "parked"]
 
 _pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
@@ -55,31 +78,38 @@ def _stop_all() -> None:
 
 
 class WorkerPool:
-    """Workers for one set of weights, devices and dtype; they start with the first decode and stay warm.
+    """Workers for one set of weights, devices and dtype.
 
     Args:
-        weights: called for the checkpoint whenever workers start.
+        weights: called for the checkpoint whenever workers load them.
         devices: one a worker; several of ``"cpu"`` are allowed.
         dtype: to compute in.
-        path: where the checkpoint's file is, if it is one: each worker reads it itself.
-        idle_seconds: without a decode for so long, the workers end and free their devices.
+        idle_seconds: without a decode for so long, workers that have had one end.
+
+    Attributes:
+        stage: of all workers, see above.
+        held: bytes on each device that ready workers would give back.
     """
 
     def __init__(
         self,
-        weights: Weights,
+        weights: Callable[[], Checkpoint],
         devices: Sequence[torch.device],
         dtype: torch.dtype,
         *,
-        path: Path | None,
         idle_seconds: float,
     ) -> None:
         self.devices = tuple(devices)
         self.dtype = dtype
         self._weights = weights
-        self._path = path
         self._idle_seconds = idle_seconds
         self.workers: list[WorkerProcess] = []
+        self.stage: Stage = "gone"
+        self.held = 0
+        # Whether the last decode's memory is not known to be free yet.
+        self._finishing = False
+        # Answers of some of the workers, by kind and rank, when whoever waited for all of them was cancelled.
+        self._early: dict[str, dict[int, tuple[Any, ...]]] = {}
         self._process = os.getpid()
         # Counts how often the workers were ended, which may happen while they start.
         self._ended = 0
@@ -91,8 +121,8 @@ class WorkerPool:
 
     @property
     def running(self) -> bool:
-        """Whether the workers live."""
-        return bool(self.workers)
+        """Whether there are workers with memory on the devices."""
+        return self.stage in ("loading", "ready")
 
     @property
     def ours(self) -> bool:
@@ -143,64 +173,152 @@ class WorkerPool:
         else:
             self._end_when_idle()
 
-    def start(self) -> None:
-        """Starts the workers if there are none that live, and waits until they are ready."""
-        if self.workers and all(worker.alive for worker in self.workers):
+    def prepare(self) -> None:
+        """Begins the workers' processes if there are none; they load their modules while the caller goes on.
+
+        Raises:
+            WorkerError: the system has no more processes or files.
+        """
+        if self.workers or not self.ours:
             return
-        if self.workers:
-            logger.warning("workers ended since the last decode; starting new ones")
-            self.stop(grace=0.5)
         ended = self._ended
-        cuda = self.devices[0].type == "cuda"
-        # Of a file no more than what tells whether it is still the same one: the workers read it.
-        checkpoint = self._weights.describe() if self._path else self._weights()
-        options = {
-            "world_size": len(self.devices),
-            # As a word: a torch.dtype would have the worker import torch before its environment is its own.
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": "nccl" if cuda else "gloo",
-            "weights": str(self._path.absolute()) if self._path else None,
-            "version": checkpoint.version and tuple(checkpoint.version),
-            # On GPUs the host only copies frames: more threads than these would only be in each other's way.
-            "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
-        }
+        options = {"world_size": len(self.devices)}
         environment = {
             **dict.fromkeys(_ALLOCATOR_VARIABLES),
             **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), INTERFACE),
         }
-        started = time.monotonic()
-        store, memory = -1, None
         try:
-            store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
-            if not self._path:
-                memory = _in_shared_memory(checkpoint)
             for rank, device in enumerate(self.devices):
                 worker = WorkerProcess(rank, device, options, environment)
                 with self._changing:
                     if self._ended == ended:
                         self.workers.append(worker)
+                        self.stage = "prepared"
                         continue
                 end_all([worker], grace=0.0)
                 raise WorkerError("the workers were ended while they started; the next decode starts new ones")
-            self.tell("files", memory is not None)
-            self.hand_over(store, *([memory.descriptor] if memory else []))
-            self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
         except OSError as error:
-            self.stop()
+            self.stop(grace=0.0)
             raise WorkerError(
                 f"workers can't start ({error}); if a limit stands against it, raise it (ulimit -n is that of open "
-                f"files, of which each worker takes four), and start in a folder that is there"
+                f"files, of which each worker takes four; ulimit -u that of processes)"
             ) from error
         except BaseException:
+            self.stop(grace=0.0)
+            raise
+
+    def take_over(self, other: WorkerPool) -> None:
+        """Makes ``other``'s processes this pool's, if it decodes on the same devices and is not decoding now."""
+        if self.workers or other.devices != self.devices or not other.park():
+            return
+        with other._changing:
+            self.workers, other.workers = other.workers, []
+            self.stage, other.stage = other.stage, "gone"
+        if other._idle_timer:
+            other._idle_timer.cancel()
+
+    def start(self) -> None:
+        """Waits until the workers are ready, whatever stage they are in; starts them if there are none that live."""
+        if self.workers and not all(worker.alive for worker in self.workers):
+            logger.warning("workers ended since the last decode; starting new ones")
+            self.stop(grace=0.5)
+        if self.stage == "ready":
+            self._await_finish()
+            return
+        started = time.monotonic()
+        self.prepare()
+        if self.stage != "loading":
+            self._load()
+        # A cancelled wait leaves them loading: the next decode waits for the rest.
+        ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
+        self.stage, self.held = "ready", max(held for _, held in ready)
+        names = ", ".join(map(str, self.devices))
+        logger.debug("%d workers on %s were ready after %.2f s", len(self.workers), names, time.monotonic() - started)
+
+    def park(self) -> bool:
+        """Has ready workers give their devices' memory back, and keeps their processes.
+
+        Returns:
+            Whether they hold none now; not if a decode is under way.
+        """
+        if not self.ours or not self._decoding.acquire(blocking=False):
+            return False
+        try:
+            if self.stage == "loading":
+                # Somebody cancelled that: it is sooner ended than waited for.
+                self.stop(grace=0.0)
+                self.prepare()
+            if self.stage == "ready":
+                self._await_finish()
+                self.tell("park")
+                self.gather("parked", len(self.workers), limit=_PARK_SECONDS, check=None)
+                self.stage, self.held = "parked", 0
+        except WanVAEError as error:
+            logger.warning("%s", str(error))
             self.stop()
+        except BaseException:
+            self.stop(grace=0.0)  # interrupted here, they are in the middle of who knows what
             raise
         finally:
-            if store >= 0:
+            self._decoding.release()
+        return True
+
+    def finish(self) -> None:
+        """Ends a decode on the workers; those that are still at it are waited for by whoever needs them next."""
+        if self.stage != "ready":
+            return
+        self.tell("finish")
+        self._finishing = True
+        self._await_finish(_FINISH_SECONDS)
+
+    def _await_finish(self, seconds: float | None = None) -> None:
+        """Waits until the last decode's memory is free, for at most ``seconds``."""
+        if self._finishing:
+            deadline = None if seconds is None else time.monotonic() + seconds
+
+            def check() -> None:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise _NotYet
+
+            with contextlib.suppress(_NotYet):
+                self.gather("finished", len(self.workers), check=check if seconds is not None else check_cancelled)
+                self._finishing = False
+
+    def _load(self) -> None:
+        """Tells the workers to take the weights."""
+        cuda = self.devices[0].type == "cuda"
+        settings = {
+            "dtype": self.dtype,
+            "backend": "nccl" if cuda else "gloo",
+            # On GPUs the host only copies frames: more threads than these would only be in each other's way.
+            "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
+            "environment": {
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith(_LATE_VARIABLES) and not name.endswith("_SOCKET_IFNAME")
+            },
+        }
+        try:
+            # As soon as they can, while this process reads the weights.
+            store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
+            try:
+                self.tell("load", settings)
+                self.stage = "loading"
+                self.hand_over(store)
+            finally:
                 os.close(store)
-            if memory:
+            memory, manifest = _in_shared_memory(self._weights(), self.dtype)
+            try:
+                self.tell("weights", manifest)
+                self.hand_over(memory.descriptor)
+            finally:
                 memory.close()
-        names = ", ".join(map(str, self.devices))
-        logger.info("%d workers on %s started in %.1f s", len(self.workers), names, time.monotonic() - started)
+        except OSError as error:
+            self.stop(grace=0.0)
+            raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
+        except BaseException:
+            self.stop(grace=0.0)
+            raise
 
     def stop(self, grace: float = 2.0) -> None:
         """Ends all workers, however they are: asked, then after ``grace`` seconds killed."""
@@ -211,6 +329,9 @@ class WorkerPool:
         with self._changing:
             self._ended += 1
             workers, self.workers = self.workers, []
+            # Those that only load have nothing to end well, and may not hear.
+            grace = grace if self.stage in ("ready", "parked") else 0.0
+            self.stage, self.held, self._finishing, self._early = "gone", 0, False, {}
         end_all(workers, grace)
 
     def tell(self, *message: object) -> None:
@@ -241,7 +362,13 @@ class WorkerPool:
         return list(self.workers)
 
     def gather(
-        self, kind: str, count: int, *, patience: float | None = None, limit: float | None = None
+        self,
+        kind: str,
+        count: int,
+        *,
+        patience: float | None = None,
+        limit: float | None = None,
+        check: Callable[[], None] | None = check_cancelled,
     ) -> list[tuple[Any, ...]]:
         """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers.
 
@@ -250,9 +377,10 @@ class WorkerPool:
             count: of workers.
             patience: seconds that any of them may say nothing at all, unless it is stopped; by default a few.
             limit: seconds until all must have answered.
+            check: called several times a second; what it raises ends the wait.
         """
         patience = _SILENCE_SECONDS if patience is None else patience
-        answers: dict[int, tuple[Any, ...]] = {}
+        answers = self._early.pop(kind, {})
         workers = self._living()
         waiting: dict[object, WorkerProcess] = {worker.connection: worker for worker in workers}
         since = looked = time.monotonic()
@@ -261,7 +389,7 @@ class WorkerPool:
         while len([rank for rank in answers if rank < count]) < count:
             pending = [w.connection for w in workers if w.rank not in answers or w.rank >= count]
             try:
-                for ready in multiprocessing.connection.wait(pending, timeout=0.5):
+                for ready in multiprocessing.connection.wait(pending, timeout=LOOK_SECONDS):
                     worker = waiting[ready]
                     message = worker.connection.recv()
                     worker.heard = time.monotonic()
@@ -269,11 +397,20 @@ class WorkerPool:
                         raise self._cause(workers, {worker.rank: message[1:]})
                     if message[0] == "said":
                         _pass_on(*message[1:])
+                    if message[0] == "prepared":
+                        worker.prepared = True
                     if message[0] == kind or (message[0] == "end" and kind == "done"):
                         answers[worker.rank] = message
             except (EOFError, OSError):
                 raise self._cause(workers) from None
             self._living()
+            if check is not None:
+                try:
+                    check()
+                except BaseException:
+                    if kind in _KEPT:
+                        self._early[kind] = answers
+                    raise
             # Of those that are waited for the pipe tells; one that has answered may die too, and hold the others up.
             if any(not w.alive and w.connection not in pending for w in workers):
                 raise self._cause(workers)
@@ -290,7 +427,7 @@ class WorkerPool:
                 stopped = silent > _SILENCE_SECONDS and worker.stopped
                 if worker.connection in pending and (silent > patience or stopped):
                     raise WorkerError(
-                        f"{worker} is not answering for {silent:.0f} s (process {worker.process.pid}); it and the "
+                        f"{worker} is not answering for {silent:.0f} s (process {worker.pid}); it and the "
                         f"others were ended, the next decode starts new ones{worker.last_lines()}"
                     )
         return [answers[rank] for rank in range(count)]
@@ -327,20 +464,24 @@ class WorkerPool:
             self.stop()
 
 
-def _in_shared_memory(checkpoint: Checkpoint) -> SharedMemory:
-    """The decoder's tensors as a safetensors file: one copy for all workers."""
-    tensors: dict[str, torch.Tensor] = {}
-    storages = set()
-    for key, value in checkpoint.decoder.items():
-        tensor = value.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()  # the format knows no tensors that share memory
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[key] = tensor
-    content = save(tensors)
-    memory = SharedMemory.create(len(content))
-    memory.write(content)
-    return memory
+class _NotYet(Exception):
+    """Some have not answered by now."""
+
+
+def _in_shared_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[SharedMemory, dict[str, Any]]:
+    """The decoder's tensors in ``dtype``: one copy for all workers, and where in it each of them lies."""
+    places, size = {}, 0
+    for name, tensor in checkpoint.decoder.items():
+        places[name] = tuple(tensor.shape), dtype, size
+        size += -(-tensor.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    memory = SharedMemory.create(max(1, size))
+    try:
+        for name, (shape, _, offset) in places.items():
+            memory.tensor(torch.Size(shape), dtype, offset).copy_(checkpoint.decoder[name].detach())
+    except BaseException:
+        memory.close()
+        raise
+    return memory, {"tensors": places, "size": memory.size, "source": checkpoint.source}
 
 
 def _pass_on(level: int, text: str) -> None:

@@ -37,6 +37,8 @@ class PoolRun:
         # Whether the newest frames are free of NaN.
         self.finite = True
         pool.enter()
+        # What the decode found, for a log.
+        self.found = pool.stage
         try:
             self._latents_shape = latents.shape
             dtype = torch.promote_types(pool.dtype, torch.float32)
@@ -48,13 +50,18 @@ class PoolRun:
             self.video = self._video_memory.tensor(video_shape, dtype)
             plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
             self._shards = plan.shards
-            logger.info("decoding on %s", describe_plan(plan, pool.devices))
+            self.where = describe_plan(plan, pool.devices)
         except OSError as error:
             pool.leave()
             raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
         except BaseException:
             pool.leave()
             raise
+
+    @property
+    def chunk(self) -> int:
+        """Latent frames at once, as far as it is known."""
+        return self._begun
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields ``[B, t, H, W, C]``, views of `video`."""
@@ -103,19 +110,17 @@ class PoolRun:
                 f"devices, free some of its memory, or decode smaller frames"
             )
         pool.tell("begin", self._begun)
-        ahead = 0
+        for _ in range(_AHEAD):
+            pool.tell("step")
         while True:
-            while ahead < _AHEAD:
-                pool.tell("step")
-                ahead += 1
             answers = pool.gather("done", self._shards, limit=_STEP_SECONDS if pool.devices[0].type == "cuda" else None)
-            ahead -= 1
             counts = {answer[1] if answer[0] == "done" else 0 for answer in answers}
             if len(counts) != 1:
                 raise WorkerError(f"workers disagree on the frames of a step: {sorted(counts)}")
             if counts == {0}:
                 return
             self.finite = all(answer[2] for answer in answers)
+            pool.tell("step")  # before anybody looks at the frames
             yield counts.pop()
 
     def _open(self, chunk: int) -> None:
@@ -148,9 +153,7 @@ class PoolRun:
             self._video_memory.close()
             return
         try:
-            if pool.workers:
-                pool.tell("finish")
-                pool.gather("finished", len(pool.workers))
+            pool.finish()
         except WanVAEError as error:
             # The decode is over either way; the next one starts new workers.
             logger.warning("%s", str(error))

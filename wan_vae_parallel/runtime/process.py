@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import logging
-import multiprocessing
 import multiprocessing.connection
-import multiprocessing.process
-import multiprocessing.resource_tracker
+import multiprocessing.spawn
 import os
-import runpy
-import signal
+import subprocess
 import sys
 import threading
 import time
-import types
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import send_handle
 from typing import Any
 
 import torch
 
-from ..errors import WorkerError
 from . import bootstrap
 from .pulse import stopped
 
@@ -31,62 +26,64 @@ logger = logging.getLogger(__name__)
 
 _LOG_LINES = 20
 
-_start_lock = threading.Lock()
-
 
 class WorkerProcess:
     """A worker that starts now.
 
     Args:
         rank: in the world of all workers.
-        device: where it computes.
-        options: what `worker.main` gets, beside these two.
+        device: where it will compute.
+        options: what `worker.main` gets, beside these two; plain values.
         environment: variables that are its own; None unsets one.
 
     Attributes:
         connection: the pipe to it.
+        pid: its number.
         heard: when it said something last, by the monotonic clock.
 
     Raises:
-        WorkerError: no process can be started.
+        OSError: no process can be started.
     """
 
-    def __init__(self, rank: int, device: torch.device, options: dict[str, Any], environment: dict[str, Any]) -> None:
+    def __init__(
+        self, rank: int, device: torch.device, options: Mapping[str, Any], environment: Mapping[str, str | None]
+    ) -> None:
         self.rank = rank
         self.device = device
         self.lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self.heard = time.monotonic()
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        log, their_log = context.Pipe(duplex=False)
-        self.process = context.Process(
-            target=runpy.run_path,
-            args=(bootstrap.__file__,),
-            kwargs={
-                "init_globals": {
-                    "connection": theirs,
-                    "log": their_log,
-                    "environment": environment,
-                    "options": {**options, "rank": rank, "device": str(device), "parent": os.getpid()},
-                },
-                "run_name": "__wan_vae_worker__",
-            },
-            name=f"wan-vae-worker-{rank}",
-            daemon=True,
-        )
+        # Whether it has said that it is there, and can be asked to end.
+        self.prepared = False
+        self._code: int | None = None
+        # Whether somebody else has taken its exit code.
+        self._lost = False
+        self.connection, theirs = multiprocessing.connection.Pipe()
+        # Closed by its end, whoever may hear of that first.
+        self._sentinel, their_sentinel = os.pipe()
+        log, their_log = os.pipe()
         try:
-            with _hidden_main(), _interrupts_held_back():
-                self.process.start()
-        except AssertionError as error:  # multiprocessing's, in a daemonic process
-            raise WorkerError(
-                f"workers can't start here ({error}); name one device, or decode in a process that is not daemonic"
-            ) from None
+            self._process = subprocess.Popen(
+                _command(rank, device, options, theirs.fileno(), their_sentinel),
+                stdin=subprocess.DEVNULL,
+                stdout=their_log,
+                stderr=their_log,
+                pass_fds=(theirs.fileno(), their_sentinel),
+                env=_environment(environment),
+                # Neither the folder that the program is in, which may be gone and may hold a numpy.py, nor its
+                # terminal's Ctrl-C.
+                cwd="/",
+                start_new_session=True,
+            )
+        except BaseException:
+            self.connection.close()
+            os.close(self._sentinel)
+            os.close(log)
+            raise
         finally:
             theirs.close()
-            their_log.close()
-        # The pool ends it, stopped or not, and not the program's exit, nor that of a process forked from it, where
-        # multiprocessing would ask the processes that it knows to end, and wait.
-        getattr(multiprocessing.process, "_children", set()).discard(self.process)
+            os.close(their_sentinel)
+            os.close(their_log)
+        self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self._reader.start()
 
@@ -96,25 +93,63 @@ class WorkerProcess:
     @property
     def alive(self) -> bool:
         """Whether it has not ended, whoever may have heard of that first."""
-        return not multiprocessing.connection.wait([self.process.sentinel], 0)
+        return self._sentinel >= 0 and not multiprocessing.connection.wait([self._sentinel], 0)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code, or minus the signal that killed it; None while it lives, or if somebody else has taken it."""
+        if self._code is None and not self._lost:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                self._lost = True
+            else:
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
 
     @property
     def stopped(self) -> bool:
         """Whether somebody has stopped it (SIGSTOP), so that it lives and does nothing."""
-        return stopped(self.process.pid)
+        return stopped(self.pid)
 
     def hand_over(self, descriptor: int) -> None:
         """Gives the worker a file descriptor; it takes it after the message that was sent before."""
-        assert self.process.pid
-        send_handle(self.connection, descriptor, self.process.pid)
+        send_handle(self.connection, descriptor, self.pid)
+
+    def kill(self) -> None:
+        """Ends it at once, if it has not ended."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, 9)
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for its end; whether that has come."""
+        if self._sentinel >= 0 and not multiprocessing.connection.wait([self._sentinel], seconds):
+            return False
+        # Its files are closed; it may still give its device's memory back.
+        deadline = None if seconds is None else time.monotonic() + max(0.0, seconds)
+        while self.exit_code is None and not self._lost:
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
 
     def last_lines(self) -> str:
         """What it printed last, for a message."""
         self._reader.join(0.5)  # a dead worker's pipe ends; a living one's goes on
         return "; its last lines:\n" + "\n".join(self.lines) if self.lines else ""
 
-    def _read_log(self, log: Connection) -> None:
-        with log, open(log.fileno(), errors="replace", closefd=False) as stream:
+    def close(self) -> None:
+        """Lets go of it, once it has ended."""
+        self.connection.close()
+        sentinel, self._sentinel = self._sentinel, -1
+        if sentinel >= 0:
+            os.close(sentinel)
+        # Else it would tell of a process that goes on when it is dropped.
+        self._process.returncode = self._code or 0
+
+    def _read_log(self, log: int) -> None:
+        with open(log, errors="replace") as stream:
             for line in stream:
                 self.lines.append(line.rstrip())
                 logger.debug("%s: %s", self, self.lines[-1])
@@ -123,52 +158,38 @@ class WorkerProcess:
 def end_all(workers: Sequence[WorkerProcess], grace: float) -> None:
     """Ends processes, however they are: asked, then after ``grace`` seconds killed."""
     for worker in workers:
-        with contextlib.suppress(OSError):
-            worker.connection.send(("close",))
+        if worker.prepared and grace:
+            with contextlib.suppress(OSError):
+                worker.connection.send(("close",))
+        else:
+            worker.kill()  # it would not hear
     deadline = time.monotonic() + grace
     for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.alive:
-            worker.process.kill()
-        worker.process.join()  # one that has closed its files may still give its device's memory back
-        worker.connection.close()
+        if not worker.join(max(0.0, deadline - time.monotonic())):
+            worker.kill()
+    for worker in workers:
+        worker.join()
+        worker.close()
 
 
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Lets a process be spawned that never sees Ctrl-C, which a terminal sends to all: it is the parent's to act on."""
-    # The first process brings this one along, whose start lets interrupts through again.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _command(rank: int, device: torch.device, options: Mapping[str, Any], connection: int, sentinel: int) -> list[str]:
+    """The command line of a worker."""
+    python = multiprocessing.spawn.get_executable()
+    words = {
+        **options,
+        "rank": rank,
+        "device": str(device),
+        "parent": os.getpid(),
+        "connection": connection,
+        "sentinel": sentinel,
+        # Its own folder is none that the program meant; relative ones were of the program's.
+        "path": [entry for entry in sys.path if os.path.isabs(entry)],
+    }
+    # As the program's own Python was told to behave: whose packages it takes, for one.
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [os.fsdecode(python), *flags, bootstrap.__file__, json.dumps(words)]
 
 
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Lets a process be spawned without its running the parent's main program again, which may be ComfyUI's."""
-    with _start_lock:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = _Nameless(main)
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _Nameless(types.ModuleType):
-    """All of a module, for other threads that look for it meanwhile, but for where it came from."""
-
-    def __init__(self, module: types.ModuleType) -> None:
-        super().__init__(module.__name__)
-        self.__dict__["_module"] = module
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "__file__":
-            raise AttributeError(name)
-        return getattr(self.__dict__["_module"], name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.__dict__["_module"], name, value)
+def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    merged: dict[str, str | None] = {**os.environ, **changes}
+    return {name: value for name, value in merged.items() if value is not None}

@@ -86,9 +86,19 @@ class ShardDecoder:
             return chunk
         return 0
 
+    def own_rows(self, latents: torch.Tensor, plan: ShardPlan, shard: int) -> torch.Tensor:
+        """The part of the whole video's latents ``[B, z, T, h, w]`` that ``shard`` decodes, on the device.
+
+        Of a transposed plan rows and columns have changed places.
+        """
+        if plan.transposed:
+            latents = latents.transpose(-1, -2)
+        rows = latents[:, :, :, plan.bounds[shard] : plan.bounds[shard + 1]]
+        return rows.to(self.device, self.dtype)
+
     def steps(
         self,
-        latents: torch.Tensor,
+        rows: torch.Tensor,
         plan: ShardPlan,
         group: dist.ProcessGroup,
         chunk: int,
@@ -97,7 +107,7 @@ class ShardDecoder:
         """Decodes this rank's rows.
 
         Args:
-            latents: the whole video's, ``[B, z, T, h, w]``, de-normalised.
+            rows: of the latents, see `own_rows`.
             plan: the split; rank r of ``group`` has shard r.
             group: at least as many ranks as shards; those with one must take the same steps.
             chunk: latent frames at once, the same on all.
@@ -106,8 +116,4 @@ class ShardDecoder:
         Yields:
             ``[B, t, rows, W, C]`` on the device, of a transposed plan ``[B, t, H, columns, C]``.
         """
-        shard = dist.get_rank(group)
-        if plan.transposed:
-            latents = latents.transpose(-1, -2)
-        rows = latents[:, :, :, plan.bounds[shard] : plan.bounds[shard + 1]]
         return self._decoder.stream(rows, chunk, ShardEdges(plan, group, mailbox), transposed=plan.transposed)

@@ -39,13 +39,11 @@ class SharedMemory:
             os.close(descriptor)
             raise
 
-    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The memory's beginning as a contiguous tensor."""
-        return torch.frombuffer(self._map, dtype=dtype, count=shape.numel()).view(shape)
-
-    def write(self, content: bytes) -> None:
-        """Fills the memory's beginning."""
-        self._map[: len(content)] = content
+    def tensor(self, shape: torch.Size, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+        """What lies from byte ``offset`` on as a contiguous tensor."""
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=shape.numel(), offset=offset).view(shape)
 
     def discard(self, start: int, stop: int) -> None:
         """Gives the system back the pages that lie within ``start`` to ``stop``; they read as zeros afterwards."""

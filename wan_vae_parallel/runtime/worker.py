@@ -1,26 +1,35 @@
 """A worker process: one rank, one device, its rows of each decode.
 
+It loads its modules, touches no device, and waits until it is told to. Parked, it holds nothing on its device but what
+the driver keeps for a process.
+
 What the parent says and what it hears, as tuples of plain values (see `pool`):
 
 | parent | worker |
 | --- | --- |
-| ``("files", weights)``, then a file descriptor | nothing; in the file the ranks find one another |
-| if ``weights`` says so, another one | nothing; that file is the checkpoint |
-| | ``("alive",)`` about once a second while it starts or decodes, whatever else goes on |
+| | ``("prepared",)`` once, when its modules are loaded |
+| ``("load", settings)``, then a file descriptor | nothing; in the file the ranks find one another |
+| ``("weights", manifest)``, then another one | ``("ready", held)`` when all can decode: bytes held on the device |
+| | ``("alive",)`` about once a second while it loads or decodes, whatever else goes on |
 | | ``("said", level, text)`` what it logs; of news that concern all ranks the first one's |
-| | ``("ready",)`` once, when the group stands and the weights are there |
 | ``("open", request)``, then two file descriptors | ``("room", chunk)``: most latent frames at once that fit, or 0 |
 | ``("begin", chunk)`` | nothing |
 | ``("step",)`` | ``("done", frames, finite)`` when these frames' rows are in the buffer, or ``("end",)`` |
 | ``("finish",)`` | ``("finished",)`` when the decode's memory is free |
+| ``("park",)`` | ``("parked",)`` when the device has its memory back |
 | ``("close",)``, or the end of the pipe | the process ends |
 | | ``("failed", kind, text)``, after which the process ends |
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import importlib
 import logging
 import os
+import pkgutil
 import queue
 import select
 import threading
@@ -34,14 +43,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import checkpoint_from_state_dict
 from ..errors import is_out_of_memory
 from ..parallel.agree import Board, check_agreement
 from ..parallel.edges import connect
 from ..parallel.mailbox import Mailbox, open_mailbox
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
-from ..tensor_file import FileVersion
 from .download import to_host
 from .shard import ShardDecoder
 from .shared_memory import SharedMemory, populate
@@ -49,6 +57,35 @@ from .shared_memory import SharedMemory, populate
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 1.0
+# Of CUDA's limits: bytes of stack for each thread.
+_STACK_SIZE = 0
+_LEAST_STACK_BYTES = 256
+# How many file descriptors follow a message.
+_DESCRIPTORS = {"load": 1, "weights": 1, "open": 2}
+
+
+def prepare(device: str) -> None:
+    """Loads what a worker on ``device`` will want, which takes seconds, without a touch of the device."""
+    if not device.startswith("cuda"):
+        return
+
+    def name_cache() -> None:
+        # What Triton names its cache's entries after: it reads all of itself for that, half a gigabyte.
+        with contextlib.suppress(ImportError, AttributeError):
+            from triton.runtime.cache import triton_key
+
+            triton_key()
+
+    naming = threading.Thread(target=name_cache)  # as low in priority as this one
+    naming.start()
+    import torch.distributed._symmetric_memory  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # where something is missing, its use will say so
+        from ..ops import kernels
+
+        for module in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
+    naming.join()
 
 
 def main(connection: Connection, options: dict[str, Any]) -> None:
@@ -81,21 +118,22 @@ class _Worker:
         self.options = options
         self.rank: int = options["rank"]
         self.device = torch.device(options["device"])
-        self.dtype: torch.dtype = getattr(torch, options["dtype"])
         self._parent: int = options["parent"]
         self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         # Whether the parent listens; it does not between decodes.
-        self._heard = True
-        while not connection.poll(_HEARTBEAT_SECONDS):
-            self._check_parent()
-        _, weights = connection.recv()
-        self._store = recv_handle(connection)
-        self._weights: int | None = recv_handle(connection) if weights else None
-        self._decoder: ShardDecoder
-        self._group: dist.ProcessGroup
-        self._mailbox: Mailbox | None
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._heard = False
+        # What has been asked for and not begun yet; what to let go of while the main thread goes on.
+        self._pages: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._gone: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        # Gives the device's memory back while the last frames are copied.
+        self._emptying: threading.Thread | None = None
+        self._store: int | None = None
+        self._decoder: ShardDecoder | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._mailbox: Mailbox | None = None
+        for work in (self._listen, self._make_pages, self._let_go):
+            threading.Thread(target=work, daemon=True).start()
 
     def send(self, *message: object) -> None:
         """Tells the parent; a parent that is gone ends this process."""
@@ -125,66 +163,130 @@ class _Worker:
                         self.send("alive")
                     continue
                 message = self.connection.recv()
-                if message[0] == "open":
+                if message[0] in ("load", "open", "park"):
                     self._heard = True
-                    # The descriptors follow their message, and must be taken before the next one.
-                    message = (*message, recv_handle(self.connection), recv_handle(self.connection))
+                # The descriptors follow their message, and must be taken before the next one.
+                message = (*message, *(recv_handle(self.connection) for _ in range(_DESCRIPTORS.get(message[0], 0))))
             except (EOFError, OSError, RuntimeError):  # the last is recv_handle's, of a pipe that ends
                 self.end(1)
             if message[0] == "close":
                 self.end(0)
             self._commands.put(message)
 
+    def _make_pages(self) -> None:
+        """Brings pages of the video into being while the main thread launches and the device works."""
+        while True:
+            populate(self._pages.get())
+
+    def _let_go(self) -> None:
+        """Unmaps what was shared, which takes longer than a step, while the main thread goes on."""
+        while True:
+            self._gone.get().clear()
+
     def serve(self) -> None:
         logging.basicConfig()
         package = logging.getLogger(__name__.partition(".")[0])
         package.setLevel(logging.INFO)
         package.addHandler(_ToParent(self))
+        self.send("prepared")
+        while True:
+            command, *arguments = self._commands.get()
+            if command == "load":
+                self._load(*arguments)
+            elif command == "open":
+                self._decode(*arguments)
+            elif command == "park":
+                self._park()
+            # Else the rest of a decode that is over already.
+
+    def _load(self, settings: dict[str, Any], store: int) -> None:
+        self._heard = True
+        os.environ.update(settings["environment"])
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        torch.set_num_threads(self.options["threads"])
-        self._join_group()
-        path = self.options["weights"] if self._weights is None else f"/proc/self/fd/{self._weights}"
-        version = self.options["version"] and FileVersion(*self.options["version"])
-        self._decoder = ShardDecoder(read_checkpoint(path, version), self.device, self.dtype)
-        if self._weights is not None:
-            os.close(self._weights)  # the last that keeps the host's copy
+            torch.cuda.synchronize(self.device)  # while the parent reads the weights
+        torch.set_num_threads(settings["threads"])
+        if self._group is None:
+            self._group = self._join_group(settings, store)
+        else:
+            os.close(store)
+        command, manifest, weights = self._commands.get()
+        assert command == "weights", command
+        memory = SharedMemory(weights, manifest["size"])
+        tensors = {
+            name: memory.tensor(torch.Size(shape), dtype, offset)
+            for name, (shape, dtype, offset) in manifest["tensors"].items()
+        }
+        checkpoint = checkpoint_from_state_dict(tensors, source=manifest["source"])
+        self._decoder = ShardDecoder(checkpoint, self.device, settings["dtype"])
+        del tensors, checkpoint
+        memory.close()  # the last that keeps the host's copy
         board = Board(self._group)
         check_agreement(self._decoder.facts(), board)
         self._decoder.settle(board)
-        connect(self._group, self.device)
         self._mailbox = open_mailbox(self._group, self.device, board)
+        if self._mailbox is None:
+            connect(self._group, self.device)
+        held = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        if self._mailbox:
+            held += self._mailbox.size
         self._heard = False
-        self.send("ready")
-        while True:
-            command, *arguments = self._commands.get()
-            if command == "open":
-                self._decode(*arguments)
-            # Else the rest of a decode that is over already.
+        self.send("ready", held)
 
-    def _join_group(self) -> None:
+    def _park(self) -> None:
+        self._decoder = None
+        if self.device.type == "cuda" and self._mailbox is None and self._group is not None:
+            # NCCL's memory is the group's; without it the group may stay.
+            dist.destroy_process_group()
+            self._group = None
+        self._mailbox = None
+        gc.collect()
+        if self.device.type == "cuda":
+            give_back(self.device)
+        self._heard = False
+        self.send("parked")
+
+    def _empty_cache(self) -> None:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # which each thread has its own of
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+
+    def _join_group(self, settings: dict[str, Any], store: int) -> dist.ProcessGroup:
+        if self._store is not None:
+            os.close(self._store)
+        self._store = store  # open as long as the group
         size = self.options["world_size"]
         # A file without a name: closed to other users, and gone with the last rank.
-        store = FileStore(f"/proc/self/fd/{self._store}", size)
-        device_id = self.device if self.device.type == "cuda" else None
-        backend = self.options["backend"]
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, device_id=device_id)
+        dist.init_process_group(
+            settings["backend"],
+            store=FileStore(f"/proc/self/fd/{store}", size),
+            rank=self.rank,
+            world_size=size,
+        )
         assert dist.group.WORLD is not None
-        self._group = dist.group.WORLD
+        return dist.group.WORLD
 
     def _decode(self, request: dict[str, Any], latents_file: int, frames_file: int) -> None:
         self._heard = True  # once more: the decode before this one may have ended behind this one's word
+        decoder, group = self._decoder, self._group
+        assert decoder is not None, "a decode was opened on a worker without weights"
         latents_memory = SharedMemory(latents_file, request["latents_size"])
         frames_memory = SharedMemory(frames_file, request["frames_size"])
         latents_memory.close()
         frames_memory.close()
         latents = latents_memory.tensor(request["latents_shape"], request["latents_dtype"])
         video = frames_memory.tensor(request["frames_shape"], request["frames_dtype"])
-        plan = plan_shards(latents.shape[3], latents.shape[4], dist.get_world_size())
+        shared = [latents_memory, frames_memory, video]
+        del latents_memory, frames_memory
+        plan = plan_shards(latents.shape[3], latents.shape[4], dist.get_world_size(group))
         idle = self.rank >= plan.shards
-        self.send(
-            "room", request["chunk"] if idle else self._decoder.room(plan, self.rank, latents.shape, request["chunk"])
-        )
+        if idle:
+            self.send("room", request["chunk"])
+        else:
+            self.send("room", decoder.room(plan, self.rank, latents.shape, request["chunk"]))
+            # Already, while the parent hears of it.
+            latents = decoder.own_rows(latents, plan, self.rank)
         steps: Iterator[tuple[int, bool]] | None = None
         while True:
             command, *arguments = self._commands.get()
@@ -195,41 +297,66 @@ class _Worker:
                 self.send("end") if done is None else self.send("done", *done)
             elif command == "finish":
                 break
-        del steps
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+        del steps, latents, video
+        if self._emptying:
+            self._emptying.join()
+            self._emptying = None
+        else:
+            self._empty_cache()
         self._heard = False
         self.send("finished")
         # The mappings go after that word: the parent has its own, and need not wait.
+        self._gone.put(shared)
 
     def _steps(
         self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int
     ) -> Iterator[tuple[int, bool]]:
         """Decodes this rank's rows into ``video``; yields how many more frames are in it, and whether without NaN."""
-        ratio = self._decoder.architecture.spatial_ratio
-        shards = self._decoder.steps(latents, plan, self._group, chunk, self._mailbox)
+        decoder, group = self._decoder, self._group
+        assert decoder is not None
+        assert group is not None
+        ratio = decoder.architecture.spatial_ratio
+        shards = decoder.steps(latents, plan, group, chunk, self._mailbox)
         start, stop = frame_rows(plan, self.rank, ratio)
         own_rows = video[:, :, start:stop]
 
+        more = True
+
         def launched() -> Iterator[torch.Tensor]:
+            nonlocal more
             done = 0
             for frames in shards:
-                own = to_own_rows(frames, plan, self._group, ratio)
+                own = to_own_rows(frames, plan, group, ratio, self._mailbox)
                 # While the device works on them; of the video no more than that, since whoever streams it takes no
                 # more memory.
                 for part in own_rows[:, done : done + own.shape[1]]:
                     for frame in part:
-                        populate(frame)
+                        self._pages.put(frame)
                 done += own.shape[1]
                 yield own
+                del own, frames
+            more = False
 
         done = 0
         for frames, finite in to_host(launched(), self.device):
             count = frames.shape[1]
+            if not more:
+                self._emptying = threading.Thread(target=self._empty_cache)
+                self._emptying.start()
             # Rows of one frame lie together in the video: each copy is one run of bytes.
             for into, part in zip(own_rows[:, done : done + count], frames, strict=True):
                 for frame_into, frame in zip(into, part, strict=True):
                     frame_into.copy_(frame)
             done += count
             yield count, finite
+
+
+def give_back(device: torch.device) -> None:
+    """Returns to ``device`` all memory that this process can do without while it does nothing."""
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        # Threads' stacks, for as many threads as the device can run at once: those of the kernels that ran. A kernel
+        # that needs more gets it with its launch.
+        ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(_STACK_SIZE, ctypes.c_size_t(_LEAST_STACK_BYTES))

@@ -8,7 +8,7 @@ ROOM = 6 * 2**20
 
 
 def pids(vae):
-    return [worker.process.pid for worker in vae._engine.workers]
+    return [worker.pid for worker in vae._engine.workers]
 
 
 def at(frame, action):

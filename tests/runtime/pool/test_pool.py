@@ -7,8 +7,10 @@ import gc
 import logging
 import math
 import pickle
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +40,11 @@ def test_tensors_that_share_memory_are_weights_too(path, latents, expected):
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
         # And nobody keeps the copy that the workers got.
         for pid in (*pids(vae), "self"):
-            assert not [file for file in open_files(pid) if file.startswith("/memfd:wan-vae-parallel ")]
+            assert wait_until(partial(_no_memory_open, pid), 5)
+
+
+def _no_memory_open(pid):
+    return not [file for file in open_files(pid) if file.startswith("/memfd:wan-vae-parallel ")]
 
 
 def test_a_very_long_idle_time_is_for_ever(path, latents):
@@ -222,13 +228,17 @@ def test_ports_are_open_to_this_machine_alone(vae):
     assert {address.split(":")[0] for address in addresses} == {"0100007F"}  # 127.0.0.1
 
 
-def test_logs_name_devices_and_rows(vae, latents, caplog):
+def test_one_line_a_decode_names_all_that_counts(vae, latents, caplog):
     vae.release()
     with caplog.at_level(logging.INFO):
         vae.decode(latents)
-    text = caplog.text
-    assert "2 workers on cpu, cpu started" in text
-    assert "cpu: rows 0-1, cpu: rows 2-3" in text
+        vae.decode(latents)
+        vae.park()
+        vae.decode(latents)
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+    about = r"decoded 21 frames of 24x32 on cpu: rows 0-1, cpu: rows 2-3, in float32, chunk 1, in [\d.]+ s "
+    found = [re.fullmatch(about + r"\((.*)\)", line) for line in lines]
+    assert [match and match[1] for match in found] == ["first", "warm", "after giving memory back"]
 
 
 def test_more_workers_than_rows_are_said_to_be_idle(vae, caplog):

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
-import sys
 import threading
 import time
-import types
 
 import pytest
 import torch
@@ -25,7 +22,7 @@ from tests.processes import (
 )
 from tests.runtime.pool.common import CLOSE, at, pids
 from wan_vae_parallel.runtime import pool as pool_module
-from wan_vae_parallel.runtime.process import WorkerProcess, _hidden_main
+from wan_vae_parallel.runtime.process import WorkerProcess
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -95,13 +92,16 @@ def test_a_worker_that_dies_after_its_answer_is_noticed_though_the_others_go_on(
             self.connection, self.theirs = multiprocessing.Pipe()
             for message in messages:
                 self.theirs.send(message)
-            self.process = types.SimpleNamespace(exitcode=None if alive else 1, pid=0, join=lambda *_: None)
+            self.exit_code, self.pid, self.heard = None if alive else 1, 0, time.monotonic()
             self.alive, self.stopped = alive, False
             if not alive:
                 self.theirs.close()
 
         def __str__(self):
             return f"stub {self.rank}"
+
+        def join(self, _seconds):
+            return not self.alive
 
         def last_lines(self):
             return ""
@@ -137,33 +137,16 @@ def test_a_worker_that_is_made_while_the_pool_is_released_does_not_stay(path, la
     class Released(WorkerProcess):
         def __init__(self, *args):
             super().__init__(*args)
-            made.append(self.process)
+            made.append(self)
             vae.release()
 
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        vae.release()  # those that loading it has prepared
         monkeypatch.setattr(pool_module, "WorkerProcess", Released)
         with pytest.raises(wvp.WorkerError, match="ended while they started"):
             vae.decode(latents)
     assert len(made) == 1
     assert gone(made[0].pid)
-
-
-def test_other_threads_find_the_main_module_while_a_worker_starts():
-    main = sys.modules["__main__"]
-    main.Something = type("Something", (), {"__module__": "__main__", "__qualname__": "Something"})
-    try:
-        with _hidden_main():
-            hidden = sys.modules["__main__"]
-            assert hidden is not main
-            # What tells multiprocessing which program it should run again.
-            assert not hasattr(hidden, "__file__")
-            assert hidden.__spec__ is None
-            assert isinstance(pickle.loads(pickle.dumps(main.Something())), main.Something)
-            hidden.more = 1
-        assert main.more == 1
-        assert sys.modules["__main__"] is main
-    finally:
-        del main.Something, main.more
 
 
 def test_an_interrupt_while_a_decode_is_being_ended_leaves_no_half_ended_workers(vae, latents, expected):
@@ -226,20 +209,17 @@ def test_a_start_that_fails_leaves_no_folder(path, tmp_path, latents, monkeypatc
     assert os.listdir(temporary) == []
 
 
-def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_path, latents, monkeypatch):
-    copy = tmp_path / "vae.safetensors"
-    shutil.copy2(path, copy)
-    with wvp.load_vae(copy, devices="cpu,cpu", chunk=1) as vae:
-        real = vae._engine._weights.describe
+def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, latents, monkeypatch):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        real = pool_module._in_shared_memory
 
-        def vanishing():
-            # Behind the parent's own look at it, before the workers'.
-            checkpoint = real()
-            copy.unlink()
-            return checkpoint
+        def incomplete(checkpoint, dtype):
+            memory, manifest = real(checkpoint, dtype)
+            del manifest["tensors"]["decoder.conv1.weight"]
+            return memory, manifest
 
-        monkeypatch.setattr(vae._engine._weights, "describe", vanishing)
-        with pytest.raises(wvp.WorkerError, match=r"worker [01] on cpu failed: CheckpointError: .*does not exist") as e:
+        monkeypatch.setattr(pool_module, "_in_shared_memory", incomplete)
+        with pytest.raises(wvp.WorkerError, match=r"worker [01] on cpu failed: CheckpointError: .*no.* Wan VAE") as e:
             vae.decode(latents)
         assert "its last lines:\n" in str(e.value)
         assert "Traceback" in str(e.value)
@@ -247,11 +227,11 @@ def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, tmp_pat
 
 
 def test_a_group_that_can_not_be_joined_is_an_error_with_its_reason_and_a_way_out(path, latents, monkeypatch):
+    for module in ("pool", "faults"):
+        monkeypatch.setattr(f"wan_vae_parallel.runtime.{module}.INTERFACE", "wan0")
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
-        with monkeypatch.context() as patch:
-            for module in ("pool", "faults"):
-                patch.setattr(f"wan_vae_parallel.runtime.{module}.INTERFACE", "wan0")
-            with pytest.raises(wvp.WorkerError, match=r"worker \d on cpu failed: .*interface wan0, which has to be up"):
-                vae.decode(latents)
+        with pytest.raises(wvp.WorkerError, match=r"worker \d on cpu can't find .*interface wan0, .*bring it up"):
+            vae.decode(latents)
         assert pids(vae) == []
+        monkeypatch.undo()
         vae.decode(latents)

@@ -13,11 +13,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
+from ...cancel import LOOK_SECONDS, check_cancelled
 from .progress import WORD_SECONDS, Progress
 
 try:
@@ -90,6 +91,8 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
         run: does everything but launch; what its tensors hold is never written.
         device: where it would be launched.
         forgiving: what can't be compiled is left for its launch to fail.
+
+    Where the decode is cancelled meanwhile, what is being compiled just then goes on, but is not waited for.
     """
     collected: dict[Hashable, Callable[[], Any]] = {}
     token = _collected.set(collected)
@@ -110,8 +113,17 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
                     raise
         progress.add()
 
-    with progress, ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(compile_one, collected.values()))
+    pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="wan-vae-parallel compile")
+    try:
+        with progress:
+            pending = {pool.submit(compile_one, job) for job in collected.values()}
+            while pending:
+                done, pending = wait(pending, LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+                check_cancelled()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     seconds = time.monotonic() - started
     if seconds > WORD_SECONDS:
         logger.info(

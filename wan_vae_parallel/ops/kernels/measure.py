@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ...cancel import check_cancelled
 from ...errors import is_out_of_memory
 from .. import conv as ops
 from ..kinds import LayerKind, Measured
@@ -139,6 +140,7 @@ def _time(problem: _Problem, tiles: Sequence[Tile], device: torch.device) -> Mea
         raise RuntimeError(f"nothing runs {problem.kind} in {problem.arena.dtype} on {device}")
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in contestants]
     for turn in range(_ROUNDS):
+        check_cancelled()
         torch.cuda._sleep(_HEAD_START_CYCLES)
         first = turn % len(running)
         for i in running[first:] + running[:first]:
@@ -158,6 +160,7 @@ def _time(problem: _Problem, tiles: Sequence[Tile], device: torch.device) -> Mea
 
 def _runs(call: Callable[[], None], name: str, device: torch.device) -> bool:
     """Warms up; whether that worked. A setting that a GPU does not take is no reason to have none."""
+    check_cancelled()
     try:
         for _ in range(2):
             call()
