@@ -40,17 +40,17 @@ class Source:
     """Where weights come from.
 
     Attributes:
-        key: what tells one set of weights from another; a weak reference if they are a model's.
+        key: what tells one set of weights from another; it begins with a weak reference if they are a model's.
         make: makes a VAE of them, given devices, dtype, and one whose worker processes it takes over.
     """
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     make: Callable[[list[torch.device], torch.dtype, VAE | None], VAE]
 
     @property
     def gone(self) -> bool:
         """Whether the weights are there no more."""
-        return isinstance(self.key, weakref.ref) and self.key() is None
+        return isinstance(self.key[0], weakref.ref) and self.key[0]() is None
 
 
 class Engine:

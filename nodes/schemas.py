@@ -167,6 +167,6 @@ def _safetensors() -> list[str]:
     return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
 
 
-def _version(path: str) -> tuple[int, int]:
+def _version(path: str) -> tuple[int, ...]:
     stat = os.stat(path)
-    return stat.st_mtime_ns, stat.st_size
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev

@@ -9,7 +9,6 @@ import copy
 import functools
 import logging
 import math
-import os
 import weakref
 from typing import Any
 
@@ -109,12 +108,11 @@ def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chun
         DeviceError: ``devices`` is no list of devices.
     """
     checkpoint = read_checkpoint(path)
-    stat = os.stat(path)
 
     def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
         return load_vae(path, places, compute_dtype, predecessor=predecessor)
 
-    source = Source((path, stat.st_mtime_ns, stat.st_size), make)
+    source = Source((path, checkpoint.version), make)
     vae = _core_vae(checkpoint)
     if vae is None:
         logger.info("Wan VAE Parallel: %s is loaded for decoding only", checkpoint.source)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.processes import children, listening, shared_files, shared_names, strays, wait_until
+from tests.processes import MARK, children, listening, shared_files, shared_names, strays, wait_until
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +19,7 @@ def _nothing_left_of_the_suite():
         return
     names, ports, mark = shared_names(), listening(), f"tests of {os.getpid()}, {time.time()}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WAN_VAE_PARALLEL_MARK", mark)
+        patch.setenv(MARK, mark)
         yield
     gc.collect()
     wait_until(lambda: not children() and not strays(mark) and not shared_names() - names, 10)

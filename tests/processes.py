@@ -12,6 +12,9 @@ from wan_vae_parallel.runtime.pool import _pools
 from wan_vae_parallel.runtime.process import WorkerProcess
 
 LISTEN = "0A"
+# The environment variable by which the suite's processes are known.
+MARK = "WAN_VAE_PARALLEL_MARK"
+_MOST_PATIENCE = 20.0
 
 
 def worker_processes() -> list[WorkerProcess]:
@@ -106,15 +109,56 @@ def shared_bytes() -> int:
 
 
 def shared_names() -> set[str]:
-    """Files in /dev/shm."""
-    return set(os.listdir("/dev/shm"))
+    """Files in /dev/shm, without those that processes have which are neither this one nor started by it."""
+    names = set(os.listdir("/dev/shm"))
+    for entry in Path("/proc").iterdir() if names else ():
+        if entry.name.isdigit() and not _is_ours(int(entry.name)):
+            names -= _shared_names_of(entry)
+    return names
+
+
+def _shared_names_of(process: Path) -> set[str]:
+    """Files in /dev/shm that a process has open or mapped."""
+    found = set()
+    with contextlib.suppress(OSError):
+        found |= {line.rpartition("/dev/shm/")[2] for line in (process / "maps").read_text().splitlines()}
+    with contextlib.suppress(OSError):
+        found |= {link.rpartition("/dev/shm/")[2] for link in open_files(process.name)}
+    return found
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether the process is this one, descends from it, or got the suite's mark, whoever its parent is now."""
+    with contextlib.suppress(OSError):
+        mark = os.environ.get(MARK)
+        if mark and mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return True
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = _parent(pid)
+    return False
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def patience(seconds: float) -> float:
+    """How long to wait on this machine for what takes up to ``seconds`` on an idle one."""
+    with contextlib.suppress(OSError, AttributeError):
+        # Half of a core is left to a process where as many wait as there are cores.
+        return seconds * min(_MOST_PATIENCE, max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1)))
+    return seconds
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether ``condition()`` comes true within ``seconds``."""
-    deadline = time.monotonic() + seconds
+    """Whether ``condition()`` comes true within ``seconds``, as an idle machine counts them."""
+    started = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        if time.monotonic() - started > patience(seconds):
             return False
         time.sleep(0.05)
     return True

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
+from tests.processes import patience
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.latents import save_latents
 
@@ -153,12 +154,12 @@ def test_a_polite_kill_leaves_nothing_half_written(files, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "wan_vae_parallel", *map(str, arguments)], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while not list((tmp_path / "out").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 130
     assert "nothing was left half-written" in errors
     assert not list((tmp_path / "out").iterdir())
@@ -179,7 +180,7 @@ def test_a_signal_that_python_drops_while_it_forks_ends_the_decode_too(files, tm
     arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", out, "--devices", "cpu"]
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments), str(int(number))],
-        capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=patience(60), check=False, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert "Exception ignored" in process.stderr  # Python did drop it
     assert process.returncode == 130, process.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.processes import patience
 from wan_vae_parallel import launched
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +66,8 @@ def test_a_store_that_never_answers_ends_the_process():
         time.sleep(60)
     """
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=patience(50),
     )  # fmt: skip
     assert process.stdout == "watched\n", process.stderr
     assert process.returncode == 1

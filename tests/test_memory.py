@@ -101,6 +101,25 @@ def test_largest_chunk_stays_small_where_one_frame_keeps_a_device_busy():
     assert largest_chunk(Architecture.published("wan2.1"), (1, 21, 270, 480), **BF16, free=2**50) == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "width", "rows", "columns", "chunk"),
+    [
+        ("wan2.1", 96, 90, 160, 1),  # of 720p, one is much
+        ("wan2.1", 96, 16, 16, 1),
+        ("wan2.1", 96, 8, 8, 4),
+        ("wan2.1", 16, 16, 16, 20),  # a demo's: as many as there are, 36 would do
+        ("wan2.1", 16, 60, 104, 1),
+        ("wan2.2", 256, 4, 4, 2),
+        ("wan2.2", 256, 45, 80, 1),
+    ],
+)
+def test_a_step_on_the_cpu_is_some_seconds_work(family, width, rows, columns, chunk):
+    architecture = Architecture.published(family, width=width)
+    given = {"dtype": torch.float32, "kernels": False, "free": 2**50}
+    assert largest_chunk(architecture, (1, 21, rows, columns), device_type="cpu", **given) == chunk
+    assert chunk <= largest_chunk(architecture, (1, 21, rows, columns), device_type="cuda", **given)
+
+
 def test_largest_frame_fits_and_keeps_the_proportions():
     architecture = Architecture.published("wan2.1")
     free = decode_memory(architecture, HD, chunk=1, **BF16).total

@@ -6,6 +6,7 @@ Two layouts are in use: Wan's own, which ComfyUI's files have, and diffusers'. E
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ import torch
 
 from .architecture import Architecture
 from .errors import CheckpointError
-from .files import read_safetensors
 from .model.decoder import WanDecoder
+from .tensor_file import FileVersion, TensorFile
 
 Layout = Literal["original", "diffusers"]
 
@@ -50,6 +51,7 @@ class Checkpoint:
         encoder: the encoder's tensors by their original keys, complete and of the right shapes; empty if there is none.
         layout: the key layout that they came in.
         source: what to call it in messages.
+        version: of the file that it was read from, if it was one.
     """
 
     architecture: Architecture
@@ -57,6 +59,7 @@ class Checkpoint:
     encoder: Mapping[str, torch.Tensor] = field(repr=False)
     layout: Layout
     source: str
+    version: FileVersion | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,16 +72,48 @@ class Checkpoint:
         return sum(tensor.numel() for tensor in self.decoder.values())
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, version: FileVersion | None = None) -> Checkpoint:
     """Reads a Wan VAE from a safetensors file, or from a folder in diffusers' format.
 
+    The tensors are in this process's own memory: whatever becomes of the file, they stay as they are.
+
+    Args:
+        path: of the file or folder.
+        version: what the file was when it was loaded; another one is refused.
+
     Raises:
-        CheckpointError: there is no such file, it is a pickle, it is damaged, or it is no Wan VAE.
+        CheckpointError: there is no such file, it is a pickle, it is damaged, it is no Wan VAE, it changed while it was
+            read, or it is not the ``version`` that it was.
+        OutOfMemoryError: the host has no room for it.
     """
-    path = checkpoint_file(Path(path))
-    _refuse_pickle(path)
-    tensors = read_safetensors(path, CheckpointError, "fetch it again")
-    return checkpoint_from_state_dict(tensors, source=path.name)
+    with _opened(Path(path), version) as file:
+        _checked(file, file.described())  # so that of another model's large file no more than the header is read
+        return _checked(file, file.read())
+
+
+def describe_checkpoint(path: str | Path, version: FileVersion | None = None) -> Checkpoint:
+    """Like `read_checkpoint`, but its tensors are on the meta device, without values: only the header is read."""
+    with _opened(Path(path), version) as file:
+        return _checked(file, file.described())
+
+
+def _opened(path: Path, version: FileVersion | None) -> TensorFile:
+    file = TensorFile(
+        checkpoint_file(path), CheckpointError, another="name a Wan VAE's safetensors file", again="fetch it again"
+    )
+    try:
+        if version not in (None, file.version):
+            raise CheckpointError(f"{path} was replaced since it was loaded; load the VAE again")
+        _refuse_pickle(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _checked(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
+    checkpoint = checkpoint_from_state_dict(tensors, source=file.path.name)
+    return dataclasses.replace(checkpoint, version=file.version)
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -129,19 +164,12 @@ def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source
     return Checkpoint(architecture=architecture, decoder=decoder, encoder=encoder, layout=layout, source=source)
 
 
-def _refuse_pickle(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; name a Wan VAE's safetensors file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be opened ({error}); name a Wan VAE's safetensors file") from error
+def _refuse_pickle(file: TensorFile) -> None:
     # A safetensors file begins with its header's length in eight bytes, of any value, and the header's brace.
-    pickled = head[8:] != b"{" and (head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] <= b"\x05"))
-    if path.suffix.lower() in _PICKLE_SUFFIXES or pickled:
+    pickled = file.head[8:] != b"{" and re.match(rb"PK\x03\x04|\x80[\x00-\x05]", file.head)
+    if file.path.suffix.lower() in _PICKLE_SUFFIXES or pickled:
         raise CheckpointError(
-            f"{path} is a pickle, which can run any code when it is opened, so it is not opened; "
+            f"{file.path} is a pickle, which can run any code when it is opened, so it is not opened; "
             f"take the same VAE as .safetensors, or convert it on a machine where you trust the file"
         )
 

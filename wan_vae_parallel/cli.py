@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from . import bench
 from .architecture import Architecture
-from .checkpoint import read_checkpoint
+from .checkpoint import describe_checkpoint
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
 from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
@@ -327,7 +327,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(options.vae)
+    checkpoint = describe_checkpoint(options.vae)
     architecture = checkpoint.architecture
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])
@@ -339,7 +339,9 @@ def _info(options: argparse.Namespace) -> None:
     size = (1, latent_frames, tallest, plan.columns)
     free = min(free_memory(device) for device in devices)
     given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
-    chunk = largest_chunk(architecture, size, free=free, **given) if options.chunk == "auto" else options.chunk
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
     needed = decode_memory(architecture, size, chunk=chunk, **given)
     least = decode_memory(architecture, size, chunk=1, **given)
     frames = architecture.frame_count(latent_frames)

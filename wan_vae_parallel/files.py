@@ -9,32 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from .errors import OutputError, WanVAEError
+from .errors import OutputError
 from .memory import gibibytes
 
 _unfinished: set[Path] = set()
-
-
-def read_safetensors(path: Path, error_class: type[WanVAEError], way_out: str) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, mapped from it rather than copied.
-
-    Raises:
-        error_class: there is no such file, it can't be opened, or it is damaged; the message ends with ``way_out``.
-    """
-    try:
-        if not path.is_file():
-            raise error_class(f"{path} does not exist; {way_out}")
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        if isinstance(error, WanVAEError):
-            raise
-        raise error_class(
-            f"{path} can't be read as safetensors ({error}); it is damaged or not downloaded in full: {way_out}"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 
 from .architecture import Architecture
 from .errors import LatentError
-from .files import read_safetensors, replacing
+from .files import replacing
+from .tensor_file import TensorFile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The tensors in the files of ComfyUI's SaveLatent.
@@ -110,18 +112,26 @@ def read_latents(path: str | Path) -> torch.Tensor:
         ``[B, z, T, h, w]`` or ``[B, z, h, w]`` as they are in the file.
 
     Raises:
-        LatentError: no such file, it is damaged, or it is not clear which tensor is meant.
+        LatentError: no such file, it is damaged, it changed while it was read, or it is not clear which tensor is
+            meant.
+        OutOfMemoryError: the host has no room for it.
     """
-    path = Path(path)
-    tensors = read_safetensors(path, LatentError, "name a .latent or .safetensors file with latents")
+    name_another = "name a .latent or .safetensors file with latents"
+    with TensorFile(Path(path), LatentError, another=name_another, again=name_another) as file:
+        key = _latents_key(file.described(), file.path)  # before all of a file that may be a whole model's is read
+        return file.read()[key]
+
+
+def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Which of a file's tensors are the latents."""
     if _COMFYUI_LATENT in tensors:
         if _COMFYUI_VERSION not in tensors:
             raise LatentError(f"{path} is a latent of a ComfyUI from before 2023, which made none of videos")
-        return tensors[_COMFYUI_LATENT]
+        return _COMFYUI_LATENT
     for axes in (5, 4):
         candidates = [key for key, tensor in tensors.items() if tensor.dim() == axes]
         if len(candidates) == 1:
-            return tensors[candidates[0]]
+            return candidates[0]
     found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
     raise LatentError(
         f"{path} has {len(tensors)} tensors{': ' + found if found else ''}; "

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from .architecture import Architecture
 from .cancel import cancellable
-from .checkpoint import Checkpoint, checkpoint_file, checkpoint_from_state_dict, read_checkpoint
+from .checkpoint import Checkpoint, checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
 from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, CheckpointError, ClosedError, WanVAEError, WorkerError
+from .errors import ArgumentError, ClosedError, WanVAEError, WorkerError
 from .latents import check_fits, check_latents, denormalize
 from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
 from .ops.dispatch import kernels_expected
@@ -30,6 +30,7 @@ from .runtime.group import GroupEngine, GroupRun
 from .runtime.pool import WORKER_BYTES, WorkerPool
 from .runtime.pool_run import PoolRun
 from .runtime.shared_memory import populating
+from .tensor_file import FileVersion
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ def load_vae(
     predecessor: VAE | None = None,
 ) -> VAE:
     """Loads a Wan VAE's decoder.
+
+    The file is checked now, and its weights are read when a decode wants them. It must be the same file then: one that
+    was replaced or written to meanwhile is an error.
 
     Args:
         path: a safetensors file in Wan's original or diffusers' key layout, or a diffusers VAE folder.
@@ -102,11 +106,16 @@ def vae_from_state_dict(
 
 
 class FileWeights:
-    """Reads a checkpoint's file whenever it is called, and sees to it that it is the same file each time."""
+    """Reads a checkpoint's file whenever it is called, and sees to it that it is the same file each time.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of a safetensors file or a folder in diffusers' format.
+        version: of the file, where it was read before.
+    """
+
+    def __init__(self, path: Path, version: FileVersion | None = None) -> None:
         self.path = path
-        self._version: tuple[int, int] | None = None
+        self._version = version
 
     def __call__(self) -> Checkpoint:
         """The checkpoint.
@@ -114,12 +123,14 @@ class FileWeights:
         Raises:
             CheckpointError: it can't be read, or it is another file than the first time.
         """
-        checkpoint = read_checkpoint(self.path)
-        stat = checkpoint_file(self.path).stat()
-        version = stat.st_mtime_ns, stat.st_size
-        if self._version not in (None, version):
-            raise CheckpointError(f"{self.path} was replaced since it was loaded; load the VAE again")
-        self._version = version
+        return self._remembered(read_checkpoint(self.path, self._version))
+
+    def describe(self) -> Checkpoint:
+        """The checkpoint without values, at the cost of reading the file's header; raises as a call does."""
+        return self._remembered(describe_checkpoint(self.path, self._version))
+
+    def _remembered(self, checkpoint: Checkpoint) -> Checkpoint:
+        self._version = checkpoint.version
         return checkpoint
 
 
@@ -128,22 +139,18 @@ class _SameWeights:
 
     def __init__(self, weights: Callable[[], Checkpoint]) -> None:
         self._weights = weights
-        # Kept until it is asked for: what was checked is what decodes.
-        self._first: Checkpoint | None = weights()
-        self.architecture = self._first.architecture
+        # Of a file, its values are read when they are wanted.
+        first = weights.describe() if isinstance(weights, FileWeights) else weights()
+        self.architecture = first.architecture
 
     def __call__(self) -> Checkpoint:
-        checkpoint, self._first = self._first or self._weights(), None
+        checkpoint = self._weights()
         if checkpoint.architecture != self.architecture:
             raise WanVAEError(
                 f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
                 f"load it again"
             )
         return checkpoint
-
-    def forget(self) -> None:
-        """Reads them anew the next time."""
-        self._first = None
 
 
 class VAE:
@@ -187,7 +194,6 @@ class VAE:
         elif len(self.devices) == 1:
             self._engine = LocalEngine(unchanged, self.devices[0], self.dtype)
         else:
-            unchanged.forget()  # workers read the file themselves: whether it is the same one is looked up then
             self._engine = WorkerPool(unchanged, self.devices, self.dtype, idle_seconds=idle_seconds)
             try:
                 if predecessor is not None and isinstance(predecessor._engine, WorkerPool):
@@ -312,7 +318,12 @@ class VAE:
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
         kernels = kernels_expected(self.devices[0], self.dtype)
         chunk = self._chunk_number or largest_chunk(
-            self.architecture, size, dtype=self.dtype, free=UNLIMITED, kernels=kernels
+            self.architecture,
+            size,
+            dtype=self.dtype,
+            free=UNLIMITED,
+            kernels=kernels,
+            device_type=self.devices[0].type,
         )
         return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, kernels=kernels).total
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import wan_vae_parallel as wvp
 from tests.oracle import load, max_error, random_latents
 from tests.parallel import launch, test_edges
-from tests.processes import gone, shared_files, shared_maps, wait_until, worker_processes
+from tests.processes import gone, patience, shared_files, shared_maps, wait_until, worker_processes
 from tests.runtime.test_group import torchrun
 from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.latents import save_latents
@@ -220,7 +220,7 @@ def test_a_worker_that_dies_or_stops_is_named_and_all_are_gone(vae, latents, sen
 
     with pytest.raises(wvp.WorkerError, match=message):
         vae.decode(latents, on_chunk=strike)
-    assert time.monotonic() - struck[0] < 10
+    assert time.monotonic() - struck[0] < patience(10)
     assert wait_until(lambda: all(map(gone, before)), 2)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.parallel import launch
-from tests.processes import gone, wait_until
+from tests.processes import gone, patience, wait_until
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.latents import save_latents
 from wan_vae_parallel.ops.kernels import tiles
@@ -291,7 +291,7 @@ def launches(folders, *arguments, ranks=2, interfaces=("lo", "lo")):
 
 def ends(started, seconds=90):
     """Exit codes and outputs, which must be there in so many seconds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     outputs = [one.communicate(timeout=max(1, deadline - time.monotonic()))[0] for one in started]
     return [one.returncode for one in started], outputs
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import gone, state, wait_until
+from tests.processes import gone, patience, shared_names, state, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES = 21
@@ -89,7 +89,7 @@ def program(path, tmp_path):
 
 def test_workers_do_not_run_the_program_again_nor_import_what_it_imports(program, tmp_path):
     process = program("print(vae.decode(latents).shape[1], 'frames', flush=True); time.sleep(0.5); vae.close()")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=patience(60))
     assert process.returncode == 0, output
     assert output.splitlines() == ["program runs", f"{FRAMES} frames"]
     seen = {int(file.stem): json.loads(file.read_text()) for file in (tmp_path / "seen").glob("*.json")}
@@ -111,7 +111,7 @@ def test_what_workers_log_reaches_the_programs_log_once(program):
         "vae.decode(latents, on_chunk=lambda done, *_: time.sleep(0.3) if done == 1 else None)",
         "vae.decode(latents); vae.close()",
     ]
-    output, _ = program("\n".join(lines), SPY_SPEAKS="1").communicate(timeout=60)
+    output, _ = program("\n".join(lines), SPY_SPEAKS="1").communicate(timeout=patience(60))
     assert output.count("a word that all workers say") == 1, output
     assert output.count("a word of ") == 1  # the first rank's
 
@@ -129,7 +129,7 @@ def test_releasing_during_a_decode_ends_it_with_an_error(program):
     ]
     process = program("\n".join(lines))
     try:
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=patience(30))
     except subprocess.TimeoutExpired:
         pytest.fail("the decode hangs")
     assert output.splitlines() == ["program runs", "told", "told", f"{FRAMES} frames"]
@@ -147,7 +147,7 @@ def test_releasing_while_workers_start_ends_the_start(program):
         "except wvp.WorkerError as error: print(error, flush=True)",
         "print(vae.loaded, vae.decode(latents).shape[1], flush=True)",
     ]
-    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    output, _ = program("\n".join(lines)).communicate(timeout=patience(60))
     assert "were ended while they" in output
     assert f"False {FRAMES}" in output
 
@@ -155,7 +155,7 @@ def test_releasing_while_workers_start_ends_the_start(program):
 @pytest.mark.slow
 def test_a_program_that_ends_with_an_open_stream_ends_and_takes_its_workers_along(program, tmp_path):
     process = program("stream = vae.decode_stream(latents); next(stream); raise SystemExit(3)")
-    process.communicate(timeout=30)
+    process.communicate(timeout=patience(30))
     assert process.returncode == 3
     seen = {int(file.stem) for file in (tmp_path / "seen").glob("*.json")}
     assert len(seen) >= 3
@@ -206,7 +206,7 @@ def test_a_program_ends_though_a_worker_is_stopped(program):
         f"import signal; vae.decode(latents); {PRINT_PIDS}; os.kill(vae._engine.workers[1].pid, signal.SIGSTOP)"
     )
     try:
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=patience(20))
     except subprocess.TimeoutExpired:
         pytest.fail("it waits for the worker")
     assert process.returncode == 0, output
@@ -244,7 +244,7 @@ def test_a_forked_child_that_ends_leaves_workers_and_streams_alone(program):
         "os.wait()",
         f"frames += sum(part.shape[1] for part in stream); print(frames, 'frames', flush=True); {PRINT_PIDS}",
     ]
-    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    output, _ = program("\n".join(lines)).communicate(timeout=patience(60))
     assert "forked from the one that decodes" in output
     assert f"{FRAMES} frames" in output, output
     assert "Error" not in output, output
@@ -263,7 +263,7 @@ def test_a_worker_that_was_killed_is_named_where_nobody_hears_of_exit_codes(prog
         "vae.decode(latents); os.kill(vae._engine.workers[1].pid, signal.SIGKILL); time.sleep(0.5)",
         "print(vae.decode(latents).shape[1], 'frames', flush=True)",
     ]
-    output, _ = program("\n".join(lines)).communicate(timeout=90)
+    output, _ = program("\n".join(lines)).communicate(timeout=patience(90))
     assert "worker 1 on cpu died with exit code unknown" in output, output
     assert f"{FRAMES} frames" in output
 
@@ -277,7 +277,7 @@ def test_limits_of_the_system_are_errors_that_name_a_way_out(program, before):
         "try: vae.decode(latents)",
         "except wvp.WorkerError as error: print(error, flush=True)",
     ]
-    output, _ = program("\n".join(lines)).communicate(timeout=60)
+    output, _ = program("\n".join(lines)).communicate(timeout=patience(60))
     assert "Too many open files" in output
     assert "ulimit -n" in output
     assert "Traceback" not in output, output
@@ -314,7 +314,7 @@ def test_where_a_program_runs_is_nothing_to_its_workers(program, tmp_path, where
 
 @pytest.mark.parametrize("when", ["starting", "decoding", "idle", "parked", "stopped"])
 def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
-    names = set(os.listdir("/dev/shm"))
+    names = shared_names()
     wait = "lambda *_: (print('now', flush=True), time.sleep(60))" if when == "decoding" else "None"
     park = "vae.park();" if when == "parked" else ""
     process = program(f"vae.decode(latents, on_chunk={wait}); {park} print('now', flush=True); time.sleep(60)")
@@ -348,7 +348,7 @@ def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: os.listdir(tmp_path / "temporary") == [], 1)
-    assert set(os.listdir("/dev/shm")) <= names
+    assert wait_until(lambda: shared_names() <= names, 1)
 
 
 def _parent(entry):

@@ -293,7 +293,6 @@ def test_a_file_that_became_another_vae_meanwhile_is_noticed(tmp_path, oracle, l
     vae = wvp.load_vae(path, devices="cpu")
     vae.decode(latents)
     vae.release()
-    path.unlink()  # rather than written over, as a mapped file may not be
     save_file(oracle_vae("wan2.1", width=16).state_dict(), path)
     with pytest.raises(wvp.CheckpointError, match=r"vae\.safetensors was replaced since it was loaded; load"):
         vae.decode(latents)
@@ -365,16 +364,12 @@ def test_arguments_may_be_positional(oracle, tmp_path, latents):
         assert torch.equal(vae.decode(latents, True), vae.decode(denormalize(latents, vae.architecture)))
 
 
-def test_the_weights_that_were_checked_are_those_that_decode(oracle, tmp_path, latents):
+def test_other_weights_than_those_that_were_checked_never_decode(oracle, tmp_path, latents):
     path = tmp_path / "vae.safetensors"
     save_file(oracle.state_dict(), path)
     vae = wvp.load_vae(path, devices="cpu", chunk=2)
-    expected = load(oracle, chunk=2).decode(latents)
-    # Replaced before the first decode: what was loaded is decoded with, not what lies there now.
-    path.unlink()
+    # Of the same shapes, before the first decode.
     save_file({key: tensor * 2 for key, tensor in oracle.state_dict().items()}, path)
-    assert torch.equal(vae.decode(latents), expected)
-    vae.release()
     with pytest.raises(wvp.CheckpointError, match="was replaced since it was loaded"):
         vae.decode(latents)
 

@@ -152,3 +152,15 @@ def test_a_stream_short_of_memory_is_not_advised_to_stream(vae, latents, monkeyp
 
 def test_a_larger_batch_needs_more_memory(vae):
     assert vae.memory_needed((64, 16, 1, 90, 160)) > 2 * vae.memory_needed((1, 16, 1, 90, 160))
+
+
+def test_a_chunk_that_the_cpu_chooses_is_no_more_than_keeps_it_busy(vae, latents, monkeypatch):
+    # As for frames of a real size: those of a test are so small that all go at once.
+    vae.chunk = "auto"
+    tried = fail_beyond(monkeypatch, 100, at_step=100)
+    vae.decode(latents)
+    all_at_once = vae.memory_needed(latents.shape)
+    monkeypatch.setattr("wan_vae_parallel.memory._CPU_PIXELS", 0)
+    vae.decode(latents)
+    assert tried == [5, 1]
+    assert vae.memory_needed(latents.shape) < all_at_once

@@ -137,7 +137,14 @@ class LocalRun:
         engine = self._engine
         decoder = engine.decoder()
         free = free_memory(engine.device)
-        return largest_chunk(decoder.architecture, size, dtype=engine.dtype, free=free, kernels=decoder.kernels)
+        return largest_chunk(
+            decoder.architecture,
+            size,
+            dtype=engine.dtype,
+            free=free,
+            kernels=decoder.kernels,
+            device_type=engine.device.type,
+        )
 
     def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
         engine, (batch, _, rows, columns) = self._engine, size

@@ -70,7 +70,9 @@ class ShardDecoder:
         size = (shape[0], shape[2], plan.height(shard) + 2, plan.columns)
         free = free_memory(self.device)
         kernels = self._decoder.kernels
-        chunk = asked or largest_chunk(self.architecture, size, dtype=self.dtype, free=free, kernels=kernels)
+        chunk = asked or largest_chunk(
+            self.architecture, size, dtype=self.dtype, free=free, kernels=kernels, device_type=self.device.type
+        )
         if self.device.type != "cuda":
             return chunk
         while chunk:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..anonymous import anonymous_file
+
 # Of Linux 5.14; Python knows its name from 3.14 on.
 _MADV_POPULATE_WRITE = 23
 # Bytes between two looks whether they are still wanted.
@@ -35,9 +37,8 @@ class SharedMemory:
     @classmethod
     def create(cls, size: int) -> SharedMemory:
         """Zeroed memory of ``size`` > 0 bytes; pages come into being when they are touched."""
-        descriptor = os.memfd_create("wan-vae-parallel", os.MFD_CLOEXEC)
+        descriptor = anonymous_file("wan-vae-parallel", size)
         try:
-            os.ftruncate(descriptor, size)
             return cls(descriptor, size)
         except BaseException:
             os.close(descriptor)

@@ -17,13 +17,7 @@ import pytest
 import torch
 
 import wan_vae_parallel as wvp
-from tests.processes import (
-    gone,
-    shared_bytes,
-    shared_files,
-    shared_maps,
-    wait_until,
-)
+from tests.processes import gone, shared_bytes, shared_files, shared_maps, shared_names, wait_until
 from tests.runtime.pool.common import CLOSE, ROOM, at, pids
 from wan_vae_parallel.memory import decode_memory
 from wan_vae_parallel.parallel.plan import plan_shards
@@ -235,9 +229,9 @@ def test_no_memory_on_the_host_is_an_error_of_ours_and_the_next_decode_works(vae
 
 def test_nothing_goes_to_dev_shm(vae, latents):
     # It has 64 MB in a default container, and a full one kills processes.
-    names = set(os.listdir("/dev/shm"))
+    names = shared_names()
     sizes = []
-    vae.decode(latents, on_chunk=lambda *_: sizes.append(set(os.listdir("/dev/shm")) - names))
+    vae.decode(latents, on_chunk=lambda *_: sizes.append(shared_names() - names))
     assert not any(sizes)
 
 

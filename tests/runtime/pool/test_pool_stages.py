@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_vae_parallel as wvp
-from tests.processes import gone, wait_until
+from tests.processes import gone, patience, wait_until
 from tests.runtime.pool.common import CLOSE, FRAMES, at, pids
 from wan_vae_parallel.runtime.pool import WorkerPool
 
@@ -69,7 +69,7 @@ def test_a_vae_that_never_decodes_ends_its_workers_at_once(path):
     before = pids(vae)
     started = time.monotonic()
     vae.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < patience(2)
     assert all(map(gone, before))
     with pytest.raises(wvp.WanVAEError, match="closed"):
         vae.decode(torch.zeros(1, 16, 1, 4, 3))
@@ -108,7 +108,7 @@ def test_a_start_that_is_cancelled_ends_within_a_second_and_goes_on_for_the_next
     before = pids(fresh)
     with pytest.raises(Interrupt):
         fresh.decode(latents, on_wait=cancel)
-    assert time.monotonic() - raised[0] < 1
+    assert time.monotonic() - raised[0] < patience(1)
     assert stage(fresh) == "loading"
     called.clear()
     frames = fresh.decode(latents, on_wait=lambda: called.append(time.monotonic()))
@@ -156,7 +156,7 @@ def test_a_cancelled_decode_does_not_wait_for_steps_that_take_long(vae, expected
     before = pids(vae)
     with pytest.raises(Interrupt):
         vae.decode(large, on_wait=cancel)
-    assert time.monotonic() - times[-1] < 1
+    assert time.monotonic() - times[-1] < patience(1)
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
     assert pids(vae) == before
 
