@@ -87,14 +87,16 @@ def read_checkpoint(path: str | Path, version: FileVersion | None = None) -> Che
         OutOfMemoryError: the host has no room for it.
     """
     with _opened(Path(path), version) as file:
-        _checked(file, file.described())  # so that of another model's large file no more than the header is read
+        _checked(
+            file, file.described(), described=True
+        )  # so that of another model's large file no more than the header is read
         return _checked(file, file.read())
 
 
 def describe_checkpoint(path: str | Path, version: FileVersion | None = None) -> Checkpoint:
     """Like `read_checkpoint`, but its tensors are on the meta device, without values: only the header is read."""
     with _opened(Path(path), version) as file:
-        return _checked(file, file.described())
+        return _checked(file, file.described(), described=True)
 
 
 def _opened(path: Path, version: FileVersion | None) -> TensorFile:
@@ -111,8 +113,8 @@ def _opened(path: Path, version: FileVersion | None) -> TensorFile:
     return file
 
 
-def _checked(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
-    checkpoint = checkpoint_from_state_dict(tensors, source=file.path.name)
+def _checked(file: TensorFile, tensors: Mapping[str, torch.Tensor], *, described: bool = False) -> Checkpoint:
+    checkpoint = checkpoint_from_state_dict(tensors, source=file.path.name, described=described)
     return dataclasses.replace(checkpoint, version=file.version)
 
 
@@ -133,8 +135,15 @@ def checkpoint_file(path: Path) -> Path:
     raise CheckpointError(f"{path} is a folder without {_DIFFUSERS_FILE}; name the safetensors file itself")
 
 
-def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source: str) -> Checkpoint:
+def checkpoint_from_state_dict(
+    state_dict: Mapping[str, torch.Tensor], *, source: str, described: bool = False
+) -> Checkpoint:
     """Checks tensors in either key layout and brings them into the original one.
+
+    Args:
+        state_dict: the tensors.
+        source: what messages call them.
+        described: they need no values, only shapes and dtypes.
 
     Raises:
         CheckpointError: they are not the tensors of one Wan VAE; ``source`` is what the message calls them.
@@ -161,6 +170,12 @@ def checkpoint_from_state_dict(state_dict: Mapping[str, torch.Tensor], *, source
         _check_against(architecture.encoder_shapes(width), encoder, named)
     else:
         encoder = {}
+    empty = [key for key, tensor in (*decoder.items(), *encoder.items()) if tensor.is_meta]
+    if empty and not described:
+        raise CheckpointError(
+            f"{named} has weights without values (on the meta device): {_listed(empty)}; something has moved them "
+            f"away: take the VAE from its file"
+        )
     return Checkpoint(architecture=architecture, decoder=decoder, encoder=encoder, layout=layout, source=source)
 
 
@@ -325,11 +340,6 @@ def _check_against(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
         problems.append(f"has misshapen {_listed(misshapen)}")
     if problems:
         raise CheckpointError(f"{named} {'; '.join(problems)}; take the VAE as it was published")
-    if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise CheckpointError(
-            f"{named} has weights without values (on the meta device): {_listed(empty)}; something has moved them "
-            f"away: take the VAE from its file"
-        )
     odd = [f"{key} {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]
     if odd:
         raise CheckpointError(
