@@ -47,10 +47,11 @@ class Source:
     key: tuple[Hashable, ...]
     make: Callable[[list[torch.device], torch.dtype, VAE | None], VAE]
 
-    @property
-    def gone(self) -> bool:
-        """Whether the weights are there no more."""
-        return isinstance(self.key[0], weakref.ref) and self.key[0]() is None
+    def superseded(self, by: Source) -> bool:
+        """Whether nobody can want these weights any more: their model is gone, or their file is now ``by``'s."""
+        if isinstance(self.key[0], weakref.ref):
+            return self.key[0]() is None
+        return self.key[0] == by.key[0] and self.key != by.key
 
 
 class Engine:
@@ -246,8 +247,10 @@ def shared_engine(source: Source, devices: str, dtype: str, put_on: torch.device
     key = (source.key, tuple(places), chosen)
     engine = _engines.get(key)
     if engine is None:
-        # Of a model that is no more, as ComfyUI loads it anew, the worker processes are as good for this one.
-        before = next((k for k in _kept if _kept[k].source.gone and _kept[k].devices == tuple(places)), None)
+        # Of weights that are no more, as when ComfyUI loads a model anew, the worker processes are as good for these.
+        before = next(
+            (k for k, one in _kept.items() if one.source.superseded(source) and one.devices == tuple(places)), None
+        )
         predecessor = _kept.pop(before) if before is not None else None
         engine = Engine(source.make(places, chosen, predecessor and predecessor._vae), source)
         _engines[key] = engine

@@ -87,10 +87,7 @@ def _gpus(processes: list[Footprint]) -> list[tuple[int, dict[int, int]]]:
 
 def _role(command: bytes) -> str:
     words = command.decode(errors="replace").replace("\0", " ")
-    for role in ("forkserver", "resource_tracker", "spawn_main"):
-        if role in words:
-            return {"spawn_main": "worker"}.get(role, role)
-    return "process"
+    return "worker" if "runtime/bootstrap.py" in words else "process"
 
 
 def _gpu_processes() -> list[tuple[int, int, int]]:

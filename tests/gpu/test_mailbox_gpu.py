@@ -96,6 +96,50 @@ def test_devices_that_lag_take_no_rows_for_others(ranks):
     ranks.run(check_order, members=COUNT, timeout=120)
 
 
+def check_exchange(rank, world_size):
+    """Bytes for all others, of many sizes, while devices lag at random."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mailbox_module, "_PAIR_BYTES", 2**16)
+        mailbox = opened()
+        device = launch.device()
+        lag = torch.Generator().manual_seed(rank)
+        wrong = torch.zeros((), dtype=torch.int64, device=device)
+        others = [peer for peer in range(world_size) if peer != rank]
+
+        def sent(number, sender, receiver):
+            count = (1, 2**14, 2**14 + 1, 100_003)[(number + sender + receiver) % 4]
+            return torch.arange(count, dtype=torch.float32, device=device) + number + 10.0**6 * sender
+
+        for number in range(200):
+            outgoing = {peer: sent(number, rank, peer) for peer in others}
+            incoming = {peer: torch.full_like(sent(number, peer, rank), torch.nan) for peer in others}
+            if torch.rand((), generator=lag) < 0.2:
+                torch.cuda._sleep(int(2e6 * torch.rand((), generator=lag)))
+            mailbox.exchange(outgoing, incoming)
+            for tensor in outgoing.values():
+                tensor.fill_(-1)  # sent is sent
+            for peer in others:
+                wrong += (incoming[peer] != sent(number, peer, rank)).sum()
+        assert wrong.item() == 0
+
+
+def test_bytes_for_all_others_arrive_whole_and_in_order(ranks):
+    ranks.run(check_exchange, members=COUNT, timeout=120)
+
+
+def check_gather(rank, world_size):
+    mailbox = opened()
+    for frames, columns, channels in ((1, 3, 5), (4, 160, 384)):
+        plan = test_edges.uneven_plan(world_size, columns=columns)
+        whole = test_edges.picture(frames, plan.rows, columns, channels, torch.bfloat16).to(launch.device())
+        own = whole[:, plan.bounds[rank] : plan.bounds[rank + 1]]
+        assert torch.equal(ShardEdges(plan, launch.group(), mailbox).all_rows(own), whole)
+
+
+def test_gathered_rows_are_the_pictures(ranks):
+    ranks.run(check_gather, members=COUNT, timeout=120)
+
+
 def check_refusal(rank, world_size):  # noqa: ARG001 (as the launcher calls it)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCCL_P2P_DISABLE", "1")

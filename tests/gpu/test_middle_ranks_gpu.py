@@ -1,8 +1,8 @@
 """Decodes by three and four ranks that share one GPU: those in the middle have a neighbour on both sides.
 
 Each rank is a process, and the GPU switches between them every few milliseconds, so that this takes long but needs one
-device alone. Halo rows travel as between devices of their own, through memory that the neighbours' kernels write to;
-NCCL does not run like this, and gloo carries keys and values through the host instead.
+device alone. Halo rows, keys and values travel as between devices of their own, through memory that others write to;
+gloo says when keys and values have come.
 """
 
 from __future__ import annotations
@@ -35,17 +35,26 @@ def ranks(tmp_path_factory):
         yield ranks
 
 
-class ThroughTheHost(ShardEdges):
-    """Edges whose keys and values are gathered on the CPU."""
+class HostSignals:
+    """In place of torch's signals, which want devices of their own: each waits for the device and sends a byte."""
 
-    def all_rows(self, shard):
-        return super().all_rows(shard.cpu()).to(CUDA)
+    def __init__(self):
+        self._sent = []
+
+    def put_signal(self, peer):
+        torch.cuda.synchronize()
+        byte = torch.zeros(1, dtype=torch.uint8)
+        self._sent.append((byte, dist.isend(byte, dist.get_global_rank(launch.group(), peer), launch.group())))
+
+    def wait_signal(self, peer):
+        dist.recv(torch.zeros(1, dtype=torch.uint8), dist.get_global_rank(launch.group(), peer), launch.group())
 
 
-def shared_mailbox(rank):
+def shared_mailbox(rank, world_size):
     """One whose boxes lie on the same device as the others'."""
-    own = torch.zeros(4 * mailbox._BOX_BYTES + mailbox._SIGNAL_BYTES, dtype=torch.uint8, device=CUDA)
-    return mailbox.Mailbox(launch.shared(own), rank, own)
+    size = 4 * mailbox._BOX_BYTES + mailbox._SIGNAL_BYTES + 2 * (world_size - 1) * mailbox._PAIR_BYTES
+    own = torch.zeros(size, dtype=torch.uint8, device=CUDA)
+    return mailbox.Mailbox(launch.shared(own), rank, own, HostSignals())
 
 
 @torch.inference_mode()
@@ -56,7 +65,7 @@ def decode_own(rank, world_size, weights, latents, chunk):
     decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=CUDA, dtype=torch.bfloat16)
     plan = plan_shards(*latents.shape[-2:], world_size)
     latents = latents.transpose(-1, -2) if plan.transposed else latents
-    edges = ThroughTheHost(plan, launch.group(), shared_mailbox(rank))
+    edges = ShardEdges(plan, launch.group(), shared_mailbox(rank, world_size))
     own = latents[:, :, :, plan.bounds[rank] : plan.bounds[rank + 1]]
     frames = [part.cpu() for part in decoder.stream(own, chunk, edges, transposed=plan.transposed)]
     dist.barrier(launch.group())  # until here neighbours may write

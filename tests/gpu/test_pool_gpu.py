@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -243,13 +244,51 @@ def free():
 
 
 def test_nccl_that_can_not_start_is_an_error_with_its_reason_and_a_way_out(wan21, latents, monkeypatch):
+    # Where devices reach one another's memory nobody asks NCCL.
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    monkeypatch.setattr("wan_vae_parallel.runtime.pool.INTERFACE", "wan0")
     with load(wan21, devices=named(2), dtype="bfloat16") as vae:
-        with monkeypatch.context() as patch:
-            patch.setattr("wan_vae_parallel.runtime.pool.INTERFACE", "wan0")
-            with pytest.raises(wvp.WorkerError, match=r"(?s)NCCL.*NCCL_P2P_DISABLE=1"):
-                vae.decode(latents)
+        with pytest.raises(wvp.WorkerError, match=r"(?s)NCCL.*NCCL_P2P_DISABLE=1"):
+            vae.decode(latents)
         assert pids(vae) == []
+        monkeypatch.undo()
         assert vae.decode(latents).isfinite().all()
+
+
+def memory_of(pids):
+    """MiB that each process holds on its device, as the driver counts it; none for those without a context."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()
+    held = dict(map(int, line.split(",")) for line in lines)
+    return [held.get(pid, 0) for pid in pids]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_workers_hold_in_each_stage(wan21, latents, monkeypatch, direct):
+    if not direct:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    with load(wan21, devices=named(COUNT), dtype="bfloat16") as vae:
+        workers = pids(vae)
+        assert wait_until(lambda: all(worker.connection.poll() for worker in vae._engine.workers), 120)
+        time.sleep(2)  # they load kernels
+        prepared = memory_of(workers)
+        assert prepared == [0] * COUNT
+        expected = vae.decode(latents)
+        for _ in range(2):
+            ready = memory_of(workers)
+            started = time.monotonic()
+            vae.park()
+            took = time.monotonic() - started
+            parked = memory_of(workers)
+            print(
+                f"\nMiB of workers, {direct=}: prepared {prepared}, ready {ready}, parked {parked} after {took:.2f} s"
+            )
+            if direct:
+                assert max(ready) <= 1.2 * 1024
+                assert max(parked) <= 0.6 * 1024
+            assert all(now < was - 100 for now, was in zip(parked, ready, strict=True))
+            assert torch.equal(vae.decode(latents), expected)
+            assert pids(vae) == workers
 
 
 def test_devices_that_must_not_reach_one_another_make_the_same_bits(wan21, latents, monkeypatch):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
+from wan_vae_parallel.parallel import mailbox as mailbox_module
 from wan_vae_parallel.parallel.mailbox import Mailbox, open_mailbox
 
 
@@ -15,7 +19,7 @@ def test_pairs_of_ranks_count_their_swaps_by_themselves(monkeypatch):
     seen = []
     kernels = types.SimpleNamespace(swap_rows=lambda *_, **options: seen.append(options))
     monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.swap_rows", kernels)
-    mailbox = Mailbox([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(3)], 1, None)
+    mailbox = Mailbox([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(3)], 1, None, None)
     arena, slots = torch.zeros(2, 4, 5, 3), torch.zeros(1, dtype=torch.int32)
     for above, below, trial in ((0, None, False), (0, None, False), (0, 2, True), (0, 2, False), (0, 2, False)):
         mailbox.swap(arena, slots, above=above, below=below, trial=trial)
@@ -28,7 +32,7 @@ def test_numbers_of_swaps_wrap_as_int32(monkeypatch):
     seen = []
     kernels = types.SimpleNamespace(swap_rows=lambda *_, **options: seen.append(options["numbers"]))
     monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.swap_rows", kernels)
-    mailbox = Mailbox([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(2)], 0, None)
+    mailbox = Mailbox([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(2)], 0, None, None)
     mailbox._counts[1] = 2**31 - 2
     for _ in range(3):
         mailbox.swap(torch.zeros(2, 4, 5, 3), torch.zeros(1, dtype=torch.int32), above=None, below=1)
@@ -41,7 +45,7 @@ def test_boxes_and_signals_of_a_rank_are_parts_of_its_memory_alone(monkeypatch):
     kernels = types.SimpleNamespace(swap_rows=lambda *given, **options: seen.append((given, options)))
     monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.swap_rows", kernels)
     buffers = [torch.full((4 * 8 * 2**20 + 4096,), rank, dtype=torch.uint8) for rank in range(3)]
-    mailbox = Mailbox(buffers, 1, None)
+    mailbox = Mailbox(buffers, 1, None, None)
     arena = torch.zeros(2, 4, 5, 3, dtype=torch.bfloat16)
     mailbox.swap(arena, torch.zeros(1, dtype=torch.int32), above=0, below=2)
     ((given, options),) = seen
@@ -54,6 +58,51 @@ def test_boxes_and_signals_of_a_rank_are_parts_of_its_memory_alone(monkeypatch):
         assert (signals.view(torch.uint8) == rank).all()
         assert signals.data_ptr() == buffers[rank].data_ptr() + boxes.nbytes
     assert mailbox.capacity(arena) == 8 * 2**20 // (5 * 3 * 2)
+
+
+class Signals:
+    """torch's, between threads that stand for ranks: a signal is given when the one before has been taken."""
+
+    def __init__(self, rank, events):
+        self.rank, self.events = rank, events
+
+    def put_signal(self, peer):
+        given, taken = self.events[self.rank, peer]
+        assert taken.acquire(timeout=20)
+        given.release()
+
+    def wait_signal(self, peer):
+        given, taken = self.events[peer, self.rank]
+        assert given.acquire(timeout=20)
+        taken.release()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_bytes_of_any_number_are_exchanged_through_boxes_that_take_turns(ranks, monkeypatch):
+    monkeypatch.setattr(mailbox_module, "_PAIR_BYTES", 64)
+    size = 4 * mailbox_module._BOX_BYTES + mailbox_module._SIGNAL_BYTES + 2 * (ranks - 1) * 64
+    buffers = [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
+    events = {(a, b): (threading.Semaphore(0), threading.Semaphore(1)) for a in range(ranks) for b in range(ranks)}
+
+    def sent(number, sender, receiver):
+        """Less than a box, one, several, nothing; more one way than the other."""
+        count = (0, 5, 16, 17, 50)[(number + 2 * sender + receiver) % 5]
+        return torch.arange(count, dtype=torch.float32) + 1000 * number + 100 * sender + 10 * receiver
+
+    def run(rank):
+        mailbox = Mailbox(buffers, rank, None, Signals(rank, events))
+        assert mailbox.size == size
+        for number in range(20):
+            # Not all of them each time: pairs count for themselves.
+            peers = [peer for peer in range(ranks) if peer != rank and (number + rank + peer) % 4]
+            incoming = {peer: torch.full_like(sent(number, peer, rank), torch.nan) for peer in peers}
+            mailbox.exchange({peer: sent(number, rank, peer) for peer in peers}, incoming)
+            for peer in peers:
+                assert torch.equal(incoming[peer], sent(number, peer, rank)), (number, rank, peer)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        for one in [threads.submit(run, rank) for rank in range(ranks)]:
+            one.result(timeout=60)
 
 
 def test_there_is_none_on_the_cpu():
