@@ -108,6 +108,12 @@ def shared_bytes() -> int:
     return total
 
 
+def resident_bytes(pid: int | str = "self") -> int:
+    """Memory of the process that is in RAM."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+
 def shared_names() -> set[str]:
     """Files in /dev/shm, without those that processes have which are neither this one nor started by it."""
     names = set(os.listdir("/dev/shm"))

@@ -178,18 +178,17 @@ def test_a_file_that_vanished_or_broke_is_an_error_and_its_return_is_none(
     path, tmp_path, latents, expected, monkeypatch
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # see the next test
-    copy = tmp_path / "vae.safetensors"
+    copy, aside = tmp_path / "vae.safetensors", tmp_path / "aside"
     shutil.copy2(path, copy)
     with wvp.load_vae(copy, devices="cpu,cpu", chunk=1) as vae:
-        copy.unlink()
+        copy.rename(aside)
         with pytest.raises(wvp.CheckpointError):
             vae.decode(latents)
         copy.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(wvp.CheckpointError):
             vae.decode(latents)
         assert pids(vae) == []
-        copy.unlink()
-        shutil.copy2(path, copy)
+        aside.replace(copy)
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
