@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import comfy.model_management as model_management
@@ -12,6 +13,9 @@ from PIL import Image
 
 from ..wan_vae_parallel.pictures import to_picture
 
+# Between two previews: nobody sees more, and several devices have a chunk ready every few hundredths of a second.
+_PREVIEW_SECONDS = 0.25
+
 
 class ChunkProgress:
     """One bar for the ``parts`` that a decode is done in."""
@@ -19,6 +23,7 @@ class ChunkProgress:
     def __init__(self, *, parts: int) -> None:
         self._parts = parts
         self._bar: comfy.utils.ProgressBar | None = None
+        self._next_preview = 0.0
         model_management.throw_exception_if_processing_interrupted()
 
     def part(self, index: int) -> Callable[[int, int, torch.Tensor], None]:
@@ -27,7 +32,11 @@ class ChunkProgress:
         def on_chunk(done: int, total: int, frames: torch.Tensor) -> None:
             if self._bar is None:
                 self._bar = comfy.utils.ProgressBar(self._parts * total)
-            self._bar.update_absolute(index * total + done, preview=("JPEG", _preview(frames), args.preview_size))
+            preview = None
+            if done < total and time.monotonic() >= self._next_preview:
+                preview = ("JPEG", _preview(frames), args.preview_size)
+                self._next_preview = time.monotonic() + _PREVIEW_SECONDS
+            self._bar.update_absolute(index * total + done, preview=preview)
             # Without a server there is no hook in the bar that looks.
             model_management.throw_exception_if_processing_interrupted()
 

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 1.0
 # Without another decode for so long, the one before lets go of its memory.
-_IDLE_SECONDS = 1.0
+_IDLE_SECONDS = 0.2
 # Of CUDA's limits: bytes of stack for each thread.
 _STACK_SIZE = 0
 _LEAST_STACK_BYTES = 256
