@@ -19,6 +19,7 @@ class _Cancelled(BaseException):
     """Carries what the check raised past handlers that are for failures."""
 
     def __init__(self, reason: BaseException) -> None:
+        super().__init__(f"cancelled ({type(reason).__name__}: {reason})")
         self.reason = reason
 
 

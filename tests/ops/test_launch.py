@@ -6,11 +6,13 @@ import dataclasses
 import gc
 import logging
 import threading
+import time
 import weakref
 
 import pytest
 import torch
 
+from wan_vae_parallel.cancel import cancellable
 from wan_vae_parallel.ops.kernels import progress
 from wan_vae_parallel.ops.kernels.launch import Call, compile_all, launch
 
@@ -204,3 +206,49 @@ def test_short_compiling_says_nothing(caplog):
     compile_all(lambda: launch(kernel, (1,), BLOCK=1), CPU)
     assert len(kernel.compiled) == 1
     assert not caplog.records
+
+
+class Cancelled(Exception):
+    """What a user interface raises."""
+
+
+@pytest.mark.parametrize("raised", [Cancelled, KeyboardInterrupt])
+def test_a_cancelled_decode_does_not_wait_for_what_is_being_compiled(raised):
+    kernels, begun, release = [Kernel() for _ in range(40)], threading.Event(), threading.Event()
+
+    def warmup(*arguments, grid, **options):
+        begun.set()
+        assert release.wait(20)
+        kernels[0].compiled.append((grid, arguments, options))
+
+    for kernel in kernels:
+        kernel.warmup = warmup
+
+    def run():
+        for number, kernel in enumerate(kernels):
+            launch(kernel, (1,), torch.zeros(4), NUMBER=number)
+
+    def check():
+        if begun.is_set():
+            raise raised
+
+    started = time.monotonic()
+    with pytest.raises(raised), cancellable(check):
+        compile_all(run, CPU)
+    assert time.monotonic() - started < 1
+    release.set()
+    # What nobody had begun with is not compiled for nobody.
+    time.sleep(0.2)
+    assert len(kernels[0].compiled) < len(kernels)
+
+
+def test_a_kernel_that_can_not_be_compiled_ends_the_others():
+    kernels = [Kernel() for _ in range(3)]
+    kernels[1].warmup = _failing
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        compile_all(lambda: [launch(kernel, (1,), torch.zeros(4), N=i) for i, kernel in enumerate(kernels)], CPU)
+    compile_all(lambda: launch(kernels[1], (1,), torch.zeros(4)), CPU, forgiving=True)
+
+
+def _failing(*_arguments, **_options):
+    raise RuntimeError("no such instruction")

@@ -12,6 +12,7 @@ import torch
 from tests.oracle import load, oracle_vae, random_latents
 from tests.tuning import start_anew
 from wan_vae_parallel.architecture import Architecture
+from wan_vae_parallel.cancel import cancellable, check_cancelled
 from wan_vae_parallel.memory import decode_memory, largest_chunk
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.ops import dispatch
@@ -151,6 +152,27 @@ def test_measuring_that_fails_is_said_once_and_the_shipped_settings_stay(gpu, fo
     assert files(folder) == []
     # Memory that was short then may be there for the next decode.
     gpu.error = None
+    gpu.best = {WIDE: 2}
+    tuning.settle([WIDE], CPU, BF16)
+    assert chosen(WIDE) == tiles.candidates(WIDE, CPU)[2]
+
+
+def test_measuring_that_is_cancelled_is_no_failure(gpu, folder, caplog, monkeypatch):
+    class Interrupt(Exception):
+        """What a user interface raises."""
+
+    def cancel():
+        raise Interrupt
+
+    def measure(*_):
+        check_cancelled()
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, MEASURE, types.SimpleNamespace(measure=measure))
+        with pytest.raises(Interrupt), cancellable(cancel):
+            tuning.settle([WIDE], CPU, BF16)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert files(folder) == []
     gpu.best = {WIDE: 2}
     tuning.settle([WIDE], CPU, BF16)
     assert chosen(WIDE) == tiles.candidates(WIDE, CPU)[2]
