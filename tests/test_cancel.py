@@ -23,11 +23,15 @@ def test_nothing_is_cancelled_without_a_check():
 
 def test_what_the_check_raises_passes_handlers_for_failures():
     failures = []
-    with pytest.raises(Interrupt), cancellable(raising):
+
+    def work():
         try:
             check_cancelled()
         except Exception as failure:  # noqa: BLE001 (as those have who try something else after one)
             failures.append(failure)
+
+    with pytest.raises(Interrupt), cancellable(raising):
+        work()
     assert failures == []
     check_cancelled()
 
