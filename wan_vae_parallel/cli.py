@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -203,17 +202,14 @@ def _demo(options: argparse.Namespace) -> None:
     latents = demo_latents(described, frames=options.latent_frames, rows=rows, columns=columns)
     save_latents(latent_file, latents)
     with load_vae(checkpoint, devices=options.devices, dtype=options.dtype, chunk=options.chunk) as vae:
-        started = time.perf_counter()
         bar = _Progress()
         frames = vae.decode(latents, on_chunk=lambda done, total, _: bar.show(done, total))
-        seconds = time.perf_counter() - started
         bar.close()
     video, sheet = folder / "demo.mp4", folder / "demo.png"
     with open_output(video, shape=frames.shape, fps=_FPS[options.architecture]) as write:
         write(frames)
     with replacing(sheet) as temporary:
         contact_sheet(frames[0]).save(temporary)
-    _report(vae, frames.shape, seconds)
     for what, path in (("video", video), ("contact sheet", sheet), ("VAE", checkpoint), ("latents", latent_file)):
         print(f"{what + ':':15}{path}")
 
@@ -237,7 +233,6 @@ def _decode(options: argparse.Namespace) -> None:
 def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace) -> None:
     shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
     check_output(options.output, shape)
-    started = time.perf_counter()
     bar, done = _Progress(), 0
     fps = options.fps or _FPS[vae.architecture.family]
     with open_output(options.output, shape=shape, fps=fps) as write:
@@ -247,7 +242,6 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
             done += frames.shape[1]
             bar.show(done, shape[1])
     bar.close()
-    _report(vae, shape, time.perf_counter() - started)
     files = output_files(options.output, shape)
     print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
 
@@ -258,16 +252,6 @@ def _make_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OutputError(f"{folder} can't be written to ({error}); choose another folder with -o") from error
-
-
-def _report(vae: VAE, shape: Sequence[int], seconds: float) -> None:
-    batch, total, height, width = shape[:4]
-    places = ", ".join(vae.places)
-    videos = f"{batch} x " if batch > 1 else ""
-    print(
-        f"decoded {videos}{total} frames of {width}x{height} in {seconds:.2f} s "
-        f"({batch * total / seconds:.1f} frames/s) on {places} in {str(vae.dtype).removeprefix('torch.')}"
-    )
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -386,7 +386,7 @@ class VAE:
         finally:
             if self._closed:  # meanwhile, by another thread or a callback
                 self._engine.close()
-        if shape[1]:
+        if self._group is None or dist.get_rank(self._group) == 0:
             batch = f"{shape[0]} times " if shape[0] > 1 else ""
             logger.info(
                 "decoded %s%d frames of %dx%d on %s, in %s, chunk %d, in %.2f s (%s)",
