@@ -6,9 +6,11 @@ h latent rows, w latent columns
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,6 +205,28 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
         available = min(available, int(most) - int(used.read_text()))
     return available
+
+
+def give_back_host_memory() -> None:
+    """Gives the system back what the C library's allocator holds of tensors that are gone.
+
+    Decodes of other sizes each time leave holes between what stays, such as oneDNN's compiled convolutions. After 100
+    decodes of up to 128x128 with a decoder of width 16 a process of 381 MiB had 104 MiB of holes.
+    """
+    trim = _malloc_trim()
+    if trim:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The GNU C library's; others have none, or need none."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if function:
+        function.argtypes = (ctypes.c_size_t,)
+    return function
 
 
 def gibibytes(count: float) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, is_out_of_memory
-from ..memory import decode_memory, free_memory, gibibytes, largest_chunk, largest_frame
+from ..memory import decode_memory, free_memory, gibibytes, give_back_host_memory, largest_chunk, largest_frame
 from .download import to_host
 from .local import LocalDecoder
 
@@ -98,6 +98,8 @@ class LocalRun:
     def close(self) -> None:
         """Ends the decode where it is and frees its memory."""
         del self._frames
+        if self._engine.device.type == "cpu":
+            give_back_host_memory()
 
     def _on_device(self) -> Iterator[torch.Tensor]:
         """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""

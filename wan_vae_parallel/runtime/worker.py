@@ -45,6 +45,7 @@ from torch._C._distributed_c10d import FileStore
 
 from ..checkpoint import checkpoint_from_state_dict
 from ..errors import is_out_of_memory
+from ..memory import give_back_host_memory
 from ..parallel.agree import Board, check_agreement
 from ..parallel.edges import connect
 from ..parallel.mailbox import Mailbox, open_mailbox
@@ -313,6 +314,8 @@ class _Worker:
             self._empty_cache()
         self._heard = False
         self.send("finished")
+        if self.device.type == "cpu":
+            give_back_host_memory()
         # The mappings go after that word: the parent has its own, and need not wait.
         self._gone.put(shared)
 
