@@ -46,5 +46,5 @@ class ChunkProgress:
 def _preview(frames: torch.Tensor) -> Image.Image:
     """The newest frame, thinned out to about the size that ComfyUI shows."""
     newest = frames[0, -1, ..., :3]
-    step = max(1, max(newest.shape[:2]) // args.preview_size)
+    step = -(-max(newest.shape[:2]) // args.preview_size)
     return to_picture(newest[::step, ::step])

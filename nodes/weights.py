@@ -107,8 +107,9 @@ class LoadedWeights:
 def changed_padding(model: torch.nn.Module) -> str:
     """What other nodes have changed in how the decoder's convolutions pad, for a message; empty if nothing."""
     changed = []
-    for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and "decoder" in name.split("."):
+    # The decoder alone: this is looked up at each decode.
+    for name, module in getattr(model, "decoder", model).named_modules(prefix="decoder"):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             if module.padding_mode != "zeros":
                 changed.append(f"{name} has padding_mode {module.padding_mode}")
             elif "_conv_forward" in vars(module):

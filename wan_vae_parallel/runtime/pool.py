@@ -201,7 +201,7 @@ class WorkerPool:
             self.stop(grace=0.0)
             raise WorkerError(
                 f"workers can't start ({error}); if a limit stands against it, raise it (ulimit -n is that of open "
-                f"files, of which each worker takes four; ulimit -u that of processes)"
+                f"files, of which each worker takes three; ulimit -u that of processes)"
             ) from error
         except BaseException:
             self.stop(grace=0.0)
