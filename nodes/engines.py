@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
 # The engines used last stay though no VAE is there that uses them: ComfyUI may keep no results between prompts.
 _KEPT = 2
+# How far up ``/free`` is looked for.
+_MOST_WRAPPERS = 8
 _kept: collections.OrderedDict[Hashable, Engine] = collections.OrderedDict()
 
 
@@ -90,9 +92,9 @@ class Engine:
         """Bytes on each device that `park` gives back."""
         return self._vae.memory_held
 
-    def park(self) -> None:
-        """Gives the devices' memory back; workers' processes stay."""
-        self._vae.park()
+    def park(self) -> bool:
+        """Gives the devices' memory back; workers' processes stay. Whether it is back."""
+        return self._vae.park()
 
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers, until the next decode."""
@@ -184,8 +186,7 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
         freed = self.loaded_size()
-        self._park()
-        return freed
+        return freed if self._park() else 0
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         # Without that, the list only forgets this entry: it puts it to its front when it is loaded again.
@@ -193,10 +194,9 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
             self._park()
         return self.model
 
-    def _park(self) -> None:
+    def _park(self) -> bool:
         engine = self._engine()
-        if engine:
-            engine.park()
+        return engine is not None and engine.park()
 
 
 def _release_all() -> None:
@@ -218,9 +218,14 @@ def _hear_of_free() -> None:
     @functools.wraps(unload_all_models)
     def unload_all(*args: Any, **kwargs: Any) -> Any:
         result = unload_all_models(*args, **kwargs)
-        # The loop in which core looks for ``/free`` between prompts.
-        if sys._getframe(1).f_code.co_name == "prompt_worker":
-            _release_all()
+        # The loop in which core looks for ``/free`` between prompts; other packs may have wrapped this function, too.
+        frame = sys._getframe(1)
+        for _ in range(_MOST_WRAPPERS):
+            if frame.f_code.co_name == "prompt_worker":
+                _release_all()
+            if frame.f_globals.get("__name__") == "execution" or frame.f_back is None:
+                break  # a prompt's
+            frame = frame.f_back
         return result
 
     unload_all.ends_wan_vae_workers = True  # type: ignore[attr-defined]

@@ -36,6 +36,14 @@ def test_what_the_check_raises_passes_handlers_for_failures():
     check_cancelled()
 
 
+def test_anything_can_be_raised():
+    def stop():
+        raise StopIteration("done")
+
+    with pytest.raises(StopIteration, match="done"), cancellable(stop):
+        check_cancelled()
+
+
 def test_another_threads_decode_is_another_one():
     seen = []
     with cancellable(raising):

@@ -5,9 +5,9 @@ Whoever waits long calls `check_cancelled` several times a second, in the thread
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 
 # How often those who wait look, in seconds.
 LOOK_SECONDS = 0.1
@@ -15,7 +15,7 @@ LOOK_SECONDS = 0.1
 _check: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("check", default=None)
 
 
-class _Cancelled(BaseException):
+class Cancelled(BaseException):
     """Carries what the check raised past handlers that are for failures."""
 
     def __init__(self, reason: BaseException) -> None:
@@ -23,16 +23,24 @@ class _Cancelled(BaseException):
         self.reason = reason
 
 
-@contextlib.contextmanager
-def cancellable(check: Callable[[], None]) -> Iterator[None]:
-    """Within it, in this thread, `check_cancelled` calls ``check``; what that raises ends the block."""
-    token = _check.set(check)
-    try:
-        yield
-    except _Cancelled as cancelled:
-        raise cancelled.reason from None
-    finally:
-        _check.reset(token)
+class cancellable:
+    """Within it, in this thread, `check_cancelled` calls ``check``; what that raises ends the block.
+
+    No generator makes it: such would change a StopIteration that passes.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def __enter__(self) -> None:
+        self._token = _check.set(self._check)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _check.reset(self._token)
+        if isinstance(error, Cancelled):
+            raise error.reason from None
 
 
 def check_cancelled() -> None:
@@ -43,4 +51,4 @@ def check_cancelled() -> None:
     try:
         check()
     except BaseException as reason:  # noqa: BLE001 (it is raised again where it is expected)
-        raise _Cancelled(reason) from None
+        raise Cancelled(reason) from None

@@ -13,7 +13,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .anonymous import anonymous_file
+from .cancel import LOOK_SECONDS, check_cancelled
 from .errors import OutOfMemoryError, WanVAEError, is_out_of_memory
 
 # The library refuses longer headers.
@@ -174,8 +175,13 @@ class TensorFile:
         with ThreadPoolExecutor(threads) as pool:
             spans = [pool.submit(self._copy_span, copy, bounds[i], bounds[i + 1], stop) for i in range(threads)]
             try:
+                while wait(spans, LOOK_SECONDS, return_when=FIRST_EXCEPTION).not_done:
+                    check_cancelled()
+                    if any(span.done() and span.exception() for span in spans):
+                        break
                 for span in spans:
-                    span.result()
+                    if span.done():
+                        span.result()
             finally:
                 stop.set()
 
@@ -183,6 +189,7 @@ class TensorFile:
         """Copies the bytes from ``start`` to ``stop``, which all must be there."""
         block = memoryview(bytearray(min(_BLOCK, stop - start)))
         while start < stop and not (ended and ended.is_set()):
+            check_cancelled()
             count = os.preadv(self._file.fileno(), [block[: stop - start]], start)
             if not count:
                 raise self._changed()

@@ -331,27 +331,30 @@ class VAE:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
         self._engine.close()
 
-    def park(self) -> None:
+    def park(self) -> bool:
         """Gives the devices' memory back and keeps workers' processes, so that the next decode needs not start them.
 
-        On one device it does what `release` does. It leaves a decode alone that is under way in another thread.
+        On one device it does what `release` does.
+
+        Returns:
+            Whether the memory is back; workers keep it for a decode that is under way in another thread.
         """
         if isinstance(self._engine, WorkerPool):
-            self._engine.park()
-        else:
-            self._engine.close()
+            return self._engine.park()
+        self._engine.close()
+        return True
 
     @property
     def memory_held(self) -> int:
         """Bytes on each device that `park` would give back."""
-        if isinstance(self._engine, WorkerPool):
+        if isinstance(self._engine, WorkerPool) and self._engine.stage != "loading":
             return self._engine.held
         return self.weights_size if self._engine.running else 0
 
     @property
     def memory_to_start(self) -> int:
         """Bytes that worker processes will take on each device beside what `memory_needed` tells."""
-        return WORKER_BYTES if isinstance(self._engine, WorkerPool) and not self._engine.running else 0
+        return WORKER_BYTES if isinstance(self._engine, WorkerPool) and self._engine.stage != "ready" else 0
 
     @property
     def weights_size(self) -> int:

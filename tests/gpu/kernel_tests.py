@@ -1,9 +1,9 @@
 """What the tests of kernels share: where they run, what they may not fall back to, random inputs.
 
 Without a GPU the same tests run on small shapes in Triton's interpreter, in fp16 (of bf16 it multiplies the bits):
-``TRITON_INTERPRET=1 python -m pytest tests/gpu -k 'kernels or rows'``, with NumPy 2.2 for Triton 3.6, as .ci/run does. Each setting
-takes a GPU about a second to compile, so that tests share settings where they can: widths, dtypes and columns are not
-chosen at random.
+``TRITON_INTERPRET=1 python -m pytest tests/gpu -k 'kernels or rows'``, with NumPy 2.2 for Triton 3.6, see .ci/run. Each
+setting takes a GPU about a second to compile, so that tests share settings where they can: widths, dtypes and columns
+are not chosen at random.
 """
 
 from __future__ import annotations

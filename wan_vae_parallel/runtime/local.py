@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..architecture import Architecture
+from ..cancel import check_cancelled
 from ..model.decoder import WanDecoder
 from ..model.state import DecodeState, Edges, PageKey, Pages, SlotLists, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
@@ -46,7 +47,10 @@ class LocalDecoder:
         with torch.device("meta"):
             self.model = WanDecoder(architecture)
         # Copied even where nothing changes: a file that is mapped into memory may change under us.
-        own = {key: tensor.detach().to(device, dtype, copy=True) for key, tensor in weights.items()}
+        own = {}
+        for key, tensor in weights.items():
+            check_cancelled()
+            own[key] = tensor.detach().to(device, dtype, copy=True)
         self.model.load_state_dict(own, strict=True, assign=True)
         self.model.requires_grad_(False).eval()
         self._compiled: set[tuple[Any, ...]] = set()

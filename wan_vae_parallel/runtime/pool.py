@@ -26,12 +26,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
 
-from ..cancel import LOOK_SECONDS, check_cancelled
+from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
 from ..checkpoint import Checkpoint
 from ..errors import WanVAEError, WorkerError
 from ..ops.dispatch import say_once
@@ -50,8 +50,11 @@ _START_SECONDS = 300.0
 _COPY_THREADS = 4
 # A thread that waits for another one's decode for so long says so.
 _WAIT_WORD_SECONDS = 5.0
-# Giving memory back takes milliseconds, and NCCL's half a second; a device that is stuck does not answer at all.
-_PARK_SECONDS = 20.0
+# Giving memory back takes a tenth of a second, and NCCL's half a one. Whoever wants memory does not wait for workers
+# that are stuck.
+_PARK_SECONDS = 5.0
+# Workers that nothing was ever decoded with end after so long: a sampler may take its time before there is anything.
+_PREPARED_SECONDS = 3600.0
 # A decode that was cancelled may have steps that are under way: who cancelled does not wait for all of them.
 _FINISH_SECONDS = 0.5
 # What a worker takes on a GPU besides a decode's own memory: the driver's context, kernels, boxes for the neighbours.
@@ -106,8 +109,11 @@ class WorkerPool:
         self.workers: list[WorkerProcess] = []
         self.stage: Stage = "gone"
         self.held = 0
-        # Whether the last decode's memory is not known to be free yet.
+        # Whether workers have been told of a decode, and whether its memory is not known to be free yet since.
+        self._opened = False
         self._finishing = False
+        # Whether loading workers have got the weights.
+        self._given = False
         # Answers of some of the workers, by kind and rank, when whoever waited for all of them was cancelled.
         self._early: dict[str, dict[int, tuple[Any, ...]]] = {}
         self._process = os.getpid()
@@ -153,9 +159,12 @@ class WorkerPool:
             raise WanVAEError(
                 "another decode of this VAE is open in this very thread; finish or close its stream first"
             )
-        if not self._decoding.acquire(timeout=_WAIT_WORD_SECONDS):
-            logger.info("waiting for the end of another thread's decode with this VAE")
-            self._decoding.acquire()
+        said, since = False, time.monotonic()
+        while not self._decoding.acquire(timeout=LOOK_SECONDS):
+            check_cancelled()
+            if not said and time.monotonic() > since + _WAIT_WORD_SECONDS:
+                logger.info("waiting for the end of another thread's decode with this VAE")
+                said = True
         self.belongs_here()
         if self._idle_timer:
             self._idle_timer.cancel()
@@ -173,15 +182,18 @@ class WorkerPool:
         else:
             self._end_when_idle()
 
-    def prepare(self) -> None:
+    def prepare(self, ended: int | None = None) -> None:
         """Begins the workers' processes if there are none; they load their modules while the caller goes on.
 
+        Args:
+            ended: how often workers had been ended when the caller decided that there must be some.
+
         Raises:
-            WorkerError: the system has no more processes or files.
+            WorkerError: the system has no more processes or files, or somebody has ended the workers meanwhile.
         """
         if self.workers or not self.ours:
             return
-        ended = self._ended
+        ended = self._ended if ended is None else ended
         options = {"world_size": len(self.devices)}
         environment = {
             **dict.fromkeys(_ALLOCATOR_VARIABLES),
@@ -206,16 +218,22 @@ class WorkerPool:
         except BaseException:
             self.stop(grace=0.0)
             raise
+        self._end_when_idle(max(self._idle_seconds, _PREPARED_SECONDS))
 
     def take_over(self, other: WorkerPool) -> None:
         """Makes ``other``'s processes this pool's, if it decodes on the same devices and is not decoding now."""
-        if self.workers or other.devices != self.devices or not other.park():
+        if self.workers or other.devices != self.devices or not other._decoding.acquire(blocking=False):
             return
-        with other._changing:
-            self.workers, other.workers = other.workers, []
-            self.stage, other.stage = other.stage, "gone"
-        if other._idle_timer:
-            other._idle_timer.cancel()
+        try:
+            other._park()
+            with other._changing:
+                self.workers, other.workers = other.workers, []
+                self.stage, other.stage = other.stage, "gone"
+            if other._idle_timer:
+                other._idle_timer.cancel()
+        finally:
+            other._decoding.release()
+        self._end_when_idle()
 
     def start(self) -> None:
         """Waits until the workers are ready, whatever stage they are in; starts them if there are none that live."""
@@ -229,6 +247,8 @@ class WorkerPool:
         self.prepare()
         if self.stage != "loading":
             self._load()
+        if not self._given:
+            self._give_weights()
         # A cancelled wait leaves them loading: the next decode waits for the rest.
         ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
         self.stage, self.held = "ready", max(held for _, held in ready)
@@ -244,31 +264,44 @@ class WorkerPool:
         if not self.ours or not self._decoding.acquire(blocking=False):
             return False
         try:
-            if self.stage == "loading":
-                # Somebody cancelled that: it is sooner ended than waited for.
-                self.stop(grace=0.0)
-                self.prepare()
+            self._park()
+        finally:
+            self._decoding.release()
+        return True
+
+    def _park(self) -> None:
+        """`park` for whoever has the pool."""
+        ended = self._ended
+        try:
             if self.stage == "ready":
-                self._await_finish()
+                self._await_finish(_FINISH_SECONDS)
+            if self.stage == "loading" or self._finishing:
+                # Somebody cancelled that: new processes are sooner there than the end of it.
+                self.stop(grace=0.0)
+                self.prepare(ended + 1)
+            if self.stage == "ready":
                 self.tell("park")
                 self.gather("parked", len(self.workers), limit=_PARK_SECONDS, check=None)
                 self.stage, self.held = "parked", 0
         except WanVAEError as error:
             logger.warning("%s", str(error))
-            self.stop()
+            self.stop(grace=0.0)
         except BaseException:
             self.stop(grace=0.0)  # interrupted here, they are in the middle of who knows what
             raise
-        finally:
-            self._decoding.release()
-        return True
+
+    def open(self, request: dict[str, Any], *descriptors: int) -> None:
+        """Tells ready workers of a decode; it lasts until `finish`."""
+        self._opened = True
+        self.tell("open", request)
+        self.hand_over(*descriptors)
 
     def finish(self) -> None:
         """Ends a decode on the workers; those that are still at it are waited for by whoever needs them next."""
-        if self.stage != "ready":
+        if self.stage != "ready" or not self._opened:
             return
+        self._opened, self._finishing = False, True
         self.tell("finish")
-        self._finishing = True
         self._await_finish(_FINISH_SECONDS)
 
     def _await_finish(self, seconds: float | None = None) -> None:
@@ -285,7 +318,7 @@ class WorkerPool:
                 self._finishing = False
 
     def _load(self) -> None:
-        """Tells the workers to take the weights."""
+        """Tells the workers to get ready for weights, so that they do that while this process reads them."""
         cuda = self.devices[0].type == "cuda"
         settings = {
             "dtype": self.dtype,
@@ -298,21 +331,34 @@ class WorkerPool:
                 if name.startswith(_LATE_VARIABLES) and not name.endswith("_SOCKET_IFNAME")
             },
         }
-        try:
-            # As soon as they can, while this process reads the weights.
+        with self._sharing():
             store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
             try:
+                self._given = False
                 self.tell("load", settings)
                 self.stage = "loading"
                 self.hand_over(store)
             finally:
                 os.close(store)
+
+    def _give_weights(self) -> None:
+        """Hands the weights to workers that wait for them."""
+        with self._sharing():
             memory, manifest = _in_shared_memory(self._weights(), self.dtype)
             try:
                 self.tell("weights", manifest)
                 self.hand_over(memory.descriptor)
+                self._given = True
             finally:
                 memory.close()
+
+    @contextlib.contextmanager
+    def _sharing(self) -> Iterator[None]:
+        """Within it something is handed to all workers; what fails ends them."""
+        try:
+            yield
+        except Cancelled:
+            raise  # they still wait for it
         except OSError as error:
             self.stop(grace=0.0)
             raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
@@ -331,7 +377,8 @@ class WorkerPool:
             workers, self.workers = self.workers, []
             # Those that only load have nothing to end well, and may not hear.
             grace = grace if self.stage in ("ready", "parked") else 0.0
-            self.stage, self.held, self._finishing, self._early = "gone", 0, False, {}
+            self.stage, self.held, self._early = "gone", 0, {}
+            self._opened = self._finishing = False
         end_all(workers, grace)
 
     def tell(self, *message: object) -> None:
@@ -436,8 +483,12 @@ class WorkerPool:
         self._living()  # else it was another thread
         return cause(workers, heard)
 
-    def _end_when_idle(self) -> None:
-        if not self.workers or self._idle_seconds > threading.TIMEOUT_MAX:
+    def _end_when_idle(self, seconds: float | None = None) -> None:
+        """Ends the workers if nobody decodes with them for so long, by default the pool's idle seconds."""
+        seconds = self._idle_seconds if seconds is None else seconds
+        if self._idle_timer:
+            self._idle_timer.cancel()
+        if not self.workers or seconds > threading.TIMEOUT_MAX:
             return
         weak = weakref.ref(self)  # the timer alone does not keep a pool that nobody uses
 
@@ -446,12 +497,12 @@ class WorkerPool:
             if pool and pool._idle_timer is timer and pool._decoding.acquire(blocking=False):
                 try:
                     if pool.workers:
-                        logger.info("workers idle for %.0f s: ending them", pool._idle_seconds)
+                        logger.info("workers idle for %.0f s: ending them", seconds)
                     pool.stop()
                 finally:
                     pool._decoding.release()
 
-        timer = threading.Timer(self._idle_seconds, end)
+        timer = threading.Timer(seconds, end)
         timer.daemon = True
         self._idle_timer = timer
         timer.start()
@@ -477,6 +528,7 @@ def _in_shared_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Share
     memory = SharedMemory.create(max(1, size))
     try:
         for name, (shape, _, offset) in places.items():
+            check_cancelled()
             memory.tensor(torch.Size(shape), dtype, offset).copy_(checkpoint.decoder[name].detach())
     except BaseException:
         memory.close()

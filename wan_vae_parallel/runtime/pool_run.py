@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..cancel import Cancelled
 from ..errors import OutOfMemoryError, WanVAEError, WorkerError
 from ..memory import host_room
 from ..parallel.plan import describe_plan, plan_shards
@@ -89,8 +90,10 @@ class PoolRun:
                     ) from error
                 chunk = self._begun // 2
                 logger.warning("%s; going on with chunk %d, same frames", str(error), chunk)
-            except (WorkerError, KeyboardInterrupt):
-                # Interrupted here, some workers may have got a command that others have not.
+            except (Cancelled, GeneratorExit, OutOfMemoryError):
+                raise  # between two messages
+            except BaseException:
+                # Interrupted here, some workers may have got a command, or given an answer, that others have not.
                 self._pool.stop(grace=0.5)
                 raise
 
@@ -103,14 +106,14 @@ class PoolRun:
         room = [answer[1] for answer in pool.gather("room", self._shards)]
         self._begun = min(room)
         if self._begun == 0:
-            pool.tell("finish")
             short = [str(pool.devices[rank]) for rank, most in enumerate(room) if most == 0]
             raise OutOfMemoryError(
                 f"{', '.join(short)} has not the memory for its rows, even one latent frame at a time; use more "
                 f"devices, free some of its memory, or decode smaller frames"
             )
         pool.tell("begin", self._begun)
-        for _ in range(_AHEAD):
+        # Steps that take the CPU seconds are not commanded before the one before is done: it needs no more work ahead.
+        for _ in range(_AHEAD if pool.devices[0].type == "cuda" else 1):
             pool.tell("step")
         done = 0
         while True:
@@ -139,8 +142,7 @@ class PoolRun:
             "frames_size": self._video_memory.size,
             "chunk": chunk,
         }
-        self._pool.tell("open", request)
-        self._pool.hand_over(self._latents_memory.descriptor, self._video_memory.descriptor)
+        self._pool.open(request, self._latents_memory.descriptor, self._video_memory.descriptor)
 
     def discard(self, frames: int) -> None:
         """Gives back the memory of the first ``frames`` frames of `video`, which nobody will look at again."""

@@ -25,6 +25,8 @@ from .pulse import stopped
 logger = logging.getLogger(__name__)
 
 _LOG_LINES = 20
+# A process that was killed may have its device's memory to give back.
+_KILLED_SECONDS = 30.0
 
 
 class WorkerProcess:
@@ -58,7 +60,8 @@ class WorkerProcess:
         # Whether somebody else has taken its exit code.
         self._lost = False
         self.connection, theirs = multiprocessing.connection.Pipe()
-        # Closed by its end, whoever may hear of that first.
+        # Readable from its end on, whoever may hear of that first: where the system has nothing better, a pipe that it
+        # closes then, as do all that were forked from this process meanwhile.
         self._sentinel, their_sentinel = os.pipe()
         log, their_log = os.pipe()
         try:
@@ -84,6 +87,11 @@ class WorkerProcess:
             os.close(their_sentinel)
             os.close(their_log)
         self.pid = self._process.pid
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                process = os.pidfd_open(self.pid)
+                os.close(self._sentinel)
+                self._sentinel = process
         self._reader = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self._reader.start()
 
@@ -157,19 +165,25 @@ class WorkerProcess:
 
 def end_all(workers: Sequence[WorkerProcess], grace: float) -> None:
     """Ends processes, however they are: asked, then after ``grace`` seconds killed."""
-    for worker in workers:
-        if worker.prepared and grace:
-            with contextlib.suppress(OSError):
-                worker.connection.send(("close",))
-        else:
-            worker.kill()  # it would not hear
-    deadline = time.monotonic() + grace
-    for worker in workers:
-        if not worker.join(max(0.0, deadline - time.monotonic())):
-            worker.kill()
-    for worker in workers:
-        worker.join()
-        worker.close()
+    try:
+        for worker in workers:
+            if worker.prepared and grace:
+                with contextlib.suppress(OSError):
+                    worker.connection.send(("close",))
+            else:
+                worker.kill()  # it would not hear
+        deadline = time.monotonic() + grace
+        for worker in workers:
+            if not worker.join(max(0.0, deadline - time.monotonic())):
+                worker.kill()
+        for worker in workers:
+            if not worker.join(_KILLED_SECONDS):
+                logger.warning("%s (process %d) is killed and does not end", worker, worker.pid)
+            worker.close()
+    except BaseException:
+        for worker in workers:
+            worker.kill()  # whoever interrupts this has no time
+        raise
 
 
 def _command(rank: int, device: torch.device, options: Mapping[str, Any], connection: int, sentinel: int) -> list[str]:

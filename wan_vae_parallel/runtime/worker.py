@@ -157,12 +157,22 @@ class _Worker:
 
     def _listen(self) -> None:
         """Takes the parent's words while the main thread works, shows that the process lives, sees the parent's end."""
+        try:
+            self._serve_listener()
+        except BaseException:  # noqa: BLE001 (whatever it is: nobody would hear the parent any more)
+            traceback.print_exc()
+            self.end(1)
+
+    def _serve_listener(self) -> None:
+        # Not select, which knows no descriptors from 1024 on, and this one's number is the parent's.
+        writable = select.poll()
+        writable.register(self.connection, select.POLLOUT)
         while True:
             try:
                 if not self.connection.poll(_HEARTBEAT_SECONDS):
                     self._check_parent()
                     # A parent that does not read, as in a callback that takes its time, knows enough already.
-                    if self._heard and select.select([], [self.connection], [], 0)[1]:
+                    if self._heard and writable.poll(0):
                         self.send("alive")
                     continue
                 message = self.connection.recv()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import signal
 import threading
 import time
@@ -143,22 +144,150 @@ def test_a_decode_that_is_cancelled_while_it_waits_for_frames_leaves_the_workers
     assert pids(vae) == before
 
 
-def test_a_cancelled_decode_does_not_wait_for_steps_that_take_long(vae, expected, latents):
-    # Steps of seconds, of which two are under way; at one of these the workers are told that it is over.
-    large = torch.randn(1, 16, 3, 48, 48)
+def cancelled_in_a_long_step(vae):
+    """Cancels a decode whose first step takes seconds, while the workers are at it; what that took."""
     times = []
 
     def cancel():
         times.append(time.monotonic())
-        if len(times) == 3:
+        if vae._engine._opened and len(times) > 10:
             raise Interrupt
 
-    before = pids(vae)
+    large = torch.randn(1, 16, 1, 160, 160)
     with pytest.raises(Interrupt):
         vae.decode(large, on_wait=cancel)
-    assert time.monotonic() - times[-1] < patience(1)
+    assert vae._engine._finishing  # else the step was over
+    return time.monotonic() - times[-1]
+
+
+def test_a_cancelled_decode_does_not_wait_for_steps_that_take_long(vae, expected, latents):
+    before = pids(vae)
+    assert cancelled_in_a_long_step(vae) < 1
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
     assert pids(vae) == before
+
+
+def test_nor_does_who_wants_the_memory(vae, expected, latents):
+    cancelled_in_a_long_step(vae)
+    started = time.monotonic()
+    assert vae.park()
+    assert time.monotonic() - started < patience(2)
+    assert not vae.loaded
+    assert stage(vae) == "prepared"
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+
+
+def test_who_waits_for_another_threads_decode_can_be_cancelled(vae, latents):
+    entered, go, called = threading.Event(), threading.Event(), []
+
+    def hold(*_):
+        entered.set()
+        assert go.wait(60)
+
+    def cancel():
+        called.append(time.monotonic())
+        if len(called) == 3:
+            raise Interrupt
+
+    thread = threading.Thread(target=lambda: vae.decode(latents, on_chunk=hold))
+    thread.start()
+    assert entered.wait(60)
+    with pytest.raises(Interrupt):
+        vae.decode(latents, on_wait=cancel)
+    assert time.monotonic() - called[-1] < patience(1)
+    go.set()
+    thread.join(60)
+
+
+def test_an_alarm_of_the_programs_leaves_nothing_that_hangs(vae, latents, expected, monkeypatch):
+    # From a signal's handler, anywhere: here when some have answered, and before workers hear of the decode.
+    class Alarm(Exception):
+        """Raised by a handler."""
+
+    def alarm(*_args, **_options):
+        raise Alarm
+
+    for name in ("gather", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(vae._engine, name, alarm)
+            with pytest.raises(Alarm):
+                vae.decode(latents)
+        torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+    # Between the memory and the first step.
+    run = vae._engine.run(latents, vae.output_shape(latents.shape), 1)
+    run.close()
+    assert not vae._engine._finishing
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+
+
+def test_weights_that_come_slowly_can_be_cancelled(fresh, latents, expected, monkeypatch):
+    real, reads, called = os.preadv, [], []
+
+    def slow(*arguments):
+        reads.append(time.monotonic())
+        time.sleep(0.3)
+        return real(*arguments)
+
+    def cancel():
+        called.append(time.monotonic())
+        if len(reads) > 2:
+            raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_vae_parallel.tensor_file._BLOCK", 2**16)
+        patch.setattr(os, "preadv", slow)
+        with pytest.raises(Interrupt):
+            fresh.decode(latents, on_wait=cancel)
+    assert time.monotonic() - called[-1] < 1
+    assert len(reads) < 6
+    torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
+
+
+def test_a_program_with_many_open_files_has_workers_that_hear_it(path, expected, latents):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] < 2000:
+        pytest.skip(f"this system allows {limit[1]} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, limit[1]))
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+            assert max(worker.connection.fileno() for worker in vae._engine.workers) >= 1024
+            # Two seconds without a word of the parent's: they say that they live.
+            slowly = at(1, lambda: time.sleep(2.5))
+            torch.testing.assert_close(vae.decode(latents, on_chunk=slowly), expected, **CLOSE)
+            assert len(pids(vae)) == 2
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_a_process_forked_while_workers_start_does_not_hold_up_their_end(path):
+    forked = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = os.pipe
+
+        def pipe():
+            ends = real()
+            if (pid := os.fork()) == 0:
+                time.sleep(60)
+                os._exit(0)
+            forked.append(pid)
+            return ends
+
+        patch.setattr("wan_vae_parallel.runtime.process.os.pipe", pipe)
+        vae = wvp.load_vae(path, devices="cpu,cpu")
+    try:
+        assert forked
+        workers = list(vae._engine.workers)
+        started = time.monotonic()
+        vae.close()
+        assert time.monotonic() - started < patience(3)
+        assert all(gone(worker.pid) for worker in workers)
+    finally:
+        for pid in forked:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("when", ["prepared", "loading"])
@@ -219,7 +348,9 @@ def test_a_worker_that_does_not_park_is_ended(vae, monkeypatch):
     monkeypatch.setattr("wan_vae_parallel.runtime.pool._SILENCE_SECONDS", 2.0)
     before = pids(vae)
     os.kill(before[0], signal.SIGSTOP)
+    started = time.monotonic()
     vae.park()
+    assert time.monotonic() - started < patience(4)
     assert all(map(gone, before))
     assert not vae.loaded
 
@@ -236,6 +367,15 @@ def test_two_threads_wait_for_one_start(path, latents, expected):
         for one in frames:
             torch.testing.assert_close(one, expected, **CLOSE)
         assert pids(vae) == before
+
+
+def test_workers_that_were_taken_over_end_when_idle(path, latents):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as before:
+        before.decode(latents)
+        workers = pids(before)
+        with wvp.load_vae(path, devices="cpu,cpu", chunk=1, idle_seconds=1.0, predecessor=before) as vae:
+            assert pids(vae) == workers
+            assert wait_until(lambda: all(map(gone, workers)), 10)
 
 
 def test_parked_workers_end_when_idle(path, latents):
@@ -262,6 +402,8 @@ def test_a_successor_takes_over_the_processes_and_decodes_with_its_own_weights(p
             assert pids(before) == []
             torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
             assert pids(vae) == workers
+            # They are the new one's to end when it is idle.
+            assert vae._engine._idle_timer is not None
             # And the one before starts its own, if it is needed after all.
             torch.testing.assert_close(before.decode(latents), other, **CLOSE)
 
