@@ -39,7 +39,7 @@ from .faults import INTERFACE, cause, hint
 from .pool_run import PoolRun
 from .process import WorkerProcess, end_all
 from .pulse import PAUSE_SECONDS
-from .shared_memory import SharedMemory
+from .shared_weights import share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,6 @@ WORKER_BYTES = 3 * 2**28
 _LATE_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
 # What may be answered to while nobody listens.
 _KEPT = ("ready", "finished", "parked")
-# Bytes between tensors that are handed over begin at multiples of this.
-_ALIGNMENT = 64
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -344,7 +342,7 @@ class WorkerPool:
     def _give_weights(self) -> None:
         """Hands the weights to workers that wait for them."""
         with self._sharing():
-            memory, manifest = _in_shared_memory(self._weights(), self.dtype)
+            memory, manifest = share_weights(self._weights(), self.dtype)
             try:
                 self.tell("weights", manifest)
                 self.hand_over(memory.descriptor)
@@ -517,23 +515,6 @@ class WorkerPool:
 
 class _NotYet(Exception):
     """Some have not answered by now."""
-
-
-def _in_shared_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[SharedMemory, dict[str, Any]]:
-    """The decoder's tensors in ``dtype``: one copy for all workers, and where in it each of them lies."""
-    places, size = {}, 0
-    for name, tensor in checkpoint.decoder.items():
-        places[name] = tuple(tensor.shape), dtype, size
-        size += -(-tensor.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    memory = SharedMemory.create(max(1, size))
-    try:
-        for name, (shape, _, offset) in places.items():
-            check_cancelled()
-            memory.tensor(torch.Size(shape), dtype, offset).copy_(checkpoint.decoder[name].detach())
-    except BaseException:
-        memory.close()
-        raise
-    return memory, {"tensors": places, "size": memory.size, "source": checkpoint.source}
 
 
 def _pass_on(level: int, text: str) -> None:

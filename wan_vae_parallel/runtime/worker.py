@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from ..checkpoint import checkpoint_from_state_dict
 from ..errors import is_out_of_memory
 from ..memory import give_back_host_memory
 from ..parallel.agree import Board, check_agreement
@@ -54,6 +53,7 @@ from ..parallel.rows import frame_rows, to_own_rows
 from .download import to_host
 from .shard import ShardDecoder
 from .shared_memory import SharedMemory, populate
+from .shared_weights import shared_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -230,15 +230,8 @@ class _Worker:
             os.close(store)
         command, manifest, weights = self._commands.get()
         assert command == "weights", command
-        memory = SharedMemory(weights, manifest["size"])
-        tensors = {
-            name: memory.tensor(torch.Size(shape), dtype, offset)
-            for name, (shape, dtype, offset) in manifest["tensors"].items()
-        }
-        checkpoint = checkpoint_from_state_dict(tensors, source=manifest["source"])
-        self._decoder = ShardDecoder(checkpoint, self.device, settings["dtype"])
-        del tensors, checkpoint
-        memory.close()  # the last that keeps the host's copy
+        # Nothing keeps the host's copy longer than this takes.
+        self._decoder = ShardDecoder(shared_checkpoint(weights, manifest), self.device, settings["dtype"])
         board = Board(self._group)
         check_agreement(self._decoder.facts(), board)
         self._decoder.settle(board)

@@ -207,14 +207,14 @@ def test_a_start_that_fails_leaves_no_folder(path, tmp_path, latents, monkeypatc
 
 def test_an_error_in_a_worker_is_told_with_its_rank_and_last_lines(path, latents, monkeypatch):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
-        real = pool_module._in_shared_memory
+        real = pool_module.share_weights
 
         def incomplete(checkpoint, dtype):
             memory, manifest = real(checkpoint, dtype)
             del manifest["tensors"]["decoder.conv1.weight"]
             return memory, manifest
 
-        monkeypatch.setattr(pool_module, "_in_shared_memory", incomplete)
+        monkeypatch.setattr(pool_module, "share_weights", incomplete)
         with pytest.raises(wvp.WorkerError, match=r"worker [01] on cpu failed: CheckpointError: .*no.* Wan VAE") as e:
             vae.decode(latents)
         assert "its last lines:\n" in str(e.value)
