@@ -21,6 +21,7 @@ def kept(request, comfyui, tmp_path_factory):
     random_checkpoint(folder / "models" / "vae" / "wan22.safetensors", family="wan2.2")
     packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui_pack"}
     running = Server(*comfyui, folder, "--cpu", *filter(None, [request.param]), packs=packs)
+    running.option = request.param
     yield running
     running.stop()
 
@@ -145,10 +146,12 @@ def test_an_interrupt_while_workers_start_takes_effect_within_a_second(kept):
     run = kept.run(graph, on_message=on_message)
     assert run.ended == "execution_interrupted"
     assert time.monotonic() - sent[0] < 1
+    # Where core asks for all memory after each prompt, new processes take the place of those that were at it.
+    assert wait_until(lambda: len(workers(kept)) == 2, 10)
     started = workers(kept)
-    assert len(started) == 2
     decoded(kept, 16)
-    assert workers(kept) == started
+    assert len(workers(kept)) == 2
+    assert workers(kept) == started or kept.option == "--disable-smart-memory"
 
 
 def test_the_log_has_one_line_a_decode(kept):

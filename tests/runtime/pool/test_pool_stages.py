@@ -118,6 +118,7 @@ def test_a_start_that_is_cancelled_ends_within_a_second_and_goes_on_for_the_next
     assert max(later - sooner for sooner, later in itertools.pairwise(called)) < 1
 
 
+@pytest.mark.slow
 def test_a_start_that_was_cancelled_can_be_parked(fresh, latents, expected):
     def cancel():
         if stage(fresh) == "loading":
@@ -290,7 +291,7 @@ def test_a_process_forked_while_workers_start_does_not_hold_up_their_end(path):
             os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize("when", ["prepared", "loading"])
+@pytest.mark.parametrize("when", [pytest.param("prepared", marks=pytest.mark.slow), "loading"])
 def test_closing_during_a_start_takes_effect_within_a_second(path, latents, when):
     vae = wvp.load_vae(path, devices="cpu,cpu", chunk=1)
     before, errors, ended = pids(vae), [], []
@@ -315,7 +316,7 @@ def test_closing_during_a_start_takes_effect_within_a_second(path, latents, when
     assert all(map(gone, before))
 
 
-@pytest.mark.parametrize("when", ["prepared", "parked"])
+@pytest.mark.parametrize("when", [pytest.param("prepared", marks=pytest.mark.slow), "parked"])
 def test_workers_killed_while_they_wait_cost_nothing_but_time(path, latents, expected, when):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         if when == "parked":
@@ -328,7 +329,7 @@ def test_workers_killed_while_they_wait_cost_nothing_but_time(path, latents, exp
         assert not set(before) & set(pids(vae))
 
 
-@pytest.mark.parametrize("when", ["prepared", "parked"])
+@pytest.mark.parametrize("when", [pytest.param("prepared", marks=pytest.mark.slow), "parked"])
 def test_a_worker_stopped_while_it_waits_is_an_error_that_names_it(path, latents, expected, when, monkeypatch):
     monkeypatch.setattr("wan_vae_parallel.runtime.pool._SILENCE_SECONDS", 2.0)
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
@@ -355,6 +356,7 @@ def test_a_worker_that_does_not_park_is_ended(vae, monkeypatch):
     assert not vae.loaded
 
 
+@pytest.mark.slow
 def test_two_threads_wait_for_one_start(path, latents, expected):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         before, frames = pids(vae), []
@@ -378,6 +380,7 @@ def test_workers_that_were_taken_over_end_when_idle(path, latents):
             assert wait_until(lambda: all(map(gone, workers)), 10)
 
 
+@pytest.mark.slow
 def test_parked_workers_end_when_idle(path, latents):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1, idle_seconds=1.0) as vae:
         time.sleep(2)
@@ -408,6 +411,7 @@ def test_a_successor_takes_over_the_processes_and_decodes_with_its_own_weights(p
             torch.testing.assert_close(before.decode(latents), other, **CLOSE)
 
 
+@pytest.mark.slow
 def test_processes_that_can_not_be_made_are_told_of_when_they_are_wanted(path, latents, monkeypatch):
     def refused(*_args):
         raise OSError(11, "Resource temporarily unavailable")
