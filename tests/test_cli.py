@@ -1,14 +1,14 @@
 """The command line, run as users run it."""
 
 import logging
+import os
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ import wan_vae_parallel as wvp
 from tests.processes import patience
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.latents import save_latents
+from wan_vae_parallel.vae import VAE
 
 
 @pytest.fixture(scope="module")
@@ -168,26 +169,77 @@ def test_a_polite_kill_leaves_nothing_half_written(files, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.fixture
+def handlers():
+    """Puts back the signals' handlers that the command line took over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("when", ["opening", "writing", "closing", "writing, of which ffmpeg heard first"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_python_drops_while_it_forks_ends_the_decode_too(files, tmp_path, number):
-    # As logging's handler of forks, where a large process spends the time in which ffmpeg starts.
-    program = """
-        import os, sys
-        from wan_vae_parallel.cli import main
-        number = [int(sys.argv.pop())]
-        os.register_at_fork(after_in_parent=lambda: number and os.kill(os.getpid(), number.pop()))
-        sys.exit(main())
-    """
-    folder = files[0]
+def test_a_signal_waits_while_files_are_at_work(files, tmp_path, monkeypatch, capsys, when, number):
+    real = imageio_ffmpeg.write_frames
+    went_on = []
+
+    def write_frames(*arguments, **options):
+        writer = real(*arguments, **options)
+
+        def at(now):
+            if when.startswith(now):
+                os.kill(os.getpid(), number)
+                went_on.append(now)
+
+        at("opening")
+        writer.send(None)
+        try:
+            while True:
+                frame = yield
+                at("writing")
+                if when != "writing" and when.startswith("writing"):
+                    raise OSError("ffmpeg is gone")
+                writer.send(frame)
+        finally:
+            at("closing")
+            writer.close()
+
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", write_frames)
     out = tmp_path / "v.mp4"
-    arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", out, "--devices", "cpu"]
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments), str(int(number))],
-        capture_output=True, text=True, timeout=patience(60), check=False, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert "Exception ignored" in process.stderr  # Python did drop it
-    assert process.returncode == 130, process.stderr
-    assert "nothing was left half-written" in process.stderr
+    arguments = ["decode", files[0] / "video.latent", "--vae", files[0] / "vae.safetensors", "-o", out]
+    assert main([*map(str, arguments), "--devices", "cpu"]) == 130
+    assert went_on
+    assert capsys.readouterr().err.endswith("nothing was left half-written\n")
+    # All of it was written when the signal came.
+    assert [file.name for file in tmp_path.iterdir()] == (["v.mp4"] if when == "closing" else [])
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_drops_ends_the_decode_too(files, tmp_path, monkeypatch, capsys, number):
+    # As an error in a handler of forks would be, or in a finalizer.
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    stream = VAE.decode_stream
+
+    def decode_stream(*arguments, **options):
+        Dropping()
+        dropped.append(True)
+        return stream(*arguments, **options)
+
+    dropped = []
+    monkeypatch.setattr(VAE, "decode_stream", decode_stream)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    out = tmp_path / "v.mp4"
+    arguments = ["decode", files[0] / "video.latent", "--vae", files[0] / "vae.safetensors", "-o", out]
+    assert main([*map(str, arguments), "--devices", "cpu"]) == 130
+    assert dropped  # Python did drop it
+    assert "nothing was left half-written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,49 @@ from .video import check_output, open_output, output_files
 _FPS = {"wan2.1": 16.0, "wan2.2": 24.0}
 _BAR = 32
 
-_stopped = threading.Event()
+# A second signal within so many seconds is an impatient user's; it must not end the cleaning up that the first began.
+_IMPATIENT_SECONDS = 5.0
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C as a KeyboardInterrupt, which waits while files are being made, written or closed."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._raised: float | None = None
+        self._depth = 0
+
+    def listen(self) -> None:
+        """Takes the signals over, in the main thread; others never get them."""
+        self.stopped, self._raised = False, None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._stop)
+
+    def end_if_stopped(self) -> None:
+        """Raises what was held back, or what Python dropped: it ignores errors while it forks, as for ffmpeg."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it signals wait."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        self.end_if_stopped()
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+        now = time.monotonic()
+        if not self._depth and (self._raised is None or now > self._raised + _IMPATIENT_SECONDS):
+            self._raised = now
+            raise KeyboardInterrupt
+
+
+_signals = _Signals()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,15 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     options = _parser().parse_args(arguments)
     # So that a polite kill unwinds too, and takes half-written files along.
-    _stopped.clear()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
+    _signals.listen()
     try:
         if launched() and options.run is not _decode:
             raise ArgumentError("torchrun's processes decode together; run demo, info and bench without it")
         options.run(options)
     except WanVAEError as error:
+        if _signals.stopped:  # ffmpeg may hear of a Ctrl-C first
+            return _say_stopped()
         # Without what only helps in Python.
         print(f"error: {error.text if isinstance(error, OutOfMemoryError) else error}", file=sys.stderr)
         return 1
@@ -66,20 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was left half-written", file=sys.stderr)
-        return 130
+        return _say_stopped()
     return 0
 
 
-def _stop(*_: object) -> None:
-    _stopped.set()
-    raise KeyboardInterrupt
-
-
-def _end_if_stopped() -> None:
-    """Raises what Python may have dropped: it ignores errors while it forks a process, such as ffmpeg's."""
-    if _stopped.is_set():
-        raise KeyboardInterrupt
+def _say_stopped() -> int:
+    print("stopped; nothing was left half-written", file=sys.stderr)
+    return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,18 +233,21 @@ def _demo(options: argparse.Namespace) -> None:
         )
     _make_folder(folder)
     checkpoint, latent_file = folder / "demo_vae.safetensors", folder / "demo.latent"
-    save_demo_checkpoint(checkpoint, options.architecture, options.width)
+    with _signals.held():
+        save_demo_checkpoint(checkpoint, options.architecture, options.width)
     latents = demo_latents(described, frames=options.latent_frames, rows=rows, columns=columns)
-    save_latents(latent_file, latents)
+    with _signals.held():
+        save_latents(latent_file, latents)
     with load_vae(checkpoint, devices=options.devices, dtype=options.dtype, chunk=options.chunk) as vae:
         bar = _Progress()
         frames = vae.decode(latents, on_chunk=lambda done, total, _: bar.show(done, total))
         bar.close()
     video, sheet = folder / "demo.mp4", folder / "demo.png"
-    with open_output(video, shape=frames.shape, fps=_FPS[options.architecture]) as write:
-        write(frames)
-    with replacing(sheet) as temporary:
-        contact_sheet(frames[0]).save(temporary)
+    with _signals.held():
+        with open_output(video, shape=frames.shape, fps=_FPS[options.architecture]) as write:
+            write(frames)
+        with replacing(sheet) as temporary:
+            contact_sheet(frames[0]).save(temporary)
     for what, path in (("video", video), ("contact sheet", sheet), ("VAE", checkpoint), ("latents", latent_file)):
         print(f"{what + ':':15}{path}")
 
@@ -235,12 +273,16 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     check_output(options.output, shape)
     bar, done = _Progress(), 0
     fps = options.fps or _FPS[vae.architecture.family]
-    with open_output(options.output, shape=shape, fps=fps) as write:
+    with contextlib.ExitStack() as output:
+        with _signals.held():
+            write = output.enter_context(open_output(options.output, shape=shape, fps=fps))
         for frames in vae.decode_stream(latents, normalized=options.normalized):
-            _end_if_stopped()
-            write(frames)
+            with _signals.held():
+                write(frames)
             done += frames.shape[1]
             bar.show(done, shape[1])
+        with _signals.held():
+            output.close()
     bar.close()
     files = output_files(options.output, shape)
     print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
@@ -297,7 +339,8 @@ def _bench(options: argparse.Namespace) -> None:
             plot.unlink(missing_ok=True)  # an older run's would lie beside this one's figures
         rows.append(row)
         # After each, so that what comes to a bad end still has figures.
-        bench.save_json(figures, rows, facts, settings)
+        with _signals.held():
+            bench.save_json(figures, rows, facts, settings)
         result = row.failed if row.seconds is None else f"{row.seconds:.3f} s"
         print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
     print(bench.table(rows))
@@ -306,7 +349,8 @@ def _bench(options: argparse.Namespace) -> None:
         raise WanVAEError(f"nothing could be measured; {figures} says why for each row")
     if not no_plot:
         title = f"{architecture.name}, {rows[0].frames} frames, {_name(dtype)}, {facts.get('gpu', 'CPU')}"
-        bench.save_plot(plot, rows, title)
+        with _signals.held():
+            bench.save_plot(plot, rows, title)
         print(f"plot:    {plot}")
 
 
