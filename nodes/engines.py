@@ -23,7 +23,7 @@ import torch
 from ..wan_vae_parallel import VAE, Architecture
 from ..wan_vae_parallel.devices import available_devices, device_names, parse_devices, parse_dtype
 from ..wan_vae_parallel.errors import DeviceError
-from ..wan_vae_parallel.latents import check_latents
+from ..wan_vae_parallel.files.latents import check_latents
 from ..wan_vae_parallel.memory import check_host_room
 from .progress import ChunkProgress
 

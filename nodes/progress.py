@@ -11,7 +11,7 @@ import torch
 from comfy.cli_args import args
 from PIL import Image
 
-from ..wan_vae_parallel.pictures import to_picture
+from ..wan_vae_parallel.files.pictures import to_picture
 
 # Between two previews: nobody sees more, and several devices have a chunk ready every few hundredths of a second.
 _PREVIEW_SECONDS = 0.25

@@ -17,8 +17,8 @@ import comfy.sd
 import torch
 
 from ..wan_vae_parallel import VAE, load_vae
-from ..wan_vae_parallel.checkpoint import Checkpoint, read_checkpoint
 from ..wan_vae_parallel.errors import CheckpointError, OutOfMemoryError
+from ..wan_vae_parallel.files.checkpoint import Checkpoint, read_checkpoint
 from .engines import Engine, Source, shared_engine
 from .weights import LoadedWeights, changed_padding, patches_of, unwrapped
 

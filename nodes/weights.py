@@ -9,8 +9,8 @@ from typing import Any
 import comfy.lora
 import torch
 
-from ..wan_vae_parallel.checkpoint import Checkpoint, checkpoint_from_state_dict
 from ..wan_vae_parallel.errors import CheckpointError
+from ..wan_vae_parallel.files.checkpoint import Checkpoint, checkpoint_from_state_dict
 
 _SOURCE = "the connected VAE"
 _MOST_NAMED = 3

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import wan_vae_parallel as wvp
 from tests.processes import MARK, children, listening, shared_files, shared_names, strays, wait_until
 
 
@@ -36,3 +37,11 @@ def _no_cache_of_the_user(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A small Wan 2.1 VAE."""
+    path = tmp_path_factory.mktemp("weights") / "vae.safetensors"
+    wvp.save_demo_checkpoint(path, "wan2.1", 8)
+    return path

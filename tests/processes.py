@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from wan_vae_parallel.runtime.pool import _pools
-from wan_vae_parallel.runtime.process import WorkerProcess
+from wan_vae_parallel.workers.pool import _pools
+from wan_vae_parallel.workers.process import WorkerProcess
 
 LISTEN = "0A"
 # The environment variable by which the suite's processes are known.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import wan_vae_parallel as wvp
 from tests.processes import patience
 from wan_vae_parallel.cli import main
-from wan_vae_parallel.latents import save_latents
+from wan_vae_parallel.files.latents import save_latents
 from wan_vae_parallel.vae import VAE
 
 

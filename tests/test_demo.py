@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import wan_vae_parallel as wvp
 from tests.oracle import FAMILIES, oracle_vae, original_state_dict
-from wan_vae_parallel.checkpoint import read_checkpoint
 from wan_vae_parallel.demo import _picture
+from wan_vae_parallel.files.checkpoint import read_checkpoint
 
 SMALLEST = {"wan2.1": 8, "wan2.2": 16}
 

@@ -21,9 +21,9 @@ import torch
 
 from ._version import __version__
 from .architecture import Architecture
-from .checkpoint import read_checkpoint
 from .errors import WanVAEError, is_out_of_memory
-from .files import replacing
+from .files.checkpoint import read_checkpoint
+from .files.whole import replacing
 from .model.decoder import WanDecoder
 from .ops.dispatch import torch_kernels_only
 from .vae import vae_from_state_dict

@@ -24,19 +24,19 @@ import torch.distributed as dist
 
 from . import bench
 from .architecture import Architecture
-from .checkpoint import describe_checkpoint
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
 from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
-from .files import check_writable, replacing
-from .latents import check_latents, read_latents, save_latents
-from .launched import launched, torchrun_group
+from .files.checkpoint import describe_checkpoint
+from .files.latents import check_latents, read_latents, save_latents
+from .files.pictures import contact_sheet
+from .files.video import check_output, open_output, output_files
+from .files.whole import check_writable, replacing
 from .memory import decode_memory, free_memory, gibibytes, largest_chunk
 from .ops.dispatch import kernels_expected
 from .parallel.plan import describe_plan, plan_shards
-from .pictures import contact_sheet
+from .torchrun import launched, torchrun_group
 from .vae import VAE, load_vae
-from .video import check_output, open_output, output_files
 
 # What Wan's models were trained at.
 _FPS = {"wan2.1": 16.0, "wan2.2": 24.0}

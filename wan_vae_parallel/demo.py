@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from .architecture import Architecture, Family
 from .errors import ArgumentError
-from .files import replacing
+from .files.whole import replacing
 from .model.decoder import WanDecoder
 
 _CONSTANT = 16.0

@@ -20,8 +20,8 @@ from .architecture import Architecture
 from .errors import OutOfMemoryError, is_out_of_memory
 from .model.decoder import WanDecoder
 from .model.layers import UpsampleConv
-from .ops.attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
 from .ops.dispatch import KERNEL_DTYPES
+from .ops.limits import FUSED_CHANNELS, WEIGHTS_AT_ONCE
 from .ops.norm_silu import BLOCK_ELEMENTS
 
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,

@@ -18,19 +18,19 @@ import torch.distributed as dist
 
 from .architecture import Architecture
 from .cancel import cancellable
-from .checkpoint import Checkpoint, checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
 from .devices import parse_devices, parse_dtype, parse_rank_device
 from .errors import ArgumentError, ClosedError, WanVAEError, WorkerError
-from .latents import check_fits, check_latents, denormalize
+from .files.checkpoint import Checkpoint, checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
+from .files.latents import check_fits, check_latents, denormalize
+from .files.tensor_file import FileVersion
 from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
 from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEngine, GroupRun
-from .runtime.pool import WORKER_BYTES, WorkerPool
-from .runtime.pool_run import PoolRun
-from .runtime.shared_memory import populating
-from .tensor_file import FileVersion
+from .workers.pool import WORKER_BYTES, WorkerPool
+from .workers.run import PoolRun
+from .workers.shared_memory import populating
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ class VAE:
         )
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def device_names(self) -> tuple[str, ...]:
         """Names of all devices that work together; of a group's, with their hosts."""
         return self._engine.names if isinstance(self._engine, GroupEngine) else tuple(map(str, self.devices))
 
@@ -313,8 +313,8 @@ class VAE:
         """
         batch, _, frames, rows, columns = shape
         size = (batch, frames, rows, columns)
-        if len(self.places) > 1:
-            plan = plan_shards(rows, columns, len(self.places))
+        if len(self.device_names) > 1:
+            plan = plan_shards(rows, columns, len(self.device_names))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
         kernels = kernels_expected(self.devices[0], self.dtype)
         chunk = self._chunk_number or largest_chunk(

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from wan_vae_parallel import Architecture, vae_from_state_dict
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.memory import decode_memory, largest_chunk
 
 CONFIGURATIONS = {

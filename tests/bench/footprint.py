@@ -87,7 +87,7 @@ def _gpus(processes: list[Footprint]) -> list[tuple[int, dict[int, int]]]:
 
 def _role(command: bytes) -> str:
     words = command.decode(errors="replace").replace("\0", " ")
-    return "worker" if "runtime/bootstrap.py" in words else "process"
+    return "worker" if "workers/bootstrap.py" in words else "process"
 
 
 def _gpu_processes() -> list[tuple[int, int, int]]:

@@ -17,11 +17,11 @@ from decode import oracle
 from safetensors.torch import save_file
 
 from wan_vae_parallel import Architecture, load_vae
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict, read_checkpoint
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict, read_checkpoint
 from wan_vae_parallel.memory import largest_chunk
-from wan_vae_parallel.parallel.agree import Board
+from wan_vae_parallel.parallel.coordination import Coordinator
 from wan_vae_parallel.parallel.edges import ShardEdges
-from wan_vae_parallel.parallel.mailbox import open_mailbox
+from wan_vae_parallel.parallel.peer_memory import open_peer_memory
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime.local import LocalDecoder
 
@@ -44,8 +44,8 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
     latents = latents[:, :, :, plan.bounds[rank] : plan.bounds[rank + 1]].to(device)
     decoder = LocalDecoder(ARCHITECTURE, read_checkpoint(weights).decoder, device=device, dtype=torch.bfloat16)
     group = dist.group.WORLD
-    board = Board(group)
-    decoder.settle(board)
+    coordinator = Coordinator(group)
+    decoder.tune(coordinator)
     height = plan.tallest if world == 1 else min(plan.tallest + 2, plan.rows)
     chunk = largest_chunk(
         ARCHITECTURE,
@@ -54,7 +54,7 @@ def on_device_rank(rank, world, store, weights, shape, repeats, profile, results
         free=torch.cuda.mem_get_info()[0],
         kernels=decoder.kernels,
     )
-    edges = ShardEdges(plan, group, open_mailbox(group, device, board)) if world > 1 else None
+    edges = ShardEdges(plan, group, open_peer_memory(group, device, coordinator)) if world > 1 else None
 
     def decode():
         for _ in decoder.stream(latents, chunk, edges, transposed=plan.transposed):

@@ -48,7 +48,7 @@ def settled(wanted, seconds=60):
 
 
 def workers(server):
-    return [pid for pid, command in server.children() if "runtime/bootstrap.py" in command]
+    return [pid for pid, command in server.children() if "workers/bootstrap.py" in command]
 
 
 def test_decode_interrupt_decode_again_and_free(gpu_server):

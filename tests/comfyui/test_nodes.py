@@ -14,7 +14,7 @@ from tests.comfyui.server import Server, node
 from tests.oracle import oracle_frames, oracle_vae
 from tests.processes import patience
 from wan_vae_parallel.architecture import Architecture
-from wan_vae_parallel.latents import denormalize
+from wan_vae_parallel.files.latents import denormalize
 
 # T 5 makes several chunks; 6x10 differs between the axes.
 LATENTS = torch.randn(1, 16, 5, 6, 10, generator=torch.Generator().manual_seed(1))
@@ -305,7 +305,7 @@ def running(pid):
 
 
 def workers(server):
-    return [pid for pid, command in server.children() if "runtime/bootstrap.py" in command]
+    return [pid for pid, command in server.children() if "workers/bootstrap.py" in command]
 
 
 def without_workers(server):

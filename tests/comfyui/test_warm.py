@@ -28,7 +28,7 @@ def kept(request, comfyui, tmp_path_factory):
 
 def workers(server):
     """Process ids of the engine's workers."""
-    return sorted(pid for pid, command in server.children() if "runtime/bootstrap.py" in command)
+    return sorted(pid for pid, command in server.children() if "workers/bootstrap.py" in command)
 
 
 def latents(server, name, seed, channels=16, size=(6, 10)):

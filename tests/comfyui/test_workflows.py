@@ -6,7 +6,7 @@ import pytest
 
 from tests.comfyui.server import REPOSITORY
 from wan_vae_parallel import demo_latents, save_demo_checkpoint
-from wan_vae_parallel.latents import save_latents
+from wan_vae_parallel.files.latents import save_latents
 
 NAMES = ["decode_latent", "text_to_video"]
 

@@ -42,7 +42,7 @@ from tests.ops.plain import (
 from wan_vae_parallel.ops import conv as conv_ops
 from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.ops import norm_silu as norm_ops
-from wan_vae_parallel.ops.kinds import LayerKind
+from wan_vae_parallel.ops.layer_kinds import LayerKind
 
 pytestmark = MARKS
 pytest.importorskip("triton", reason="there are no kernels without Triton")

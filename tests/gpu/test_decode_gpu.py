@@ -15,9 +15,9 @@ import wan_vae_parallel as wvp
 from tests.gpu.device import CUDA, clear
 from tests.layouts import layouts_of_a_decode
 from tests.oracle import load, max_error, oracle_frames, oracle_vae, random_latents
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.ops import dispatch
-from wan_vae_parallel.runtime.download import to_host
+from wan_vae_parallel.runtime.device_to_host import to_host
 from wan_vae_parallel.runtime.local import LocalDecoder
 
 pytestmark = [
@@ -151,7 +151,7 @@ def test_half_precision_asks_torch_for_no_convolution(family, oracle):
 
 @pytest.mark.parametrize("lacking", ["Triton", "a compiler"])
 def test_without_triton_it_decodes_with_torchs_kernels_and_says_so(family, oracle, monkeypatch, caplog, lacking):
-    trial = pytest.importorskip("wan_vae_parallel.ops.kernels.trial", reason="there are no kernels without Triton")
+    probe = pytest.importorskip("wan_vae_parallel.ops.kernels.probe", reason="there are no kernels without Triton")
     latents = random_latents(family, frames=3, rows=6, columns=10)
     with load(oracle, dtype="float32", devices="cuda:0") as vae:
         exact = vae.decode(latents)
@@ -160,7 +160,7 @@ def test_without_triton_it_decodes_with_torchs_kernels_and_says_so(family, oracl
     if lacking == "Triton":
         monkeypatch.setitem(sys.modules, "triton.language", None)
     else:
-        monkeypatch.setattr(trial, "_trial_kernel", None)
+        monkeypatch.setattr(probe, "_probe_kernel", None)
     for known in (dispatch._why_not, dispatch._kernels_run_on):
         known.cache_clear()
     try:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from tests.oracle import FAMILIES, load, oracle_vae, random_latents
 from tests.parallel import launch
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict, read_checkpoint
-from wan_vae_parallel.parallel import mailbox
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict, read_checkpoint
+from wan_vae_parallel.parallel import peer_memory
 from wan_vae_parallel.parallel.edges import ShardEdges
 from wan_vae_parallel.parallel.plan import plan_shards
 from wan_vae_parallel.runtime.local import LocalDecoder
@@ -52,9 +52,9 @@ class HostSignals:
 
 def shared_mailbox(rank, world_size):
     """One whose boxes lie on the same device as the others'."""
-    size = 4 * mailbox._BOX_BYTES + mailbox._SIGNAL_BYTES + 2 * (world_size - 1) * mailbox._PAIR_BYTES
+    size = 4 * peer_memory._BOX_BYTES + peer_memory._SIGNAL_BYTES + 2 * (world_size - 1) * peer_memory._PAIR_BYTES
     own = torch.zeros(size, dtype=torch.uint8, device=CUDA)
-    return mailbox.Mailbox(launch.shared(own), rank, own, HostSignals())
+    return peer_memory.PeerMemory(launch.shared(own), rank, own, HostSignals())
 
 
 @torch.inference_mode()

@@ -22,10 +22,10 @@ from tests.oracle import load, max_error, random_latents
 from tests.parallel import launch, test_edges
 from tests.processes import gone, patience, shared_files, shared_maps, wait_until, worker_processes
 from tests.runtime.test_group import torchrun
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
-from wan_vae_parallel.latents import save_latents
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.files.latents import save_latents
+from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.parallel.plan import plan_shards
-from wan_vae_parallel.video import open_output
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -246,7 +246,7 @@ def free():
 def test_nccl_that_can_not_start_is_an_error_with_its_reason_and_a_way_out(wan21, latents, monkeypatch):
     # Where devices reach one another's memory nobody asks NCCL.
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    monkeypatch.setattr("wan_vae_parallel.runtime.pool.INTERFACE", "wan0")
+    monkeypatch.setattr("wan_vae_parallel.workers.pool.INTERFACE", "wan0")
     with load(wan21, devices=named(2), dtype="bfloat16") as vae:
         with pytest.raises(wvp.WorkerError, match=r"(?s)NCCL.*NCCL_P2P_DISABLE=1"):
             vae.decode(latents)

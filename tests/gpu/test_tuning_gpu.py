@@ -7,9 +7,9 @@ import torch
 
 from tests.oracle import load, oracle_vae, random_latents
 from tests.tuning import start_anew
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.memory import decode_memory
-from wan_vae_parallel.ops.kinds import LayerKind, Measured
+from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 from wan_vae_parallel.runtime import tuning
 from wan_vae_parallel.runtime.local import LocalDecoder
 
@@ -48,7 +48,7 @@ def test_every_candidate_is_measured_kept_and_read_back_without_a_launch(folder,
     torch.cuda.synchronize(CUDA)
     random, held = torch.cuda.get_rng_state(CUDA), torch.cuda.memory_allocated(CUDA)
     torch.cuda.reset_peak_memory_stats(CUDA)
-    tuning.settle(KINDS, CUDA, BF16)
+    tuning.tune(KINDS, CUDA, BF16)
     (known,) = tuning._known.values()
     for kind, one in known.items():
         settings = [str(tile) for tile in tiles.candidates(kind, CUDA)]
@@ -64,7 +64,7 @@ def test_every_candidate_is_measured_kept_and_read_back_without_a_launch(folder,
 
     start_anew(monkeypatch)
     monkeypatch.setattr(measure, "measure", None)
-    tuning.settle(KINDS, torch.device("cuda"), BF16)
+    tuning.tune(KINDS, torch.device("cuda"), BF16)
     assert "could not be measured" not in caplog.text
     assert list(tuning._known.values()) == [known]
     assert {kind for _, _, kind in tiles._measured} == set(KINDS[:3])
@@ -75,7 +75,7 @@ def test_memory_that_is_short_is_said_and_the_shipped_settings_stay(folder, capl
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(CUDA) + 2**26) / total, CUDA)
     try:
-        assert tuning.settle(KINDS[:1], CUDA, BF16) == frozenset()
+        assert tuning.tune(KINDS[:1], CUDA, BF16) == frozenset()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
     assert [record for record in caplog.records if "could not be measured" in record.getMessage()]
@@ -110,14 +110,12 @@ def test_frames_have_the_same_bits_with_every_setting(wan21):
 def test_layers_that_are_cudnns_decode_right_and_within_their_estimate(wan21, monkeypatch, op):
     latents = random_latents("wan2.1", frames=6, rows=30, columns=52)
     expected = frames(decoder(wan21), latents)
-    monkeypatch.setattr(
-        tuning, "settle", lambda kinds, *_: frozenset(kind for kind in kinds if not op or kind.op == op)
-    )
+    monkeypatch.setattr(tuning, "tune", lambda kinds, *_: frozenset(kind for kind in kinds if not op or kind.op == op))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(CUDA)
     before = torch.cuda.memory_allocated(CUDA)
     wan = decoder(wan21)
-    wan.settle()
+    wan.tune()
     assert not wan.kernels
     decoded = frames(wan, latents)
     # Both err by as much against fp32; see test_decode_gpu.py.

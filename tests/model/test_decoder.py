@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.oracle import FAMILIES, Z_DIM, oracle_vae
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.model.blocks import AttentionBlock
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.model.layers import CausalConv3d, UpsampleConv

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.layouts import LayoutSpy, layouts_of_a_decode
 from tests.oracle import FAMILIES, oracle_vae, random_latents
-from wan_vae_parallel.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.runtime.local import LocalDecoder
 
 CPU = torch.device("cpu")

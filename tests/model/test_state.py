@@ -33,10 +33,10 @@ def test_slots_are_handed_out_once_until_they_come_back_and_the_blank_one_when_n
         space.take(1)
     space.give((0, 0, *second.slots))  # a past of blank frames comes along
     assert set(space.take(2).slots) == set(second.slots)
-    space.settle()
+    space.leave_blank()
     with pytest.raises(AssertionError, match="too small"):
         space.take(1)
-    space.settle()
+    space.leave_blank()
     assert space.take(1).slots == (0,)
     space.arena.normal_()
     space.reset()

@@ -11,7 +11,7 @@ import torch
 from wan_vae_parallel.ops import attention, dispatch, kernels
 
 CUDA = torch.device("cuda", 0)
-TRIAL = "wan_vae_parallel.ops.kernels.trial"
+PROBE = "wan_vae_parallel.ops.kernels.probe"
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,9 @@ def _nothing_known(monkeypatch):
 
 def tried(monkeypatch, answer):
     calls = []
-    trial = types.SimpleNamespace(why_not=lambda device: calls.append(device) or answer)
-    monkeypatch.setitem(sys.modules, TRIAL, trial)
-    monkeypatch.setattr(kernels, "trial", trial, raising=False)  # where the real one was imported before
+    probe = types.SimpleNamespace(why_not=lambda device: calls.append(device) or answer)
+    monkeypatch.setitem(sys.modules, PROBE, probe)
+    monkeypatch.setattr(kernels, "probe", probe, raising=False)  # where the real one was imported before
     return calls
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wan_vae_parallel.ops.kernels import tiles
-from wan_vae_parallel.ops.kinds import LayerKind, Measured
+from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 CONV = LayerKind("conv", 384, 384, (3, 3, 3))

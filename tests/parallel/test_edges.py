@@ -118,16 +118,16 @@ def test_halo_is_the_neighbours_rows_and_nothing_else_changes(ranks, size, scale
 
 
 class Recorder:
-    """A mailbox that has room for so many frames, and remembers what it is asked for."""
+    """A peer_memory that has room for so many frames, and remembers what it is asked for."""
 
     def __init__(self, room):
         self.room = room
         self.swaps = []
 
-    def capacity(self, arena):  # noqa: ARG002 (as a mailbox)
+    def capacity(self, arena):  # noqa: ARG002 (as peer memory)
         return self.room
 
-    def swap(self, arena, slots, *, above, below, trial=False):  # noqa: ARG002 (as a mailbox)
+    def exchange_halo(self, arena, slots, *, above, below, trial=False):  # noqa: ARG002 (as peer memory)
         self.swaps.append((slots.tolist(), above, below, trial))
 
 
@@ -135,13 +135,13 @@ def check_mailbox(rank, world_size):
     plan = uneven_plan(world_size)
     frames = paged(poisoned_buffer(picture(5, plan.rows, 4, 5, torch.float32), plan, rank))
     above, below = (rank - 1 if rank else None), (rank + 1 if rank + 1 < world_size else None)
-    mailbox = Recorder(2)
-    edges = ShardEdges(plan, launch.group(), mailbox)
+    peer_memory = Recorder(2)
+    edges = ShardEdges(plan, launch.group(), peer_memory)
     before = frames.arena.clone()
     edges.fill_halo(frames)
     edges.silent().fill_halo(frames)
     parts = [[10, 8], [6, 4], [2]] if world_size > 1 else []
-    assert mailbox.swaps == [(part, above, below, trial) for trial in (False, True) for part in parts]
+    assert peer_memory.swaps == [(part, above, below, trial) for trial in (False, True) for part in parts]
     assert same_bits(frames.arena, before)
     assert edges.rows_sent == 5 * ((above is not None) + (below is not None))
 

@@ -21,10 +21,10 @@ import wan_vae_parallel as wvp
 from tests.parallel import launch
 from tests.processes import gone, patience, wait_until
 from wan_vae_parallel.cli import main
-from wan_vae_parallel.latents import save_latents
+from wan_vae_parallel.files.latents import save_latents
 from wan_vae_parallel.ops.kernels import tiles
-from wan_vae_parallel.ops.kinds import LayerKind, Measured
-from wan_vae_parallel.parallel.agree import Board
+from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
+from wan_vae_parallel.parallel.coordination import Coordinator
 from wan_vae_parallel.runtime import tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def alone(path, latents):
 def _decode(_rank, _world, path, latents, chunk):
     with wvp.load_vae(path, chunk=chunk, group=launch.group()) as vae:
         assert [str(device) for device in vae.devices] == ["cpu"]
-        return vae.decode(latents), vae.places
+        return vae.decode(latents), vae.device_names
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def _decode(_rank, _world, path, latents, chunk):
 )
 def test_the_first_rank_gets_the_frames_of_one_device(ranks, path, rows, columns, members, chunk):
     latents = latents_of(rows, columns)
-    (frames, places), *others = ranks.run(_decode, path, latents, chunk, members=members)
+    (frames, names), *others = ranks.run(_decode, path, latents, chunk, members=members)
     torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
     assert all(theirs.shape == (1, 0, *frames.shape[2:]) for theirs, _ in others)
-    assert places == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
+    assert names == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
 
 
 def _stop_early_and_decode(rank, _world, path, latents):
@@ -89,7 +89,7 @@ def test_the_first_rank_may_end_a_decode_for_all(ranks, path):
     torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
 
 
-def _settles(rank, _world, folder):
+def _tunes(rank, _world, folder):
     models = ["A", "B", "B", ""]
     wide, narrow = (LayerKind("conv", channels, channels, (3, 3, 3)) for channels in (384, 96))
     asked = []
@@ -109,12 +109,12 @@ def _settles(rank, _world, folder):
         patch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.measure", types.SimpleNamespace(measure=measure))
         patch.setattr(tuning, "_key", lambda *_: {"GPU": models[rank], "dtype": "bf16"} if models[rank] else {})
         patch.setattr(tiles, "_measured", {})
-        given = tuning.settle([wide, narrow], torch.device("cpu"), torch.bfloat16, Board(launch.group()))
+        given = tuning.tune([wide, narrow], torch.device("cpu"), torch.bfloat16, Coordinator(launch.group()))
         return sorted(map(str, given)), asked, [speed for pairs in tiles._measured.values() for _, speed in pairs]
 
 
 def test_the_first_rank_of_each_gpu_model_measures_and_all_agree_on_cudnns_layers(ranks, tmp_path):
-    given, asked, speeds = zip(*ranks.run(_settles, tmp_path), strict=True)
+    given, asked, speeds = zip(*ranks.run(_tunes, tmp_path), strict=True)
     assert given == (["conv 3x3x3 96 to 96"],) * 4
     assert asked == ([0], [1], [], [])
     assert speeds[1] == speeds[2] != speeds[0]
@@ -125,7 +125,7 @@ def _fails(rank, _world, path, what):
     latents = latents_of(4, 3, seed=2 if what == "latents" and rank == 1 else 1)
     dtype = "float64" if what == "dtype" and rank == 1 else "float32"
     with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, dtype=dtype, group=launch.group()) as vae:
-        patch.setattr("wan_vae_parallel.parallel.agree.WORD_SECONDS", 1)
+        patch.setattr("wan_vae_parallel.parallel.coordination.WORD_SECONDS", 1)
         with pytest.raises(wvp.WorkerError) as raised:
             vae.decode(latents)
         return str(raised.value)
@@ -235,7 +235,7 @@ def _misses_one(rank, _world, path):
         if rank == 3:
             time.sleep(2)
         else:
-            patch.setattr("wan_vae_parallel.parallel.agree.WORK_SECONDS", 1)
+            patch.setattr("wan_vae_parallel.parallel.coordination.WORK_SECONDS", 1)
             with pytest.raises(wvp.WorkerError) as raised:
                 vae.decode(latents_of(4, 3))
             message = str(raised.value)

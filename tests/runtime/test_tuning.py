@@ -17,7 +17,7 @@ from wan_vae_parallel.memory import decode_memory, largest_chunk
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.ops.kernels import tiles
-from wan_vae_parallel.ops.kinds import LayerKind, Measured
+from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 from wan_vae_parallel.runtime import tuning
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -75,7 +75,7 @@ def files(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_on_the_cpu_nothing_happens(folder, dtype, monkeypatch):
     monkeypatch.setitem(sys.modules, MEASURE, None)
-    assert tuning.settle([WIDE], CPU, dtype) == frozenset()
+    assert tuning.tune([WIDE], CPU, dtype) == frozenset()
     assert files(folder) == []
     assert tiles._measured == {}
 
@@ -83,7 +83,7 @@ def test_on_the_cpu_nothing_happens(folder, dtype, monkeypatch):
 def test_each_kind_is_measured_once_and_kept_for_the_next_process(gpu, folder, monkeypatch, caplog):
     gpu.best = {WIDE: 1, NARROW: 1}
     with caplog.at_level(logging.INFO):
-        assert tuning.settle([WIDE, NARROW, WIDE], CPU, BF16) == frozenset()
+        assert tuning.tune([WIDE, NARROW, WIDE], CPU, BF16) == frozenset()
     assert gpu.asked == [[WIDE, NARROW]]
     text = caplog.text
     assert "measuring settings for 2 kinds of layers on Test GPU" in text
@@ -91,28 +91,28 @@ def test_each_kind_is_measured_once_and_kept_for_the_next_process(gpu, folder, m
     assert str(folder) in text
     wanted = [tiles.candidates(kind, CPU)[1] for kind in (WIDE, NARROW)]
     assert [chosen(WIDE), chosen(NARROW)] == wanted
-    tuning.settle([WIDE], CPU, BF16)
+    tuning.tune([WIDE], CPU, BF16)
     assert len(gpu.asked) == 1
     start_anew(monkeypatch)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        tuning.settle([NARROW, WIDE], CPU, BF16)
+        tuning.tune([NARROW, WIDE], CPU, BF16)
     assert len(gpu.asked) == 1
     assert not caplog.records
     assert [chosen(WIDE), chosen(NARROW)] == wanted
     # Another VAE's kinds come to those that are there.
     other = LayerKind("upsample_conv", 192, 96, (1, 3, 3))
-    tuning.settle([WIDE, other], CPU, BF16)
+    tuning.tune([WIDE, other], CPU, BF16)
     assert gpu.asked[1:] == [[other]]
     assert len(files(folder)) == 3
 
 
 def test_other_versions_are_measured_anew(gpu, monkeypatch):
-    tuning.settle([WIDE], CPU, BF16)
+    tuning.tune([WIDE], CPU, BF16)
     for name, value in (("torch", "2.12"), ("GPU", "Other GPU"), ("dtype", "float16")):
         monkeypatch.setattr(tuning, "_key", lambda *_, name=name, value=value: KEY | {name: value})
-        tuning.settle([WIDE], CPU, BF16)
-        tuning.settle([WIDE], CPU, BF16)
+        tuning.tune([WIDE], CPU, BF16)
+        tuning.tune([WIDE], CPU, BF16)
     assert len(gpu.asked) == 4
 
 
@@ -128,13 +128,13 @@ def test_other_versions_are_measured_anew(gpu, monkeypatch):
     ],
 )
 def test_what_can_not_be_right_is_measured_anew_and_replaced(gpu, folder, monkeypatch, damage):
-    tuning.settle([WIDE], CPU, BF16)
+    tuning.tune([WIDE], CPU, BF16)
     (path,) = (path for path in folder.rglob("*.json"))
     good = path.read_text()
     path.write_text(damage(good))
     assert path.read_text() != good
     start_anew(monkeypatch)
-    tuning.settle([WIDE], CPU, BF16)
+    tuning.tune([WIDE], CPU, BF16)
     assert len(gpu.asked) == 2
     assert path.read_text() == good
 
@@ -143,7 +143,7 @@ def test_measuring_that_fails_is_said_once_and_the_shipped_settings_stay(gpu, fo
     gpu.error = torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
     shipped = chosen(WIDE)
     for _ in range(2):
-        assert tuning.settle([WIDE], CPU, BF16) == frozenset()
+        assert tuning.tune([WIDE], CPU, BF16) == frozenset()
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
     assert "Test GPU could not be measured" in warnings[0]
@@ -153,7 +153,7 @@ def test_measuring_that_fails_is_said_once_and_the_shipped_settings_stay(gpu, fo
     # Memory that was short then may be there for the next decode.
     gpu.error = None
     gpu.best = {WIDE: 2}
-    tuning.settle([WIDE], CPU, BF16)
+    tuning.tune([WIDE], CPU, BF16)
     assert chosen(WIDE) == tiles.candidates(WIDE, CPU)[2]
 
 
@@ -170,11 +170,11 @@ def test_measuring_that_is_cancelled_is_no_failure(gpu, folder, caplog, monkeypa
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, MEASURE, types.SimpleNamespace(measure=measure))
         with pytest.raises(Interrupt), cancellable(cancel):
-            tuning.settle([WIDE], CPU, BF16)
+            tuning.tune([WIDE], CPU, BF16)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert files(folder) == []
     gpu.best = {WIDE: 2}
-    tuning.settle([WIDE], CPU, BF16)
+    tuning.tune([WIDE], CPU, BF16)
     assert chosen(WIDE) == tiles.candidates(WIDE, CPU)[2]
 
 
@@ -189,16 +189,16 @@ def test_what_kept_all_settings_from_running_may_be_gone_the_next_time(gpu, fold
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, MEASURE, types.SimpleNamespace(measure=broken))
-        assert tuning.settle([WIDE, NARROW], CPU, BF16) == {WIDE}
+        assert tuning.tune([WIDE, NARROW], CPU, BF16) == {WIDE}
     assert len(files(folder)) == 1  # the other kind's
     start_anew(monkeypatch)
-    assert tuning.settle([WIDE, NARROW], CPU, BF16) == frozenset()
+    assert tuning.tune([WIDE, NARROW], CPU, BF16) == frozenset()
     assert gpu.asked[1:] == [[WIDE]]
     # Nor is a file believed that says so.
     (path,) = (path for path in folder.rglob("*.json") if "384" in path.read_text())
     path.write_text(path.read_text().replace("600.0", "0").replace("60.0", "0"))
     start_anew(monkeypatch)
-    assert tuning.settle([WIDE], CPU, BF16) == frozenset()
+    assert tuning.tune([WIDE], CPU, BF16) == frozenset()
     assert gpu.asked[2:] == [[WIDE]]
 
 
@@ -206,7 +206,7 @@ def test_a_folder_that_can_not_be_written_to_is_said_once_and_lived_without(gpu,
     (folder / "wan_vae_parallel").write_text("in the way")
     gpu.best = {WIDE: 2}
     for kind in (WIDE, NARROW):
-        tuning.settle([kind], CPU, BF16)
+        tuning.tune([kind], CPU, BF16)
     assert chosen(WIDE) == tiles.candidates(WIDE, CPU)[2]
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
@@ -216,7 +216,7 @@ def test_a_folder_that_can_not_be_written_to_is_said_once_and_lived_without(gpu,
 def test_a_kind_that_loses_by_over_a_tenth_is_cudnns_and_that_is_said_once(gpu, caplog):
     gpu.cudnn = {WIDE: 659.0, NARROW: 661.0}
     for _ in range(2):
-        assert tuning.settle([WIDE, NARROW], CPU, BF16) == {NARROW}
+        assert tuning.tune([WIDE, NARROW], CPU, BF16) == {NARROW}
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "conv 3x3x3 96 to 96 runs on cuDNN: 661 TFLOP/s on Test GPU, where our kernel does 600" in warning
     assert "depend on the chunk and on the number of devices" in warning

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import wan_vae_parallel as wvp
 from tests.oracle import decode_at_once, load, oracle_vae, random_latents
-from wan_vae_parallel.latents import denormalize
+from wan_vae_parallel.files.latents import denormalize
 from wan_vae_parallel.memory import decode_memory, parameter_count
 
 CLOSE = {"atol": 1e-5, "rtol": 0}

@@ -21,7 +21,7 @@ from ..ops.conv import (
     upsample_conv,
 )
 from ..ops.dispatch import kernels_multiply
-from ..ops.kinds import LayerKind
+from ..ops.layer_kinds import LayerKind
 from ..ops.norm_silu import norm_silu
 from .state import DecodeState, Frames, PageKey, PageNeed
 

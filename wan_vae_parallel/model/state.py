@@ -142,7 +142,7 @@ class Pages:
         """Takes slots back that nobody will read any more."""
         self._free.extend(slot for slot in slots if slot or not self._need_blank)
 
-    def settle(self) -> None:
+    def leave_blank(self) -> None:
         """Says that one more convolution has no blank frame in its past; after the last one there is none at all."""
         self._need_blank -= 1
         if not self._need_blank:
@@ -236,7 +236,7 @@ class DecodeState:
         self._pages = pages
         self._keeps = keeps
         self._past: dict[Hashable, Frames] = {}
-        self._settled: set[Hashable] = set()
+        self._left_blank: set[Hashable] = set()
 
     def take(self, key: PageKey, count: int) -> Frames:
         """Slots for ``count`` frames."""
@@ -254,6 +254,6 @@ class DecodeState:
         if not self._keeps:
             return
         self._past[conv] = Frames(seen.pages, seen.slots[gone:])
-        if conv not in self._settled and 0 not in seen.slots[gone:]:
-            self._settled.add(conv)
-            seen.pages.settle()
+        if conv not in self._left_blank and 0 not in seen.slots[gone:]:
+            self._left_blank.add(conv)
+            seen.pages.leave_blank()

@@ -14,10 +14,6 @@ import torch.nn.functional as F
 
 from .dispatch import KERNEL_DTYPES, kernels_run, say_once
 
-# Up to so many channels one pass suffices; for more the weights are written, so many at a time (128 MiB in bf16).
-FUSED_CHANNELS = 384
-WEIGHTS_AT_ONCE = 2**26
-
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -61,9 +61,9 @@ def _why_not(device: torch.device) -> str:
 def _kernels_run_on(device: torch.device) -> bool:
     reason = _why_not(device)
     if not reason:
-        from .kernels import trial
+        from .kernels import probe
 
-        reason = trial.why_not(device)
+        reason = probe.why_not(device)
     if reason:
         logger.warning("decoding on %s with PyTorch's own kernels, which is slower: %s", device, reason)
     return not reason

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..model.state import Frames
-from .mailbox import Mailbox
+from .peer_memory import PeerMemory
 from .plan import ShardPlan
 
 
@@ -37,7 +37,7 @@ def exchange(
     outgoing: Mapping[int, torch.Tensor],
     incoming: Mapping[int, torch.Tensor],
     group: dist.ProcessGroup,
-    mailbox: Mailbox | None,
+    peer_memory: PeerMemory | None,
 ) -> None:
     """Sends tensors to other ranks and receives theirs; all of those ranks make the same calls in the same order.
 
@@ -45,10 +45,10 @@ def exchange(
         outgoing: contiguous, by rank in ``group``.
         incoming: contiguous, by rank: the same ones.
         group: the ranks.
-        mailbox: through which bytes travel; without one they are messages.
+        peer_memory: through which bytes travel; without one they are messages.
     """
-    if mailbox is not None:
-        mailbox.exchange(outgoing, incoming)
+    if peer_memory is not None:
+        peer_memory.exchange(outgoing, incoming)
         return
     operations = []
     for peer in outgoing:
@@ -71,13 +71,13 @@ class ShardEdges:
     Args:
         plan: the split.
         group: the ranks.
-        mailbox: through which halo rows travel; without one they are messages.
+        peer_memory: through which halo rows travel; without one they are messages.
     """
 
-    def __init__(self, plan: ShardPlan, group: dist.ProcessGroup, mailbox: Mailbox | None = None) -> None:
+    def __init__(self, plan: ShardPlan, group: dist.ProcessGroup, peer_memory: PeerMemory | None = None) -> None:
         self.plan = plan
         self.group = group
-        self._mailbox = mailbox
+        self._peer_memory = peer_memory
         self.shard = dist.get_rank(group)
         if self.shard >= plan.shards or plan.shards > dist.get_world_size(group):
             raise ValueError(
@@ -102,7 +102,7 @@ class ShardEdges:
             frames: with a border of 1, their inside written.
         """
         self.rows_sent += len(self._neighbours) * len(frames)
-        if self._swap(frames):
+        if self._through_peer_memory(frames):
             return
         arena, index = frames.arena, frames.index
         shape = torch.Size((len(frames), *arena.shape[2:]))
@@ -134,23 +134,23 @@ class ShardEdges:
             for peer in range(plan.shards)
         }
         incoming = {peer: part for peer, part in parts.items() if peer != self.shard}
-        exchange(dict.fromkeys(incoming, own), incoming, self.group, self._mailbox)
+        exchange(dict.fromkeys(incoming, own), incoming, self.group, self._peer_memory)
         return torch.cat(list(parts.values()), dim=1)
 
     def silent(self) -> _SilentEdges:
         """The same without the other ranks, see `model.state.Edges`."""
         return _SilentEdges(self)
 
-    def _swap(self, frames: Frames, *, trial: bool = False) -> bool:
-        """`fill_halo` through the mailbox, if there is one and a frame's row fits; whether nothing is left to do."""
+    def _through_peer_memory(self, frames: Frames, *, trial: bool = False) -> bool:
+        """`fill_halo` through peer memory, if there is some and a frame's row fits; whether nothing is left to do."""
         if not self._neighbours:
             return True
-        if self._mailbox is None or not (at_once := self._mailbox.capacity(frames.arena)):
+        if self._peer_memory is None or not (at_once := self._peer_memory.capacity(frames.arena)):
             return False
         above = self.shard - 1 if self.shard else None
         below = self.shard + 1 if self.shard + 1 < self.plan.shards else None
         for part in frames.split(at_once):
-            self._mailbox.swap(part.arena, part.index, above=above, below=below, trial=trial)
+            self._peer_memory.exchange_halo(part.arena, part.index, above=above, below=below, trial=trial)
         return True
 
     def _buffer(self, direction: str, peer: int, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class _SilentEdges:
         self._edges = edges
 
     def fill_halo(self, frames: Frames) -> None:
-        self._edges._swap(frames, trial=True)
+        self._edges._through_peer_memory(frames, trial=True)
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         plan = self._edges.plan

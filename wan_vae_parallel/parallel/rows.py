@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .edges import exchange
-from .mailbox import Mailbox
+from .peer_memory import PeerMemory
 from .plan import ShardPlan
 
 
@@ -25,7 +25,7 @@ def frame_rows(plan: ShardPlan, shard: int, ratio: int) -> tuple[int, int]:
 
 
 def to_own_rows(
-    frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, ratio: int, mailbox: Mailbox | None = None
+    frames: torch.Tensor, plan: ShardPlan, group: dist.ProcessGroup, ratio: int, peer_memory: PeerMemory | None = None
 ) -> torch.Tensor:
     """Turns what a shard decoded into the rows that it writes.
 
@@ -34,7 +34,7 @@ def to_own_rows(
         plan: the split.
         group: its ranks; all with a shard must call.
         ratio: frame rows (and columns) per latent row.
-        mailbox: the group's, if it has one.
+        peer_memory: the group's, if it has one.
 
     Returns:
         ``[B, t, rows, W, C]``, contiguous: the rows that `frame_rows` tells.
@@ -52,7 +52,7 @@ def to_own_rows(
         columns = plan.height(shard) * ratio
         pieces[shard] = frames.new_empty((*frames.shape[:2], stop - start, columns, frames.shape[-1]))
         outgoing[shard] = frames[:, :, slice(*ranges[shard])].contiguous()
-    exchange(outgoing, {shard: pieces[shard] for shard in outgoing}, group, mailbox)
+    exchange(outgoing, {shard: pieces[shard] for shard in outgoing}, group, peer_memory)
     return torch.cat(list(pieces.values()), dim=3)
 
 

@@ -1,1 +1,1 @@
-"""Running a decoder on a device: weights, steps, the way of the frames to the host."""
+"""A model on one device or as one rank: weights, steps, the way to and from the host, tuning."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, is_out_of_memory
+from ..files.checkpoint import Checkpoint
 from ..memory import decode_memory, free_memory, gibibytes, give_back_host_memory, largest_chunk, largest_frame
-from .download import to_host
+from .device_to_host import to_host
 from .local import LocalDecoder
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class LocalEngine:
                 checkpoint.architecture, checkpoint.decoder, device=self.device, dtype=self.dtype
             )
             # Before a chunk is chosen: cuDNN's layers take more memory.
-            self._decoder.settle()
+            self._decoder.tune()
         return self._decoder
 
     def _free_cached(self) -> None:

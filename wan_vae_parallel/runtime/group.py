@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from ..checkpoint import Checkpoint
 from ..errors import OutOfMemoryError, WanVAEError
-from ..parallel.agree import WORD_SECONDS, WORK_SECONDS, Board, check_same
+from ..files.checkpoint import Checkpoint
+from ..parallel.coordination import WORD_SECONDS, WORK_SECONDS, Coordinator, check_same
 from ..parallel.edges import connect
 from ..parallel.plan import describe_plan, plan_shards
 from ..parallel.rows import to_first_rank
-from .download import to_host
+from .device_to_host import to_host
 from .shard import ShardDecoder
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class GroupEngine:
     """This process as one rank of a decode; the group's first rank gets the frames.
 
-    Making one is a collective call, as are its decodes: each is a meeting of its own, see `parallel.agree.Board`.
+    Making one is a collective call, as are its decodes: each is a meeting of its own, see `parallel.coordination.Coordinator`.
 
     Args:
         weights: called for the checkpoint whenever the weights have to be loaded.
@@ -54,7 +54,7 @@ class GroupEngine:
         self._weights = weights
         self._decoder: ShardDecoder | None = None
         self._connected = False
-        self.names = tuple(self.meet(call="load_vae").places)
+        self.names = tuple(self.meet(call="load_vae").device_names)
 
     @property
     def running(self) -> bool:
@@ -76,9 +76,9 @@ class GroupEngine:
         if self.device.type == "cuda" and not self.failed:
             torch.cuda.empty_cache()
 
-    def meet(self, **about: str) -> Board:
+    def meet(self, **about: str) -> Coordinator:
         """All ranks' words on a call that they make."""
-        return Board(self.group, about, f"{socket.gethostname()}/{self.device}")
+        return Coordinator(self.group, about, f"{socket.gethostname()}/{self.device}")
 
     def decoder(self) -> ShardDecoder:
         """The decoder, loaded now if it is not."""
@@ -86,21 +86,21 @@ class GroupEngine:
             self._decoder = ShardDecoder(self._weights(), self.device, self.dtype)
         return self._decoder
 
-    def connect(self, board: Board) -> None:
+    def connect(self, coordinator: Coordinator) -> None:
         """Connects the devices if they are not yet."""
         if not self._connected:
-            with self.exchanging(board):
+            with self.exchanging(coordinator):
                 connect(self.group, self.device)
             self._connected = True
 
     @contextlib.contextmanager
-    def exchanging(self, board: Board) -> Iterator[None]:
+    def exchanging(self, coordinator: Coordinator) -> Iterator[None]:
         """Within it, ranks wait for one another's bytes: what fails ends the group."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (it is raised again)
             self.failed = True
-            board.fail(error)
+            coordinator.fail(error)
 
 
 class GroupRun:
@@ -117,15 +117,15 @@ class GroupRun:
         self._over = True
         # What the decode found, for a log.
         self.found = "ready" if engine.running else "gone"
-        self._board = engine.meet(call="decode", latents=_described(latents))
-        check_same(self._board.gather(lambda: engine.decoder().facts(), WORK_SECONDS))
+        self._coordinator = engine.meet(call="decode", latents=_described(latents))
+        check_same(self._coordinator.gather(lambda: engine.decoder().facts(), WORK_SECONDS))
         # Once, or layers might go to cuDNN between two decodes.
-        if not all(self._board.exchange(engine.decoder().settled)):
-            engine.decoder().settle(self._board)
-        engine.connect(self._board)
+        if not all(self._coordinator.exchange(engine.decoder().tuned)):
+            engine.decoder().tune(self._coordinator)
+        engine.connect(self._coordinator)
         self._plan = plan_shards(latents.shape[3], latents.shape[4], len(engine.names))
         self.where = describe_plan(self._plan, engine.names)
-        rooms = self._board.gather(lambda: self._room(chunk), WORD_SECONDS)
+        rooms = self._coordinator.gather(lambda: self._room(chunk), WORD_SECONDS)
         self._chunk = min(most for most in rooms if most is not None)
         if not self._chunk:
             short = [name for name, most in zip(engine.names, rooms, strict=True) if most == 0]
@@ -144,7 +144,7 @@ class GroupRun:
         """Yields ``[B, t, H, W, C]`` on the first rank's host, each valid until the next; nothing on the others."""
         if self._over:
             raise WanVAEError("this decode is over; begin another one")
-        with self._engine.exchanging(self._board):
+        with self._engine.exchanging(self._coordinator):
             for frames, finite in to_host(self._whole_frames(), self._engine.device):
                 self.finite = finite
                 yield frames
@@ -152,7 +152,7 @@ class GroupRun:
     def close(self) -> None:
         """Ends the decode where it is, on all ranks if the first one says so, and frees its memory."""
         if self._engine.rank == 0 and not self._over and not self._engine.failed:
-            self._board.from_first(False)
+            self._coordinator.from_first(False)
         self._over = True
         del self._latents
         if self._engine.device.type == "cuda" and not self._engine.failed:
@@ -179,7 +179,7 @@ class GroupRun:
             shards = decoder.steps(rows, plan, engine.group, self._chunk)
         # The first rank says before each step whether there is one: those without rows know no other end.
         more = True
-        while self._board.from_first(more):
+        while self._coordinator.from_first(more):
             shard = next(shards, None)
             more = shard is not None
             if shard is not None:

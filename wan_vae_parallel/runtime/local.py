@@ -16,7 +16,7 @@ from ..model.decoder import WanDecoder
 from ..model.state import DecodeState, Edges, PageKey, Pages, SlotLists, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
 from ..ops.frames import to_frames
-from ..parallel.agree import Board
+from ..parallel.coordination import Coordinator
 from . import tuning
 from .arithmetic import exact_arithmetic
 
@@ -55,17 +55,17 @@ class LocalDecoder:
         self.model.requires_grad_(False).eval()
         self._compiled: set[tuple[Any, ...]] = set()
         self._lists = SlotLists(device)
-        # Whether `settle` was called.
-        self.settled = False
+        # Whether `tune` was called.
+        self.tuned = False
 
-    def settle(self, board: Board | None = None) -> None:
-        """Measures, or looks up, what convolves fastest here; with a ``board`` all its ranks call and agree on it."""
+    def tune(self, coordinator: Coordinator | None = None) -> None:
+        """Measures, or looks up, what convolves fastest here; with a ``coordinator`` its ranks call and agree."""
         convolutions = self.model.convolutions()
         with exact_arithmetic(self.device, self.dtype):
-            given = tuning.settle([conv.kind for conv in convolutions], self.device, self.dtype, board)
+            given = tuning.tune([conv.kind for conv in convolutions], self.device, self.dtype, coordinator)
         for conv in convolutions:
             conv.cudnn = conv.kind in given
-        self.settled = True
+        self.tuned = True
 
     @property
     def kernels(self) -> bool:

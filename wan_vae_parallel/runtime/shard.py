@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from .._version import __version__
-from ..checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..memory import decode_memory, free_memory, largest_chunk
-from ..parallel.agree import Board, fingerprint
+from ..parallel.coordination import Coordinator, fingerprint
 from ..parallel.edges import ShardEdges
-from ..parallel.mailbox import Mailbox
+from ..parallel.peer_memory import PeerMemory
 from ..parallel.plan import ShardPlan
 from .local import LocalDecoder
 
@@ -40,7 +40,7 @@ class ShardDecoder:
         self._decoder = LocalDecoder(checkpoint.architecture, checkpoint.decoder, device=device, dtype=dtype)
 
     def facts(self) -> dict[str, str]:
-        """What all ranks of a decode must have in common, for `parallel.agree.check_agreement`."""
+        """What all ranks of a decode must have in common, for `parallel.coordination.check_agreement`."""
         return {
             "version": __version__,
             "memory format": _LAYOUT,
@@ -50,13 +50,13 @@ class ShardDecoder:
         }
 
     @property
-    def settled(self) -> bool:
-        """Whether `settle` was called."""
-        return self._decoder.settled
+    def tuned(self) -> bool:
+        """Whether `tune` was called."""
+        return self._decoder.tuned
 
-    def settle(self, board: Board) -> None:
+    def tune(self, coordinator: Coordinator) -> None:
         """Agrees with all ranks on what convolves; see `runtime.tuning`."""
-        self._decoder.settle(board)
+        self._decoder.tune(coordinator)
 
     def room(self, plan: ShardPlan, shard: int, shape: torch.Size, asked: int) -> int:
         """The largest chunk of at most ``asked`` that ``shard`` has the memory for; 0 for none.
@@ -102,7 +102,7 @@ class ShardDecoder:
         plan: ShardPlan,
         group: dist.ProcessGroup,
         chunk: int,
-        mailbox: Mailbox | None = None,
+        peer_memory: PeerMemory | None = None,
     ) -> Iterator[torch.Tensor]:
         """Decodes this rank's rows.
 
@@ -111,9 +111,9 @@ class ShardDecoder:
             plan: the split; rank r of ``group`` has shard r.
             group: at least as many ranks as shards; those with one must take the same steps.
             chunk: latent frames at once, the same on all.
-            mailbox: the group's, if it has one.
+            peer_memory: the group's, if it has one.
 
         Yields:
             ``[B, t, rows, W, C]`` on the device, of a transposed plan ``[B, t, H, columns, C]``.
         """
-        return self._decoder.stream(rows, chunk, ShardEdges(plan, group, mailbox), transposed=plan.transposed)
+        return self._decoder.stream(rows, chunk, ShardEdges(plan, group, peer_memory), transposed=plan.transposed)

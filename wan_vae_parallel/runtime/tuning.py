@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..files.user_cache import CachedFacts
 from ..ops.dispatch import kernels_multiply, say_once
-from ..ops.kinds import LayerKind, Measured
-from ..parallel.agree import WORK_SECONDS, Board
-from ..user_cache import CachedFacts
+from ..ops.layer_kinds import LayerKind, Measured
+from ..parallel.coordination import WORK_SECONDS, Coordinator
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ _lock = threading.Lock()
 _known: dict[str, dict[LayerKind, Measured]] = {}
 
 
-def settle(
-    kinds: Iterable[LayerKind], device: torch.device, dtype: torch.dtype, board: Board | None = None
+def tune(
+    kinds: Iterable[LayerKind], device: torch.device, dtype: torch.dtype, coordinator: Coordinator | None = None
 ) -> frozenset[LayerKind]:
     """Has our kernels on ``device`` use what is fastest there; measures what was never measured.
 
@@ -44,7 +44,7 @@ def settle(
         kinds: of layers, the same on all ranks.
         device: this rank's.
         dtype: in what they compute.
-        board: the ranks', all of whom call; None for a device that decodes alone.
+        coordinator: the ranks', all of whom call; None for a device that decodes alone.
 
     Returns:
         The kinds that are cuDNN's.
@@ -52,13 +52,13 @@ def settle(
     kinds = list(dict.fromkeys(kinds))
     device = torch.empty(0, device=device).device  # with its index, as tensors have it
     key = _key(device, dtype)
-    keys = board.exchange(key) if board else [key]
-    rank = board.rank if board else 0
+    keys = coordinator.exchange(key) if coordinator else [key]
+    rank = coordinator.rank if coordinator else 0
 
     def find() -> dict[str, Any]:
         return _to_plain(_find(kinds, key, device, dtype)) if key and keys.index(key) == rank else {}
 
-    words = board.gather(find, WORK_SECONDS) if board else [find()]
+    words = coordinator.gather(find, WORK_SECONDS) if coordinator else [find()]
     found = [_from_plain(word, kinds) for word in words]
     if key and (own := found[keys.index(key)]):
         from ..ops.kernels import tiles

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..attention import FUSED_CHANNELS, WEIGHTS_AT_ONCE
+from ..limits import FUSED_CHANNELS, WEIGHTS_AT_ONCE
 from .launch import launch
 from .tiles import gpu
 

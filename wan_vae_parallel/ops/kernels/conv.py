@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import KERNEL_DTYPES
-from ..kinds import LayerKind
+from ..layer_kinds import LayerKind
 from . import tiles
 from .launch import Call
 from .tiles import Tile

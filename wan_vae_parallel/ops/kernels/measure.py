@@ -21,7 +21,7 @@ import torch
 from ...cancel import check_cancelled
 from ...errors import is_out_of_memory
 from .. import conv as ops
-from ..kinds import LayerKind, Measured
+from ..layer_kinds import LayerKind, Measured
 from . import conv, head_conv
 from .launch import compile_all
 from .progress import Progress

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from ..kinds import LayerKind, Measured
+from ..layer_kinds import LayerKind, Measured
 
 # The accumulators of more channels don't fit one program's registers.
 _MAX_CHANNELS = 384

@@ -1,0 +1,124 @@
+"""Which latents are decoded, and what is said about the others."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+import torch
+
+from wan_vae_parallel import Architecture, LatentError
+from wan_vae_parallel.files.latents import check_latents, denormalize
+
+WAN21, WAN22 = Architecture.published("wan2.1"), Architecture.published("wan2.2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("architecture", [WAN21, WAN22], ids=lambda architecture: architecture.family)
+def test_good_latents_pass_as_they_are(architecture, dtype):
+    latents = torch.zeros(2, architecture.z_dim, 3, 4, 5, dtype=dtype)
+    assert check_latents(latents, architecture) is latents
+
+
+def test_four_axes_are_one_latent_frame_each():
+    latents = torch.randn(2, 16, 4, 5)
+    checked = check_latents(latents, WAN21)
+    assert checked.shape == (2, 16, 1, 4, 5)
+    assert checked.data_ptr() == latents.data_ptr()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("count", [1, 7])
+def test_values_that_are_not_finite_are_counted(value, count):
+    latents = torch.zeros(1, 16, 2, 3, 3)
+    latents.view(-1)[-count:] = value
+    with pytest.raises(LatentError, match=f"{count} NaN or infinite values of 288; .* look at the sampler's settings"):
+        check_latents(latents, WAN21)
+
+
+def test_nan_and_infinity_are_counted_together():
+    latents = torch.zeros(1, 16, 1, 1, 1)
+    latents[0, 0], latents[0, 3], latents[0, 5] = math.nan, math.inf, -math.inf
+    with pytest.raises(LatentError, match="3 NaN or infinite values of 16"):
+        check_latents(latents, WAN21)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "advice"),
+    [
+        (WAN21, 48, "this is a Wan 2.1 VAE and takes 16; these are latents of the Wan 2.2 5B model: load the VAE"),
+        (WAN22, 16, r"this is a Wan 2.2 VAE and takes 48; these are latents of Wan 2.1 \(and the Wan 2.2 14B models\)"),
+        (WAN21, 4, "takes 16; connect the VAE that the video was sampled for"),  # an image model's
+        (WAN22, 128, "takes 48; connect the VAE that the video was sampled for"),
+    ],
+)
+def test_wrong_channels_are_told_with_the_model_that_they_belong_to(architecture, channels, advice):
+    with pytest.raises(LatentError, match=rf"latents have {channels} channels, but .*{advice}"):
+        check_latents(torch.zeros(1, channels, 2, 3, 3), architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(LatentError, match=f"latents are {dtype}; they must be floating point"):
+        check_latents(torch.zeros(1, 16, 2, 3, 3, dtype=dtype), WAN21)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 16, 2, 3, 3), (1, 16, 0, 3, 3), (1, 16, 2, 0, 3), (1, 16, 2, 3, 0), (1, 16, 0, 3)]
+)
+def test_empty_latents_are_refused(shape):
+    with pytest.raises(LatentError, match=r"latents are empty, .* every axis must be at least 1"):
+        check_latents(torch.zeros(shape), WAN21)
+
+
+@pytest.mark.parametrize("shape", [(), (16,), (16, 3, 3), (1, 1, 16, 2, 3, 3)])
+def test_other_numbers_of_axes_are_refused(shape):
+    with pytest.raises(LatentError, match=rf"latents have {len(shape)} axes .* five, \[B, C, T, h, w\], or four"):
+        check_latents(torch.zeros(shape), WAN21)
+
+
+@pytest.mark.parametrize(
+    ("latents", "name"),
+    [(None, "NoneType"), ({"samples": 0}, "dict"), (numpy.zeros((1, 16, 2, 3, 3)), "ndarray"), ([[0.0]], "list")],
+)
+def test_what_is_no_tensor_is_refused(latents, name):
+    # A whole ComfyUI LATENT instead of its samples is the likely one.
+    with pytest.raises(LatentError, match=f"latents are a {name}; they must be a torch tensor"):
+        check_latents(latents, WAN21)
+
+
+@pytest.mark.parametrize("architecture", [WAN21, WAN22], ids=lambda architecture: architecture.family)
+def test_denormalize_is_std_times_latent_plus_mean_by_channel(architecture):
+    latents = torch.randn(2, architecture.z_dim, 2, 3, 4)
+    expected = torch.stack(
+        [
+            latents[:, channel] * architecture.latents_std[channel] + architecture.latents_mean[channel]
+            for channel in range(architecture.z_dim)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(denormalize(latents, architecture), expected)
+
+
+def test_the_published_statistics_are_diffusers():
+    from diffusers import AutoencoderKLWan
+
+    config = AutoencoderKLWan(base_dim=8).config
+    assert WAN21.latents_mean == tuple(config.latents_mean)
+    assert WAN21.latents_std == tuple(config.latents_std)
+    assert len(WAN22.latents_mean) == len(WAN22.latents_std) == 48
+
+
+def test_denormalize_does_not_round_to_bf16():
+    latents = torch.full((1, 16, 1, 1, 1), 1.0, dtype=torch.bfloat16)
+    denormalized = denormalize(latents, WAN21)
+    assert denormalized.dtype == torch.float32
+    assert denormalized[0, 0].item() == pytest.approx(2.8184 - 0.7571, abs=1e-6)
+
+
+@pytest.mark.parametrize(("family", "z_dim"), [("wan2.1", 48), ("wan2.2", 16), ("wan2.1", 12)])
+def test_denormalize_refuses_channels_without_published_statistics(family, z_dim):
+    architecture = Architecture(family=family, z_dim=z_dim, width=8)
+    with pytest.raises(LatentError, match=f"none are published for Wan .* with {z_dim} channels; de-normalise them"):
+        denormalize(torch.zeros(1, z_dim, 1, 1, 1), architecture)

@@ -1,0 +1,145 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+import pytest
+
+from wan_vae_parallel import OutputError
+from wan_vae_parallel.files.whole import check_writable, replacing
+
+
+def test_a_new_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "frames.bin"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"whole")
+        assert not path.exists()
+        assert temporary.suffix == ".bin"  # writers choose the format by it
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_old_file_is_replaced_at_once(tmp_path):
+    path = tmp_path / "frames.bin"
+    path.write_bytes(b"old")
+    with replacing(str(path)) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Of a user's code, of the user, of an engine error; each leaves as it is.
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), OutputError("own words")])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "frames.bin"
+    path.write_bytes(b"old")
+
+    def write_half():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"ha")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        write_half()
+    assert raised.value is error
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_output_error(tmp_path):
+    path = tmp_path / "frames.bin"
+
+    def write_until_full():
+        with replacing(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"frames\.bin could not be written \(.*No space left.*\); free some room"):
+        write_until_full()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_writes_nothing_is_an_output_error(tmp_path):
+    def write_nothing():
+        with replacing(tmp_path / "frames.bin"):
+            pass
+
+    with pytest.raises(OutputError, match="could not be written"):
+        write_nothing()
+    assert not list(tmp_path.iterdir())
+
+
+def enter(path, **options):
+    with replacing(path, **options):
+        pytest.fail("nothing may be computed for a file that can't be written")
+
+
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_a_missing_folder(tmp_path, refuse):
+    with pytest.raises(OutputError, match=r"there is no folder .*nowhere; make it, or choose another"):
+        refuse(tmp_path / "nowhere" / "frames.bin")
+
+
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_a_folder_in_the_files_place(tmp_path, refuse):
+    with pytest.raises(OutputError, match="is a folder; name a file in it"):
+        refuse(tmp_path)
+
+
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_a_read_only_folder(tmp_path, refuse, monkeypatch):
+    if os.geteuid() == 0:
+        # root may write anywhere: what the system would tell anybody else.
+        monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))
+    else:
+        tmp_path.chmod(0o555)
+    with pytest.raises(OutputError, match="is read-only; choose another"):
+        refuse(tmp_path / "frames.bin")
+    tmp_path.chmod(0o755)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_a_disk_that_is_too_full(tmp_path, refuse):
+    needed = shutil.disk_usage(tmp_path).total + 2**40
+    with pytest.raises(OutputError, match=r"takes \d+\.\d GiB, and .* are free there; free some room or choose"):
+        refuse(tmp_path / "frames.bin", needed=needed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fits_is_let_through(tmp_path):
+    check_writable(tmp_path / "frames.bin", needed=1)
+
+
+def test_a_name_as_long_as_the_system_allows(tmp_path):
+    path = tmp_path / ("f" * 251 + ".bin")
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+
+
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_devices_and_pipes_are_not_replaced(tmp_path, refuse):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="is a device or a pipe"):
+        refuse(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_files_have_the_usual_mode(tmp_path):
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "ours") as temporary:
+        temporary.touch(mode=0o600)  # as safetensors makes them
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,0 +1,149 @@
+"""Latents: reading and writing them, checking them, undoing the published normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..architecture import Architecture
+from ..errors import LatentError
+from .tensor_file import TensorFile
+from .whole import replacing
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The tensors in the files of ComfyUI's SaveLatent.
+_COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
+
+
+def check_fits(latents: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises `LatentError` if finite ``latents`` are beyond what ``dtype`` can hold."""
+    if (largest := _largest(latents)) > torch.finfo(dtype).max:
+        raise LatentError(
+            f"latents reach {largest:.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}; real latents are of the order of 1: look at how they were made"
+        )
+
+
+def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """Makes sure that ``latents`` can be decoded.
+
+    Args:
+        latents: ``[B, z, T, h, w]``, or ``[B, z, h, w]`` for one latent frame each; any float dtype and device.
+        architecture: the VAE that will decode them.
+
+    Returns:
+        ``[B, z, T, h, w]``, a view.
+
+    Raises:
+        LatentError: wrong type, number of axes, channels, an empty axis, or values that are not finite.
+    """
+    if not isinstance(latents, torch.Tensor):
+        raise LatentError(f"latents are a {type(latents).__name__}; they must be a torch tensor [B, C, T, h, w]")
+    shape = tuple(latents.shape)
+    if latents.dim() == 4:
+        latents = latents.unsqueeze(2)
+    if latents.dim() != 5:
+        raise LatentError(
+            f"latents have {len(shape)} axes {shape}; they must have five, [B, C, T, h, w], or four for one frame"
+        )
+    if latents.dtype not in _DTYPES:
+        raise LatentError(f"latents are {latents.dtype}; they must be floating point: fp32, fp16, bf16 or fp64")
+    if latents.layout != torch.strided or latents.is_meta:
+        kind = "meta" if latents.is_meta else str(latents.layout)
+        raise LatentError(f"latents are a {kind} tensor; they must be an ordinary, dense one")
+    if latents.numel() == 0:
+        raise LatentError(f"latents are empty, {shape}; every axis must be at least 1")
+    if latents.shape[1] != architecture.z_dim:
+        raise LatentError(_wrong_channels(latents.shape[1], architecture))
+    # The largest is NaN if any is; counting them all takes ten times as long.
+    if not math.isfinite(_largest(latents)):
+        finite = int(latents.isfinite().sum())
+        raise LatentError(
+            f"latents have {latents.numel() - finite} NaN or infinite values of {latents.numel()}; "
+            f"the frames would be black or noise: look at the sampler's settings or precision"
+        )
+    return latents
+
+
+def denormalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """Applies the published mean and standard deviation to normalised latents ``[B, z, T, h, w]``.
+
+    ComfyUI's LATENT has had this applied already; WanVideoWrapper's and diffusers' pipelines' have not.
+
+    Raises:
+        LatentError: no statistics were published for this number of channels.
+    """
+    if architecture.latents_mean is None or architecture.latents_std is None:
+        raise LatentError(
+            f"normalized latents need a mean and standard deviation, and none are published for "
+            f"{architecture.name} with {architecture.z_dim} channels; de-normalise them before, and decode them as such"
+        )
+    wide = torch.promote_types(latents.dtype, torch.float32)
+    mean = torch.tensor(architecture.latents_mean, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(architecture.latents_std, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
+    return latents * std + mean
+
+
+def _largest(latents: torch.Tensor) -> float:
+    """The largest magnitude, in one pass and without a copy; NaN if there is one."""
+    low, high = latents.aminmax()  # both NaN then
+    return max(-float(low), float(high))
+
+
+def _wrong_channels(channels: int, architecture: Architecture) -> str:
+    text = f"latents have {channels} channels, but this is a {architecture.name} VAE and takes {architecture.z_dim}"
+    models = {16: "Wan 2.1 (and the Wan 2.2 14B models)", 48: "the Wan 2.2 5B model"}
+    if channels in models:
+        return f"{text}; these are latents of {models[channels]}: load the VAE that belongs to it"
+    return f"{text}; connect the VAE that the video was sampled for"
+
+
+def read_latents(path: str | Path) -> torch.Tensor:
+    """Reads latents from a file.
+
+    Args:
+        path: what ComfyUI's SaveLatent writes (``.latent``), or a safetensors file with one 5-D (or 4-D) tensor.
+
+    Returns:
+        ``[B, z, T, h, w]`` or ``[B, z, h, w]`` as they are in the file.
+
+    Raises:
+        LatentError: no such file, it is damaged, it changed while it was read, or it is not clear which tensor is
+            meant.
+        OutOfMemoryError: the host has no room for it.
+    """
+    name_another = "name a .latent or .safetensors file with latents"
+    with TensorFile(Path(path), LatentError, another=name_another, again=name_another) as file:
+        key = _latents_key(file.described(), file.path)  # before all of a file that may be a whole model's is read
+        return file.read()[key]
+
+
+def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Which of a file's tensors are the latents."""
+    if _COMFYUI_LATENT in tensors:
+        if _COMFYUI_VERSION not in tensors:
+            raise LatentError(f"{path} is a latent of a ComfyUI from before 2023, which made none of videos")
+        return _COMFYUI_LATENT
+    for axes in (5, 4):
+        candidates = [key for key, tensor in tensors.items() if tensor.dim() == axes]
+        if len(candidates) == 1:
+            return candidates[0]
+    found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
+    raise LatentError(
+        f"{path} has {len(tensors)} tensors{': ' + found if found else ''}; "
+        f"it must have exactly one with five axes, [B, C, T, h, w]"
+    )
+
+
+def save_latents(path: str | Path, latents: torch.Tensor) -> None:
+    """Writes latents as ComfyUI's SaveLatent does, for its LoadLatent and `read_latents`.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    with replacing(path) as temporary:
+        save_file({_COMFYUI_LATENT: latents.contiguous(), _COMFYUI_VERSION: torch.empty(0)}, temporary)

@@ -1,0 +1,234 @@
+"""Safetensors files of users, read so that no change of the file can hurt: it is never mapped.
+
+A mapped file that gets shorter, as one that is downloaded anew over the same name, kills the process with SIGBUS where
+a page is missing; one that is written to in place changes the tensors. So the bytes are copied to memory of this
+process's own, and the safetensors library maps and checks the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..anonymous import anonymous_file
+from ..cancel import LOOK_SECONDS, check_cancelled
+from ..errors import OutOfMemoryError, WanVAEError, is_out_of_memory
+
+# The library refuses longer headers.
+_LONGEST_HEADER = 100_000_000
+# A block that stays in a core's cache between reading and writing; threads beyond which memory is the limit.
+_BLOCK = 256 * 2**10
+_THREADS = 4
+# Files of less are copied by one thread.
+_SMALL = 32 * 2**20
+
+
+class FileVersion(NamedTuple):
+    """What tells that a file is still the same one."""
+
+    modified: int
+    size: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileVersion:
+        """The version that ``stat`` was taken of."""
+        return cls(stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
+
+
+class TensorFile:
+    """A safetensors file that is open: what is in it at once, its values when they are asked for.
+
+    A context manager; tensors that were read outlive it.
+
+    Attributes:
+        path: where it is.
+        version: of the file that was opened.
+        head: its first bytes.
+
+    Args:
+        path: of a file.
+        error_class: what is raised about the file.
+        another: how to name another file, for one that is not there.
+        again: what to do about a damaged one.
+
+    Raises:
+        error_class: there is no such file, or it can't be opened.
+    """
+
+    def __init__(self, path: Path, error_class: type[WanVAEError], *, another: str, again: str) -> None:
+        self.path = path
+        self._error_class = error_class
+        self._again = again
+        # Of the copy in memory, with the header alone until `read`.
+        self._copy = -1
+        try:
+            if not path.is_file():  # a pipe would have opening it wait
+                what = "is no file" if path.exists() else "does not exist"
+                raise error_class(f"{path} {what}; {another}")
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            if isinstance(error, WanVAEError):
+                raise
+            raise error_class(f"{path} can't be opened ({error}); {another}") from error
+        with self._closing_after_errors(), self._told():
+            self.version = FileVersion.of(os.fstat(self._file.fileno()))
+            self.head = self._file.read(9) or b""
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; what was read stays."""
+        self._file.close()
+        if self._copy >= 0:
+            os.close(self._copy)
+            self._copy = -1
+
+    def described(self) -> dict[str, torch.Tensor]:
+        """All tensors without their values, on the meta device. Only the header is read, where the system allows it.
+
+        Raises:
+            error_class: the file is damaged.
+        """
+        with self._told():
+            copy = self._with_header()
+            tensors = self._loaded() if copy is None else self._mapped(copy)
+            return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors, in memory that is not the file's.
+
+        Raises:
+            error_class: the file is damaged, or changed since it was opened.
+            OutOfMemoryError: the host has no room for them.
+        """
+        with self._told():
+            copy = self._with_header()
+            if copy is None:
+                return self._loaded()
+            self._fill(copy)
+            self._check_same()
+            return self._mapped(copy)
+
+    def _loaded(self) -> dict[str, torch.Tensor]:
+        """By way of bytes: where there are no files in memory."""
+        self._file.seek(0)
+        content = self._file.readall()
+        self._check_same()
+        if len(content) != self.version.size:
+            raise self._changed()
+        return safetensors.torch.load(content)
+
+    def _mapped(self, descriptor: int) -> dict[str, torch.Tensor]:
+        """The tensors of an open file that nobody can make shorter."""
+        with safe_open(f"/proc/self/fd/{descriptor}", framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+
+    def _with_header(self) -> int | None:
+        """A file in memory of the same size, with the header alone: the library looks at no more to check it.
+
+        None where there are no such files, or the process may have none of that size (ulimit -f).
+        """
+        if self._copy >= 0:
+            return self._copy
+        if sys.platform != "linux":
+            return None
+        size = self.version.size
+        try:
+            self._copy = anonymous_file("wan-vae-parallel-tensors", size)
+        except OSError as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        (length,) = struct.unpack("<Q", self.head[:8]) if len(self.head) >= 8 else (0,)
+        # Of a length that can't be, the library tells from its first bytes.
+        self._copy_span(self._copy, 0, 8 + length if length <= min(_LONGEST_HEADER, size - 8) else min(8, size))
+        return self._copy
+
+    def _fill(self, copy: int) -> None:
+        size = self.version.size
+        threads = min(_THREADS, len(os.sched_getaffinity(0))) if size >= _SMALL else 1
+        bounds = [size * i // threads // _BLOCK * _BLOCK for i in range(threads)] + [size]
+        stop = threading.Event()
+        if threads == 1:
+            self._copy_span(copy, 0, size)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            spans = [pool.submit(self._copy_span, copy, bounds[i], bounds[i + 1], stop) for i in range(threads)]
+            try:
+                while wait(spans, LOOK_SECONDS, return_when=FIRST_EXCEPTION).not_done:
+                    check_cancelled()
+                    if any(span.done() and span.exception() for span in spans):
+                        break
+                for span in spans:
+                    if span.done():
+                        span.result()
+            finally:
+                stop.set()
+
+    def _copy_span(self, copy: int, start: int, stop: int, ended: threading.Event | None = None) -> None:
+        """Copies the bytes from ``start`` to ``stop``, which all must be there."""
+        block = memoryview(bytearray(min(_BLOCK, stop - start)))
+        while start < stop and not (ended and ended.is_set()):
+            check_cancelled()
+            count = os.preadv(self._file.fileno(), [block[: stop - start]], start)
+            if not count:
+                raise self._changed()
+            done = 0
+            while done < count:
+                done += os.pwrite(copy, block[done:count], start + done)
+            start += count
+
+    def _check_same(self) -> None:
+        if FileVersion.of(os.fstat(self._file.fileno())) != self.version:
+            raise self._changed()
+
+    def _changed(self) -> WanVAEError:
+        return self._error_class(
+            f"{self.path} changed while it was read; wait until it is written in full, then load it again"
+        )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within it, what goes wrong is told as the file's damage, or as want of memory."""
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
+            if isinstance(error, WanVAEError):
+                raise
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"{self.path} takes {self.version.size / 2**20:.1f} MiB, and the host has no memory for it "
+                    f"({error}); free some"
+                ) from error
+            raise self._error_class(
+                f"{self.path} can't be read as safetensors ({error}); it is damaged or not downloaded in full: "
+                f"{self._again}"
+            ) from error
+
+    @contextlib.contextmanager
+    def _closing_after_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise

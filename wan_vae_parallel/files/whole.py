@@ -1,0 +1,100 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import OutputError
+from ..memory import gibibytes
+
+_unfinished: set[Path] = set()
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` to write to, and moves it there when the block ends well.
+
+    If the block fails, the temporary file goes and ``path`` stays as it was.
+
+    Args:
+        path: the final name; its folder must be there.
+        needed: bytes that will be written, if known.
+
+    Raises:
+        OutputError: the folder is missing or can't be written to, or the disk is too full.
+    """
+    check_writable(path, needed=needed)
+    path = Path(path).resolve()  # a link stays one, and its target is replaced
+    try:
+        with unfinished_folder(path.parent, path.name) as folder:
+            temporary = folder / path.name
+            yield temporary
+            readable_as_usual(temporary)
+            temporary.replace(path)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} could not be written ({error}); free some room or choose another place") from error
+
+
+@contextlib.contextmanager
+def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{name[:100]}.", suffix=".partial", dir=parent))
+    _unfinished.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unfinished.discard(folder)
+
+
+def remove_unfinished() -> None:
+    """Removes what blocks that are still open have begun to write, for a process that ends without unwinding."""
+    for folder in list(_unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def readable_as_usual(path: Path) -> None:
+    """Gives a file the mode that a plain ``open`` would have given it; some writers make theirs private."""
+    path.chmod(0o666 & ~_mask())
+
+
+def _mask() -> int:
+    """The process's umask, read without setting it where that can be: other threads may make files just then."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(path: str | Path, *, needed: int = 0) -> None:
+    """Raises `OutputError` if a file can't be written at ``path``, or ``needed`` bytes have no room there."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is a device or a pipe; name a file")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} can't be written: there is no folder {path.parent}; make it, or choose another")
+    except OSError as error:  # a name too long, a folder that can't be looked into
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} can't be written ({error}); choose another name") from error
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path} can't be written: the folder {path.parent} is read-only; choose another")
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OutputError(
+            f"{path} takes {gibibytes(needed)}, and {gibibytes(free)} are free there; free some room or choose "
+            f"another place"
+        )

@@ -1,0 +1,5 @@
+"""Sizes that operations, their kernels and the arithmetic of memory go by."""
+
+# Up to so many channels attention takes one pass; for more its weights are written, so many at a time (128 MiB).
+FUSED_CHANNELS = 384
+WEIGHTS_AT_ONCE = 2**26

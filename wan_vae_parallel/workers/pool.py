@@ -1,0 +1,525 @@
+"""A pool of worker processes, one a device, that decode one video together.
+
+The parent commands step after step and stays a few ahead; workers can't disagree on when to stop, because stopping is
+that no next step comes. Each writes its rows into memory that all share and that becomes the returned tensor.
+
+Workers are in one of these stages, all of them in the same:
+
+| stage | they have |
+| --- | --- |
+| gone | no process |
+| prepared | a process that has loaded its modules, or does so, and touched no device |
+| loading | been told to take the weights; they may be on the devices already |
+| ready | weights and connections on the devices |
+| parked | a process that has given its device's memory back |
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import logging
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
+from ..errors import WanVAEError, WorkerError
+from ..files.checkpoint import Checkpoint
+from ..ops.dispatch import say_once
+from .failures import INTERFACE, cause, hint
+from .heartbeat import PAUSE_SECONDS
+from .process import WorkerProcess, end_all
+from .run import PoolRun
+from .shared_weights import share_weights
+
+logger = logging.getLogger(__name__)
+
+# A worker that says nothing for so long is stopped or stuck; it says something every second.
+_SILENCE_SECONDS = 7.0
+# Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
+_START_SECONDS = 300.0
+_COPY_THREADS = 4
+# A thread that waits for another one's decode for so long says so.
+_WAIT_WORD_SECONDS = 5.0
+# Giving memory back takes a tenth of a second, and NCCL's half a one. Whoever wants memory does not wait for workers
+# that are stuck.
+_PARK_SECONDS = 5.0
+# Workers that nothing was ever decoded with end after so long: a sampler may take its time before there is anything.
+_PREPARED_SECONDS = 3600.0
+# A decode that was cancelled may have steps that are under way: who cancelled does not wait for all of them.
+_FINISH_SECONDS = 0.5
+# What a worker takes on a GPU besides a decode's own memory: the driver's context, kernels, boxes for the neighbours.
+WORKER_BYTES = 3 * 2**28
+# Variables that libraries read when workers load weights, and not when they are made.
+_LATE_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
+# What may be answered to while nobody listens.
+_KEPT = ("ready", "finished", "parked")
+# ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+Stage = Literal["gone", "prepared", "loading", "ready", "parked"]
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """With the program its workers end, those that are stopped too."""
+    for pool in list(_pools):
+        pool.stop(grace=0.5)
+
+
+class WorkerPool:
+    """Workers for one set of weights, devices and dtype.
+
+    Args:
+        weights: called for the checkpoint whenever workers load them.
+        devices: one a worker; several of ``"cpu"`` are allowed.
+        dtype: to compute in.
+        idle_seconds: without a decode for so long, workers that have had one end.
+
+    Attributes:
+        stage: of all workers, see above.
+        held: bytes on each device that ready workers would give back.
+    """
+
+    def __init__(
+        self,
+        weights: Callable[[], Checkpoint],
+        devices: Sequence[torch.device],
+        dtype: torch.dtype,
+        *,
+        idle_seconds: float,
+    ) -> None:
+        self.devices = tuple(devices)
+        self.dtype = dtype
+        self._weights = weights
+        self._idle_seconds = idle_seconds
+        self.workers: list[WorkerProcess] = []
+        self.stage: Stage = "gone"
+        self.held = 0
+        # Whether workers have been told of a decode, and whether its memory is not known to be free yet since.
+        self._opened = False
+        self._finishing = False
+        # Whether loading workers have got the weights.
+        self._given = False
+        # Answers of some of the workers, by kind and rank, when whoever waited for all of them was cancelled.
+        self._early: dict[str, dict[int, tuple[Any, ...]]] = {}
+        self._process = os.getpid()
+        # Counts how often the workers were ended, which may happen while they start.
+        self._ended = 0
+        self._changing = threading.RLock()
+        self._decoding = threading.Lock()
+        self._decoder_thread: threading.Thread | None = None
+        self._idle_timer: threading.Timer | None = None
+        _pools.add(self)
+
+    @property
+    def running(self) -> bool:
+        """Whether there are workers with memory on the devices."""
+        return self.stage in ("loading", "ready")
+
+    @property
+    def ours(self) -> bool:
+        """Whether the workers are this process's, and not those of the one that it was forked from."""
+        return os.getpid() == self._process
+
+    def run(self, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> PoolRun:
+        """Begins a decode; other threads' decodes wait for its end.
+
+        Args:
+            latents: ``[B, z, T, h, w]``, de-normalised.
+            video_shape: ``[B, T', H, W, C]`` of all frames.
+            chunk: latent frames at once; 0 for as many as pay and fit.
+        """
+        return PoolRun(self, latents, video_shape, chunk)
+
+    def close(self) -> None:
+        """Ends the workers; a running decode ends with an error."""
+        self.stop()
+
+    def enter(self) -> None:
+        """Takes the pool for a decode of this thread, when those of others are over."""
+        if not self.ours:
+            raise WanVAEError("this process was forked from the one that loaded the VAE; load it here, too")
+        if self._decoder_thread is threading.current_thread():
+            gc.collect()  # of one that was dropped the collector may not have heard
+        if self._decoder_thread is threading.current_thread():
+            raise WanVAEError(
+                "another decode of this VAE is open in this very thread; finish or close its stream first"
+            )
+        said, since = False, time.monotonic()
+        while not self._decoding.acquire(timeout=LOOK_SECONDS):
+            check_cancelled()
+            if not said and time.monotonic() > since + _WAIT_WORD_SECONDS:
+                logger.info("waiting for the end of another thread's decode with this VAE")
+                said = True
+        self.belongs_here()
+        if self._idle_timer:
+            self._idle_timer.cancel()
+
+    def belongs_here(self) -> None:
+        """Notes that this thread goes on with the decode: a stream may be handed from one to another."""
+        self._decoder_thread = threading.current_thread()
+
+    def leave(self) -> None:
+        """Ends what `enter` began; from now on the workers are idle."""
+        self._decoder_thread = None
+        self._decoding.release()
+        if sys.is_finalizing():
+            self.stop(grace=0.0)  # nothing can wait any more
+        else:
+            self._end_when_idle()
+
+    def prepare(self, ended: int | None = None) -> None:
+        """Begins the workers' processes if there are none; they load their modules while the caller goes on.
+
+        Args:
+            ended: how often workers had been ended when the caller decided that there must be some.
+
+        Raises:
+            WorkerError: the system has no more processes or files, or somebody has ended the workers meanwhile.
+        """
+        if self.workers or not self.ours:
+            return
+        ended = self._ended if ended is None else ended
+        options = {"world_size": len(self.devices)}
+        environment = {
+            **dict.fromkeys(_ALLOCATOR_VARIABLES),
+            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), INTERFACE),
+        }
+        try:
+            for rank, device in enumerate(self.devices):
+                worker = WorkerProcess(rank, device, options, environment)
+                with self._changing:
+                    if self._ended == ended:
+                        self.workers.append(worker)
+                        self.stage = "prepared"
+                        continue
+                end_all([worker], grace=0.0)
+                raise WorkerError("the workers were ended while they started; the next decode starts new ones")
+        except OSError as error:
+            self.stop(grace=0.0)
+            raise WorkerError(
+                f"workers can't start ({error}); if a limit stands against it, raise it (ulimit -n is that of open "
+                f"files, of which each worker takes three; ulimit -u that of processes)"
+            ) from error
+        except BaseException:
+            self.stop(grace=0.0)
+            raise
+        self._end_when_idle(max(self._idle_seconds, _PREPARED_SECONDS))
+
+    def take_over(self, other: WorkerPool) -> None:
+        """Makes ``other``'s processes this pool's, if it decodes on the same devices and is not decoding now."""
+        if self.workers or other.devices != self.devices or not other._decoding.acquire(blocking=False):
+            return
+        try:
+            other._park()
+            with other._changing:
+                self.workers, other.workers = other.workers, []
+                self.stage, other.stage = other.stage, "gone"
+            if other._idle_timer:
+                other._idle_timer.cancel()
+        finally:
+            other._decoding.release()
+        self._end_when_idle()
+
+    def start(self) -> None:
+        """Waits until the workers are ready, whatever stage they are in; starts them if there are none that live."""
+        if self.workers and not all(worker.alive for worker in self.workers):
+            logger.warning("workers ended since the last decode; starting new ones")
+            self.stop(grace=0.5)
+        if self.stage == "ready":
+            self._await_finish()
+            return
+        started = time.monotonic()
+        self.prepare()
+        if self.stage != "loading":
+            self._load()
+        if not self._given:
+            self._give_weights()
+        # A cancelled wait leaves them loading: the next decode waits for the rest.
+        ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
+        self.stage, self.held = "ready", max(held for _, held in ready)
+        names = ", ".join(map(str, self.devices))
+        logger.debug("%d workers on %s were ready after %.2f s", len(self.workers), names, time.monotonic() - started)
+
+    def park(self) -> bool:
+        """Has ready workers give their devices' memory back, and keeps their processes.
+
+        Returns:
+            Whether they hold none now; not if a decode is under way.
+        """
+        if not self.ours or not self._decoding.acquire(blocking=False):
+            return False
+        try:
+            self._park()
+        finally:
+            self._decoding.release()
+        return True
+
+    def _park(self) -> None:
+        """`park` for whoever has the pool."""
+        ended = self._ended
+        try:
+            if self.stage == "ready":
+                self._await_finish(_FINISH_SECONDS)
+            if self.stage == "loading" or self._finishing:
+                # Somebody cancelled that: new processes are sooner there than the end of it.
+                self.stop(grace=0.0)
+                self.prepare(ended + 1)
+            if self.stage == "ready":
+                self.tell("park")
+                self.gather("parked", len(self.workers), limit=_PARK_SECONDS, check=None)
+                self.stage, self.held = "parked", 0
+        except WanVAEError as error:
+            logger.warning("%s", str(error))
+            self.stop(grace=0.0)
+        except BaseException:
+            self.stop(grace=0.0)  # interrupted here, they are in the middle of who knows what
+            raise
+
+    def open(self, request: dict[str, Any], *descriptors: int) -> None:
+        """Tells ready workers of a decode; it lasts until `finish`."""
+        self._opened = True
+        self.tell("open", request)
+        self.hand_over(*descriptors)
+
+    def finish(self) -> None:
+        """Ends a decode on the workers; those that are still at it are waited for by whoever needs them next."""
+        if self.stage != "ready" or not self._opened:
+            return
+        self._opened, self._finishing = False, True
+        self.tell("finish")
+        self._await_finish(_FINISH_SECONDS)
+
+    def _await_finish(self, seconds: float | None = None) -> None:
+        """Waits until the last decode's memory is free, for at most ``seconds``."""
+        if self._finishing:
+            deadline = None if seconds is None else time.monotonic() + seconds
+
+            def check() -> None:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise _NotYet
+
+            with contextlib.suppress(_NotYet):
+                self.gather("finished", len(self.workers), check=check if seconds is not None else check_cancelled)
+                self._finishing = False
+
+    def _load(self) -> None:
+        """Tells the workers to get ready for weights, so that they do that while this process reads them."""
+        cuda = self.devices[0].type == "cuda"
+        settings = {
+            "dtype": self.dtype,
+            "backend": "nccl" if cuda else "gloo",
+            # On GPUs the host only copies frames: more threads than these would only be in each other's way.
+            "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
+            "environment": {
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith(_LATE_VARIABLES) and not name.endswith("_SOCKET_IFNAME")
+            },
+        }
+        with self._sharing():
+            store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
+            try:
+                self._given = False
+                self.tell("load", settings)
+                self.stage = "loading"
+                self.hand_over(store)
+            finally:
+                os.close(store)
+
+    def _give_weights(self) -> None:
+        """Hands the weights to workers that wait for them."""
+        with self._sharing():
+            memory, manifest = share_weights(self._weights(), self.dtype)
+            try:
+                self.tell("weights", manifest)
+                self.hand_over(memory.descriptor)
+                self._given = True
+            finally:
+                memory.close()
+
+    @contextlib.contextmanager
+    def _sharing(self) -> Iterator[None]:
+        """Within it something is handed to all workers; what fails ends them."""
+        try:
+            yield
+        except Cancelled:
+            raise  # they still wait for it
+        except OSError as error:
+            self.stop(grace=0.0)
+            raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
+        except BaseException:
+            self.stop(grace=0.0)
+            raise
+
+    def stop(self, grace: float = 2.0) -> None:
+        """Ends all workers, however they are: asked, then after ``grace`` seconds killed."""
+        if not self.ours:
+            return  # a forked copy: they are the parent's
+        if self._idle_timer:
+            self._idle_timer.cancel()
+        with self._changing:
+            self._ended += 1
+            workers, self.workers = self.workers, []
+            # Those that only load have nothing to end well, and may not hear.
+            grace = grace if self.stage in ("ready", "parked") else 0.0
+            self.stage, self.held, self._early = "gone", 0, {}
+            self._opened = self._finishing = False
+        end_all(workers, grace)
+
+    def tell(self, *message: object) -> None:
+        """Sends ``message`` to all workers."""
+        workers = self._living()
+        for worker in workers:
+            try:
+                worker.connection.send(message)
+            except OSError:
+                raise self._cause(workers) from None
+
+    def hand_over(self, *descriptors: int) -> None:
+        """Gives all workers ``descriptors``, which follow a message that said so."""
+        workers = self._living()
+        for worker in workers:
+            try:
+                for descriptor in descriptors:
+                    worker.hand_over(descriptor)
+            except OSError:
+                raise self._cause(workers) from None
+
+    def _living(self) -> list[WorkerProcess]:
+        """The workers; another thread, or a callback, may have ended them."""
+        if not self.ours:
+            raise WanVAEError("this process was forked from the one that decodes; load the VAE here, too")
+        if not self.workers:
+            raise WorkerError("the workers were ended while they decoded; the next decode starts new ones")
+        return list(self.workers)
+
+    def gather(
+        self,
+        kind: str,
+        count: int,
+        *,
+        patience: float | None = None,
+        limit: float | None = None,
+        check: Callable[[], None] | None = check_cancelled,
+    ) -> list[tuple[Any, ...]]:
+        """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers.
+
+        Args:
+            kind: of message.
+            count: of workers.
+            patience: seconds that any of them may say nothing at all, unless it is stopped; by default a few.
+            limit: seconds until all must have answered.
+            check: called several times a second; what it raises ends the wait.
+        """
+        patience = _SILENCE_SECONDS if patience is None else patience
+        answers = self._early.pop(kind, {})
+        workers = self._living()
+        waiting: dict[object, WorkerProcess] = {worker.connection: worker for worker in workers}
+        since = looked = time.monotonic()
+        for worker in workers:
+            worker.heard = since
+        while len([rank for rank in answers if rank < count]) < count:
+            pending = [w.connection for w in workers if w.rank not in answers or w.rank >= count]
+            try:
+                for ready in multiprocessing.connection.wait(pending, timeout=LOOK_SECONDS):
+                    worker = waiting[ready]
+                    message = worker.connection.recv()
+                    worker.heard = time.monotonic()
+                    if message[0] == "failed":
+                        raise self._cause(workers, {worker.rank: message[1:]})
+                    if message[0] == "said":
+                        _pass_on(*message[1:])
+                    if message[0] == "prepared":
+                        worker.prepared = True
+                    if message[0] == kind or (message[0] == "end" and kind == "done"):
+                        answers[worker.rank] = message
+            except (EOFError, OSError):
+                raise self._cause(workers) from None
+            self._living()
+            if check is not None:
+                try:
+                    check()
+                except BaseException:
+                    if kind in _KEPT:
+                        self._early[kind] = answers
+                    raise
+            # Of those that are waited for the pipe tells; one that has answered may die too, and hold the others up.
+            if any(not w.alive and w.connection not in pending for w in workers):
+                raise self._cause(workers)
+            now = time.monotonic()
+            if now - looked > PAUSE_SECONDS:
+                for worker in workers:
+                    worker.heard = now
+            looked = now
+            if limit is not None and now - since > limit:
+                waited = ", ".join(str(w) for w in workers if w.rank not in answers)
+                raise WorkerError(f"{waited} got no further for {limit:.0f} s{hint(workers[0].device)}")
+            for worker in workers:
+                silent = now - worker.heard
+                stopped = silent > _SILENCE_SECONDS and worker.stopped
+                if worker.connection in pending and (silent > patience or stopped):
+                    raise WorkerError(
+                        f"{worker} is not answering for {silent:.0f} s (process {worker.pid}); it and the "
+                        f"others were ended, the next decode starts new ones{worker.last_lines()}"
+                    )
+        return [answers[rank] for rank in range(count)]
+
+    def _cause(self, workers: list[WorkerProcess], heard: dict[int, tuple[Any, ...]] | None = None) -> WanVAEError:
+        self._living()  # else it was another thread
+        return cause(workers, heard)
+
+    def _end_when_idle(self, seconds: float | None = None) -> None:
+        """Ends the workers if nobody decodes with them for so long, by default the pool's idle seconds."""
+        seconds = self._idle_seconds if seconds is None else seconds
+        if self._idle_timer:
+            self._idle_timer.cancel()
+        if not self.workers or seconds > threading.TIMEOUT_MAX:
+            return
+        weak = weakref.ref(self)  # the timer alone does not keep a pool that nobody uses
+
+        def end() -> None:
+            pool = weak()
+            if pool and pool._idle_timer is timer and pool._decoding.acquire(blocking=False):
+                try:
+                    if pool.workers:
+                        logger.info("workers idle for %.0f s: ending them", seconds)
+                    pool.stop()
+                finally:
+                    pool._decoding.release()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        self._idle_timer = timer
+        timer.start()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("workers can't be copied or pickled")
+
+    def __del__(self) -> None:
+        if getattr(self, "workers", None):
+            self.stop()
+
+
+class _NotYet(Exception):
+    """Some have not answered by now."""
+
+
+def _pass_on(level: int, text: str) -> None:
+    """Logs what a worker said; of warnings, which all of them may have, one."""
+    if level >= logging.WARNING:
+        say_once(text)
+    else:
+        logger.log(level, "%s", text)

@@ -1,0 +1,226 @@
+"""One decode of a pool of workers: steps commanded a few ahead, chunks made smaller where memory is short."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from ..cancel import Cancelled
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError
+from ..memory import host_room
+from ..parallel.plan import describe_plan, plan_shards
+from .failures import StepOutOfMemory
+from .shared_memory import SharedMemory
+
+logger = logging.getLogger(__name__)
+
+# Steps that are commanded before the first of them is done: the devices never wait for the parent.
+_AHEAD = 2
+# A GPU that is not done with a step by then waits for another one in vain.
+_STEP_SECONDS = 600.0
+
+
+class Workers(Protocol):
+    """What a run needs of the pool whose workers do it; see `pool.WorkerPool`."""
+
+    devices: tuple[torch.device, ...]
+    dtype: torch.dtype
+
+    @property
+    def ours(self) -> bool:
+        """Whether the workers are this process's."""
+        ...
+
+    @property
+    def stage(self) -> str:
+        """Of all workers."""
+        ...
+
+    def enter(self) -> None:
+        """Takes the workers for this thread."""
+        ...
+
+    def belongs_here(self) -> None:
+        """Notes that this thread goes on."""
+        ...
+
+    def leave(self) -> None:
+        """Gives them back."""
+        ...
+
+    def start(self) -> None:
+        """Waits until they are ready."""
+        ...
+
+    def open(self, request: dict[str, Any], *descriptors: int) -> None:
+        """Tells them what is to be done."""
+        ...
+
+    def finish(self) -> None:
+        """Ends that."""
+        ...
+
+    def stop(self, grace: float = ...) -> None:
+        """Ends them."""
+        ...
+
+    def tell(self, *message: object) -> None:
+        """Sends all of them a message."""
+        ...
+
+    def gather(self, kind: str, count: int, *, limit: float | None = ...) -> list[tuple[Any, ...]]:
+        """Waits for the answers of the first ``count``."""
+        ...
+
+
+class PoolRun:
+    """One decode of a pool: iterate for the frames as they become final; close it in any case."""
+
+    def __init__(self, pool: Workers, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> None:
+        self._pool = pool
+        self._chunk = chunk
+        self._begun = 0
+        # Frames that nobody looks at again.
+        self._discarded = 0
+        # Whether the newest frames are free of NaN.
+        self.finite = True
+        pool.enter()
+        # What the decode found, for a log.
+        self.found = pool.stage
+        try:
+            self._latents_shape = latents.shape
+            dtype = torch.promote_types(pool.dtype, torch.float32)
+            with host_room(video_shape, dtype):
+                # In shared memory once, for all workers, as they will compute with them.
+                self._latents_memory = SharedMemory.create(max(1, latents.numel() * pool.dtype.itemsize))
+                self._latents_memory.tensor(latents.shape, pool.dtype).copy_(latents.detach())
+                self._video_memory = SharedMemory.create(video_shape.numel() * dtype.itemsize)
+            self.video = self._video_memory.tensor(video_shape, dtype)
+            plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
+            self._shards = plan.shards
+            self.where = describe_plan(plan, pool.devices)
+        except OSError as error:
+            pool.leave()
+            raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
+        except BaseException:
+            pool.leave()
+            raise
+
+    @property
+    def chunk(self) -> int:
+        """Latent frames at once, as far as it is known."""
+        return self._begun
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields ``[B, t, H, W, C]``, views of `video`."""
+        chunk, sent = self._chunk, 0
+        self._pool.belongs_here()
+        while True:
+            done = 0
+            try:
+                for count in self._attempt(chunk):
+                    fresh = self.video[:, max(done, sent) : done + count]
+                    done += count
+                    if done <= self._discarded:  # decoded once more
+                        self.discard(done)
+                    if fresh.shape[1]:
+                        sent = done
+                        yield fresh
+                        self._pool.belongs_here()
+                return
+            except StepOutOfMemory as error:
+                self._pool.stop()
+                if self._begun <= 1:
+                    what = "not even one latent frame at a time fits" if self._begun else "it had not begun yet"
+                    raise OutOfMemoryError(
+                        f"{error}; {what}; use more devices, free some memory, or decode smaller frames"
+                    ) from error
+                chunk = self._begun // 2
+                logger.warning("%s; going on with chunk %d, same frames", str(error), chunk)
+            except (Cancelled, GeneratorExit, OutOfMemoryError):
+                raise  # between two messages
+            except BaseException:
+                # Interrupted here, some workers may have got a command, or given an answer, that others have not.
+                self._pool.stop(grace=0.5)
+                raise
+
+    def _attempt(self, chunk: int) -> Iterator[int]:
+        """Decodes from the beginning; yields the number of new frames of each step."""
+        pool = self._pool
+        self._begun = 0
+        pool.start()
+        self._open(chunk)
+        room = [answer[1] for answer in pool.gather("room", self._shards)]
+        self._begun = min(room)
+        if self._begun == 0:
+            short = [str(pool.devices[rank]) for rank, most in enumerate(room) if most == 0]
+            raise OutOfMemoryError(
+                f"{', '.join(short)} has not the memory for its rows, even one latent frame at a time; use more "
+                f"devices, free some of its memory, or decode smaller frames"
+            )
+        pool.tell("begin", self._begun)
+        # Steps that take the CPU seconds are not commanded before the one before is done: it needs no more work ahead.
+        for _ in range(_AHEAD if pool.devices[0].type == "cuda" else 1):
+            pool.tell("step")
+        done = 0
+        while True:
+            answers = pool.gather("done", self._shards, limit=_STEP_SECONDS if pool.devices[0].type == "cuda" else None)
+            counts = {answer[1] if answer[0] == "done" else 0 for answer in answers}
+            if len(counts) != 1:
+                raise WorkerError(f"workers disagree on the frames of a step: {sorted(counts)}")
+            if counts == {0}:
+                raise WorkerError(f"workers ended after {done} of {self.video.shape[1]} frames")
+            self.finite = all(answer[2] for answer in answers)
+            (count,) = counts
+            done += count
+            if done == self.video.shape[1]:
+                yield count
+                return
+            pool.tell("step")  # before anybody looks at the frames
+            yield count
+
+    def _open(self, chunk: int) -> None:
+        request = {
+            "latents_shape": self._latents_shape,
+            "latents_dtype": self._pool.dtype,
+            "latents_size": self._latents_memory.size,
+            "frames_shape": self.video.shape,
+            "frames_dtype": self.video.dtype,
+            "frames_size": self._video_memory.size,
+            "chunk": chunk,
+        }
+        self._pool.open(request, self._latents_memory.descriptor, self._video_memory.descriptor)
+
+    def discard(self, frames: int) -> None:
+        """Gives back the memory of the first ``frames`` frames of `video`, which nobody will look at again."""
+        self._discarded = max(self._discarded, frames)
+        frame = self.video[0, 0].nbytes
+        for video in range(len(self.video)):
+            start = video * self.video[0].nbytes
+            # Of a page that two frames share, the later frame keeps it.
+            self._video_memory.discard(start, start + frames * frame)
+
+    def close(self) -> None:
+        """Ends the decode where it is; the workers free its memory and stay, `video` stays the caller's."""
+        pool = self._pool
+        if not pool.ours:
+            self._latents_memory.close()
+            self._video_memory.close()
+            return
+        try:
+            pool.finish()
+        except WanVAEError as error:
+            # The decode is over either way; the next one starts new workers.
+            logger.warning("%s", str(error))
+            pool.stop()
+        except BaseException:
+            # Interrupted here, the workers are in the middle of who knows what.
+            pool.stop(grace=0.5)
+            raise
+        finally:
+            self._latents_memory.close()
+            self._video_memory.close()
+            pool.leave()
