@@ -74,7 +74,7 @@ CHANGED = """
 import sys
 from pathlib import Path
 import wan_vae_parallel as wvp
-from tests import test_tensor_file
+from tests.files import test_tensor_file
 from tests.oracle import random_latents
 source, devices, *names = sys.argv[1:]
 latents = random_latents("wan2.1", frames=2, rows=2, columns=3)

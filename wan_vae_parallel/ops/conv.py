@@ -26,6 +26,7 @@ def conv(
     out: torch.Tensor | None = None,
     out_slots: torch.Tensor | None = None,
     halves: int = 1,
+    time_stride: int = 1,
     transposed: bool = False,
     cudnn: bool = False,
 ) -> torch.Tensor:
@@ -33,7 +34,8 @@ def conv(
 
     Args:
         arena: ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, with its borders.
-        slots: ``[T + kt - 1]`` int32 on the arena's device: where each input frame lies, past ones first.
+        slots: ``[(T - 1) * time_stride + kt]`` int32 on the arena's device: where each input frame lies, past ones
+            first.
         weight: ``[O, C, kt, kh, kw]`` in channels_last_3d (without kernels of our own any), for the picture as it
             stands.
         bias: ``[O]``.
@@ -43,6 +45,7 @@ def conv(
         out_slots: ``[T]`` int32.
         halves: 2 makes two frames of O / 2 channels of each, the earlier one first: where T stands above it is 2T
             then, and O is O / 2 but in ``weight`` and ``bias``.
+        time_stride: input frames from one output frame to the next.
         transposed: the arena's rows are the picture's columns.
         cudnn: leave it to PyTorch's convolution, even where a kernel of ours would take it.
 
@@ -53,18 +56,24 @@ def conv(
         ValueError: a shape or layout that can't be.
     """
     kernel = weight.shape[2:]
-    frames = (slots.numel() - kernel[0] + 1) * halves
+    frames = ((slots.numel() - kernel[0]) // time_stride + 1) * halves
     shape = (frames, arena.shape[1] - kernel[1] + 1, arena.shape[2] - kernel[2] + 1, weight.shape[0] // halves)
-    if not arena.is_contiguous() or arena.shape[3] != weight.shape[1] or min(shape) < 1 or weight.shape[0] % halves:
+    if (
+        not arena.is_contiguous()
+        or arena.shape[3] != weight.shape[1]
+        or min(shape) < 1
+        or (weight.shape[0] % halves or (slots.numel() - kernel[0]) % time_stride)
+    ):
         raise ValueError(
             f"conv takes a contiguous arena of {weight.shape[1]} channels, not {tuple(arena.shape)} with strides "
-            f"{arena.stride()}, {slots.numel()} slots, a weight {tuple(weight.shape)} and {halves} halves"
+            f"{arena.stride()}, {slots.numel()} slots, a weight {tuple(weight.shape)}, {halves} halves and a stride of "
+            f"{time_stride} frames"
         )
     _check(arena, shape, residual, out, out_slots)
     if not cudnn and kernels_run(arena):
         from .kernels import conv as kernels
 
-        if kernels.takes(arena, weight):
+        if kernels.takes(arena, weight, time_stride=time_stride):
             if out is None:
                 out = arena.new_empty(shape)
             kernels.conv(
@@ -76,11 +85,12 @@ def conv(
                 out=out,
                 out_slots=out_slots,
                 halves=halves,
+                time_stride=time_stride,
                 transposed=transposed,
             )
             return out
         _say_slower(arena)
-    result = _convolved(arena, slots, weight, bias, transposed)
+    result = _convolved(arena, slots, weight, bias, transposed, time_stride)
     if halves > 1:
         result = result.unflatten(3, (halves, -1)).permute(0, 3, 1, 2, 4).reshape(shape)
     return _put(result, residual, out, out_slots)
@@ -137,6 +147,61 @@ def upsample_conv(
         doubled = doubled.reshape(1, rows + 4, columns + 4, -1)[:, 1:-1, 1:-1].contiguous()
         out[frame] = F.conv2d(doubled.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)[0]
     return out
+
+
+def down_conv(
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_slots: torch.Tensor | None = None,
+    transposed: bool = False,
+    cudnn: bool = False,
+) -> torch.Tensor:
+    """Convolves every other row and column of each frame, padded by a row below and a column on the right.
+
+    Output position (h, w) sees the rows 2h to 2h + 2 and the columns 2w to 2w + 2 of the picture, which lies within
+    the arena's borders; the borders above and on the left are not read.
+
+    Args:
+        arena: ``[S, 2H + 2, 2W + 2, C]``, contiguous, with its borders.
+        slots: ``[T]`` int32.
+        weight: ``[O, C, 3, 3]``, for the picture as it stands.
+        bias: ``[O]``.
+        out: where to write, as in `conv`: ``[T, H, W, O]``, or an arena with ``out_slots``. Made if None.
+        out_slots: ``[T]`` int32.
+        transposed: the arena's rows are the picture's columns.
+        cudnn: as in `conv`.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: a shape or layout that can't be.
+    """
+    rows, columns = arena.shape[1] - 2, arena.shape[2] - 2
+    shape = (slots.numel(), rows // 2, columns // 2, weight.shape[0])
+    if not arena.is_contiguous() or arena.shape[3] != weight.shape[1] or min(shape) < 1 or rows % 2 or columns % 2:
+        raise ValueError(
+            f"down_conv takes a contiguous arena of {weight.shape[1]} channels and even rows and columns, not "
+            f"{tuple(arena.shape)} with strides {arena.stride()} and {slots.numel()} slots"
+        )
+    _check(arena, shape, None, out, out_slots)
+    if not cudnn and kernels_run(arena):
+        from .kernels import down_conv as kernels
+
+        if kernels.takes(arena, weight):
+            if out is None:
+                out = arena.new_empty(shape)
+            kernels.down_conv(arena, slots, weight, bias, out=out, out_slots=out_slots, transposed=transposed)
+            return out
+        _say_slower(arena)
+    if transposed:
+        weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+    seen = arena.index_select(0, slots)[:, 1:, 1:].contiguous().permute(0, 3, 1, 2)
+    return _put(F.conv2d(seen, weight, bias, stride=2).permute(0, 2, 3, 1).contiguous(), None, out, out_slots)
 
 
 @dataclass(frozen=True)
@@ -268,7 +333,12 @@ def fold_upsample_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _convolved(
-    arena: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, transposed: bool
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    transposed: bool,
+    time_stride: int,
 ) -> torch.Tensor:
     if transposed:
         weight = weight.transpose(3, 4).contiguous(memory_format=torch.channels_last_3d)
@@ -276,7 +346,7 @@ def _convolved(
     # torch reads as "not channels_last" and answers with NCDHW kernels and copies around them.
     seen = arena.index_select(0, slots).unsqueeze(0).permute(0, 4, 1, 2, 3)
     # A copy only where torch has no channels-last kernel (fp64 on the CPU); on CUDA a test counts none.
-    return F.conv3d(seen, weight, bias).permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+    return F.conv3d(seen, weight, bias, stride=(time_stride, 1, 1)).permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
 
 
 def _check(

@@ -13,11 +13,12 @@ class LayerKind(NamedTuple):
     """What convolutions have in common whose speed is the same, whatever the picture.
 
     Attributes:
-        op: ``"conv"``, ``"upsample_conv"`` or ``"head_conv"``, the function of `ops.conv`.
+        op: ``"conv"``, ``"upsample_conv"``, ``"down_conv"`` or ``"head_conv"``, the function of `ops.conv`.
         channels: C of the weight.
         out_channels: O of the weight.
         kernel: kt, kh and kw of the weight.
         halves: output frames that the channels are shared out among.
+        time_stride: input frames from one output frame to the next.
     """
 
     op: str
@@ -25,11 +26,13 @@ class LayerKind(NamedTuple):
     out_channels: int
     kernel: tuple[int, int, int]
     halves: int = 1
+    time_stride: int = 1
 
     def __str__(self) -> str:
         kernel = "x".join(map(str, self.kernel))
         halves = f" in {self.halves} halves" if self.halves > 1 else ""
-        return f"{self.op} {kernel} {self.channels} to {self.out_channels}{halves}"
+        stride = f" every {self.time_stride} frames" if self.time_stride > 1 else ""
+        return f"{self.op} {kernel} {self.channels} to {self.out_channels}{halves}{stride}"
 
     @property
     def scale(self) -> int:

@@ -1,4 +1,4 @@
-"""Wan 2.2's shortcut around an upsampling block.
+"""Wan 2.2's shortcuts around blocks that double the resolution, or halve it.
 
 T frames, H rows, W columns, C channels in, O channels out
 """
@@ -58,3 +58,50 @@ def add_duplicated(
             row, column = column, row
         if first <= phase < stop:
             spread[phase - first :: stop - first, :, row, :, column].add_(x[..., offset // repeats :: group])
+
+
+def add_averaged(x: torch.Tensor, *, time_factor: int, transposed: bool = False, out: torch.Tensor) -> None:
+    """Adds averages over frames, rows and columns, and over channels if there are too many.
+
+    What 2 x 2 neighbours of ``time_factor`` frames hold, in the order (channel, frame, row, column), is averaged in
+    O groups of neighbours in that order ("AvgDown3D" in Wan 2.2's code). A first frame that stands alone has a blank
+    one before it.
+
+    Args:
+        x: ``[T, 2H, 2W, C]``, contiguous; T is a multiple of ``time_factor``, or 1.
+        time_factor: 1 or 2: frames of ``x`` that become one.
+        transposed: rows and columns have changed places in ``x`` and ``out``.
+        out: ``[T / time_factor, H, W, O]``, contiguous; added to. O divides ``4 * time_factor * C``.
+
+    Raises:
+        ValueError: the shapes don't fit.
+    """
+    frames, rows, columns, channels = x.shape
+    out_channels = out.shape[-1]
+    factor = 4 * time_factor
+    alone = frames == 1 and time_factor == 2
+    if (
+        (frames % time_factor and not alone)
+        or rows % 2
+        or columns % 2
+        or out.shape[:3] != (-(-frames // time_factor), rows // 2, columns // 2)
+        or channels * factor % out_channels
+    ):
+        raise ValueError(f"add_averaged can't take {tuple(x.shape)} to {tuple(out.shape)}, time x{time_factor}")
+    if kernels_run(x):
+        from .kernels import shortcut as kernels
+
+        if kernels.takes_average(x, out):
+            kernels.add_averaged(x, time_factor=time_factor, transposed=transposed, out=out)
+            return
+        say_once(f"the shortcut of {str(x.dtype).removeprefix('torch.')} tensors runs on PyTorch's kernels, slower")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for frame, into in enumerate(out):
+        first = frame * time_factor
+        seen = x[first : first + 1] if alone else x[first : first + time_factor]
+        parts = seen.to(wide).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # frame, h, row, w, column, C
+        order = (1, 3, 5, 0, 4, 2) if transposed else (1, 3, 5, 0, 2, 4)
+        values = parts.permute(order)  # h, w, C, frame, row, column
+        if alone:
+            values = torch.cat([torch.zeros_like(values), values], dim=3)
+        into.copy_(into.to(wide) + values.flatten(2).unflatten(2, (out_channels, -1)).mean(dim=-1))

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class GroupEngine:
     """This process as one rank of a decode; the group's first rank gets the frames.
 
-    Making one is a collective call, as are its decodes: each is a meeting of its own, see `parallel.coordination.Coordinator`.
+    Making one is a collective call, as are its decodes: each is a meeting of its own, see
+    `parallel.coordination.Coordinator`.
 
     Args:
         weights: called for the checkpoint whenever the weights have to be loaded.
