@@ -1,4 +1,4 @@
-"""What a Wan VAE decoder is made of, read off a checkpoint's shapes.
+"""What a Wan VAE is made of, read off a checkpoint's shapes.
 
 Facts from the model code and configurations published with Wan 2.1 and Wan 2.2
 (github.com/Wan-Video/Wan2.1 and Wan2.2) and their diffusers configurations.
@@ -19,6 +19,10 @@ _MULTIPLIERS = (4, 4, 2, 1)
 # Residual blocks in front of each upsampling.
 _BLOCKS = 3
 _UPSAMPLES: tuple[Literal["3d", "2d"] | None, ...] = ("3d", "3d", "2d", None)
+
+# The same of the encoder, from the frame's resolution on, and the blocks in front of each downsampling.
+_DOWNSAMPLES: tuple[Literal["3d", "2d"] | None, ...] = ("2d", "3d", "3d", None)
+_DOWN_BLOCKS = 2
 
 _WAN21_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -70,20 +74,43 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DownStage:
+    """One resolution of the encoder: residual blocks, then a downsampling.
+
+    Attributes:
+        in_channels: channels that enter.
+        channels: channels of the residual blocks, and that leave.
+        blocks: number of residual blocks.
+        downsample: ``"3d"`` halves frames, rows and columns, ``"2d"`` rows and columns, ``None`` nothing.
+        scale: rows (and columns) of the blocks per latent row.
+        time_scale: frames of the blocks per latent frame (after the first).
+    """
+
+    in_channels: int
+    channels: int
+    blocks: int
+    downsample: Literal["3d", "2d"] | None
+    scale: int
+    time_scale: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Wan VAE decoder, complete enough to build it.
+    """A Wan VAE, complete enough to build its decoder, and its encoder if it has one.
 
     Attributes:
         family: ``"wan2.1"`` (8x8 pixels a latent voxel) or ``"wan2.2"`` (16x16, residual up blocks, 2x2 patches).
         z_dim: latent channels; 16 and 48 as published.
         width: channels at full resolution; 96 and 256 as published, less in pruned relatives.
         output_channels: colours of a frame; 3, or 4 with alpha.
+        encoder_width: the encoder's channels at full resolution; 96 and 160 as published. None without an encoder.
     """
 
     family: Family
     z_dim: int
     width: int
     output_channels: int = 3
+    encoder_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.family not in ("wan2.1", "wan2.2"):
@@ -91,13 +118,17 @@ class Architecture:
         for name in ("z_dim", "width", "output_channels"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.encoder_width is not None and self.encoder_width < 1:
+            raise ArgumentError(f"encoder_width is {self.encoder_width}; it must be at least 1, or None")
 
     @classmethod
     def published(cls, family: Family, *, width: int | None = None) -> Architecture:
-        """The architecture as released, or its relative of another ``width``."""
+        """The architecture as released, or its relative of another ``width``; the encoder's is in proportion."""
         if family == "wan2.2":
-            return cls(family=family, z_dim=48, width=256 if width is None else width)
-        return cls(family=family, z_dim=16, width=96 if width is None else width)
+            width = 256 if width is None else width
+            return cls(family=family, z_dim=48, width=width, encoder_width=max(1, width * 5 // 8))
+        width = 96 if width is None else width
+        return cls(family=family, z_dim=16, width=width, encoder_width=width)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -120,7 +151,16 @@ class Architecture:
             raise CheckpointError(
                 f"decoder.head.2.weight makes {head[0]} channels; a Wan 2.2 VAE's are a multiple of {patch**2}"
             )
-        return cls(family=family, z_dim=z_dim, width=width, output_channels=head[0] // patch**2)
+        encoder = shapes.get("encoder.conv1.weight")
+        if encoder is not None and (len(encoder) != 5 or 0 in encoder):
+            raise CheckpointError(f"its encoder.conv1.weight has the shape {encoder}, where 5 axes of 1 or more belong")
+        return cls(
+            family=family,
+            z_dim=z_dim,
+            width=width,
+            output_channels=head[0] // patch**2,
+            encoder_width=None if encoder is None else encoder[0],
+        )
 
     @property
     def name(self) -> str:
@@ -198,43 +238,36 @@ class Architecture:
         """Height and width of the frames that a latent of ``rows`` x ``columns`` decodes to."""
         return rows * self.spatial_ratio, columns * self.spatial_ratio
 
-    def encoder_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the encoder that belongs to this decoder, by their original keys, for a base ``width`` of its own.
+    def encoded_frames(self, frames: int) -> int:
+        """Of ``frames`` >= 1 those that an encode uses: one, and then as many as make whole latent frames."""
+        return (frames - 1) // self.temporal_ratio * self.temporal_ratio + 1
 
-        This package does not encode; it checks an encoder that comes along, and keeps it for who does.
+    @property
+    def down_stages(self) -> tuple[DownStage, ...]:
+        """The encoder's stages, from the frame's resolution to the latent's.
+
+        Raises:
+            ArgumentError: there is no encoder.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def conv(key: str, in_channels: int, out_channels: int, *kernel: int) -> None:
-            shapes[key + ".weight"], shapes[key + ".bias"] = (out_channels, in_channels, *kernel), (out_channels,)
-
-        def residual_block(prefix: str, in_channels: int, channels: int) -> None:
-            shapes[f"{prefix}.residual.0.gamma"] = (in_channels, 1, 1, 1)
-            conv(f"{prefix}.residual.2", in_channels, channels, 3, 3, 3)
-            shapes[f"{prefix}.residual.3.gamma"] = (channels, 1, 1, 1)
-            conv(f"{prefix}.residual.6", channels, channels, 3, 3, 3)
-            if in_channels != channels:
-                conv(f"{prefix}.shortcut", in_channels, channels, 1, 1, 1)
-
-        conv("encoder.conv1", self.output_channels * self.patch**2, width, 3, 3, 3)
-        entering, number = width, 0
-        for index, multiplier in enumerate(reversed(_MULTIPLIERS)):
-            channels = width * multiplier
-            prefix = f"encoder.downsamples.{index}.downsamples" if self.residual else "encoder.downsamples"
-            number = 0 if self.residual else number
-            residual_block(f"{prefix}.{number}", entering, channels)
-            residual_block(f"{prefix}.{number + 1}", channels, channels)
-            if index < 3:
-                conv(f"{prefix}.{number + 2}.resample.1", channels, channels, 3, 3)
-            if index in (1, 2):
-                conv(f"{prefix}.{number + 2}.time_conv", channels, channels, 3, 1, 1)
-            entering, number = channels, number + 3
-        residual_block("encoder.middle.0", entering, entering)
-        shapes["encoder.middle.1.norm.gamma"] = (entering, 1, 1)
-        conv("encoder.middle.1.to_qkv", entering, 3 * entering, 1, 1)
-        conv("encoder.middle.1.proj", entering, entering, 1, 1)
-        residual_block("encoder.middle.2", entering, entering)
-        shapes["encoder.head.0.gamma"] = (entering, 1, 1, 1)
-        conv("encoder.head.2", entering, 2 * self.z_dim, 3, 3, 3)
-        conv("conv1", 2 * self.z_dim, 2 * self.z_dim, 1, 1, 1)
-        return shapes
+        if self.encoder_width is None:
+            raise ArgumentError(f"this {self.name} VAE has no encoder")
+        stages = []
+        entering, scale, time_scale = self.encoder_width, 2 ** (len(_MULTIPLIERS) - 1), self.temporal_ratio
+        for multiplier, downsample in zip(reversed(_MULTIPLIERS), _DOWNSAMPLES, strict=True):
+            channels = self.encoder_width * multiplier
+            stages.append(
+                DownStage(
+                    in_channels=entering,
+                    channels=channels,
+                    blocks=_DOWN_BLOCKS,
+                    downsample=downsample,
+                    scale=scale,
+                    time_scale=time_scale,
+                )
+            )
+            entering = channels
+            if downsample:
+                scale //= 2
+            if downsample == "3d":
+                time_scale //= 2
+        return tuple(stages)

@@ -26,6 +26,7 @@ from .architecture import Architecture, Family
 from .errors import ArgumentError
 from .files.whole import replacing
 from .model.decoder import WanDecoder
+from .model.encoder import WanEncoder
 
 _CONSTANT = 16.0
 _SHARPEN = 0.05
@@ -265,6 +266,6 @@ def _split_in_time(wiring: _Wiring, key: str, slots: Slots, kept: int, constants
 
 def _encoder_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
     """Noise of the right shapes, so that the file is complete and core's loaders find nothing missing."""
-    # Wan 2.2's encoder has a base width of 160 beside the decoder's 256.
-    width = max(1, architecture.width * 5 // 8) if architecture.residual else architecture.width
-    return _Wiring({key: torch.Size(shape) for key, shape in architecture.encoder_shapes(width).items()}).tensors
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in WanEncoder(architecture).state_dict().items()}
+    return _Wiring(shapes).tensors

@@ -16,7 +16,7 @@ from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.model.blocks import AttentionBlock
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.model.layers import CausalConv3d, UpsampleConv
-from wan_vae_parallel.model.state import DecodeState, Pages, WholePicture
+from wan_vae_parallel.model.state import StreamState, Pages, WholePicture
 from wan_vae_parallel.ops.frames import to_frames
 
 
@@ -49,7 +49,7 @@ def new_state(model, video, chunk, edges=None, transposed=False):
     pages = model.pages(
         rows, columns, chunk=chunk, videos=1, keeps=keeps, dtype=torch.float32, device=torch.device("cpu")
     )
-    return DecodeState(pages, edges=edges or WholePicture(), transposed=transposed, keeps=keeps)
+    return StreamState(pages, edges=edges or WholePicture(), transposed=transposed, keeps=keeps)
 
 
 @torch.no_grad()

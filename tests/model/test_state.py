@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from wan_vae_parallel.model.state import DecodeState, Frames, PageKey, PageNeed, Pages, SlotLists, WholePicture
+from wan_vae_parallel.model.state import StreamState, Frames, PageKey, PageNeed, Pages, SlotLists, WholePicture
 
 KEY = PageKey(scale=2, channels=3, border=1)
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_lists_of_slots_do_not_pile_up():
 @pytest.mark.parametrize("new", [1, 2, 3])
 def test_a_convolution_sees_blank_frames_and_then_what_it_saw_last(new):
     space = pages(slots=2 + new)  # the blank frame has the place of one that will be kept
-    state = DecodeState({KEY: space}, edges=WholePicture())
+    state = StreamState({KEY: space}, edges=WholePicture())
     conv, seen_values = object(), [0.0, 0.0]
     for step in range(6):  # again and again: no slot is lost
         frames = state.take(KEY, new)
@@ -81,7 +81,7 @@ def test_a_convolution_sees_blank_frames_and_then_what_it_saw_last(new):
 
 def test_two_convolutions_have_a_past_each():
     space = pages(users=2)
-    state = DecodeState({KEY: space}, edges=WholePicture())
+    state = StreamState({KEY: space}, edges=WholePicture())
     for conv in ("one", "other"):
         frames = state.take(KEY, 2)
         state.keep_past(conv, state.with_past(conv, frames, 2), 2)
@@ -91,7 +91,7 @@ def test_two_convolutions_have_a_past_each():
 
 def test_an_image_keeps_nothing():
     space = pages(slots=3)
-    state = DecodeState({KEY: space}, edges=WholePicture(), keeps=False)
+    state = StreamState({KEY: space}, edges=WholePicture(), keeps=False)
     for conv in ("one", "other", "third"):
         frames = state.take(KEY, 2)
         state.keep_past(conv, state.with_past(conv, frames, 2), 2)

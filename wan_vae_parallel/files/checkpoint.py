@@ -18,6 +18,7 @@ import torch
 from ..architecture import Architecture
 from ..errors import CheckpointError
 from ..model.decoder import WanDecoder
+from ..model.encoder import WanEncoder
 from .tensor_file import FileVersion, TensorFile
 
 Layout = Literal["original", "diffusers"]
@@ -36,7 +37,7 @@ _OTHERS = (
     (r"^taesd_decoder\.|^decoder\.\d+\.", "a small VAE for previews (TAE)"),
     (r"(^|\.)decoder\.conv_in\.conv\.", "the VAE of another video model"),
 )
-# Keys besides the decoder's, kept for whoever wraps an encoder around the same weights.
+# The encoder's keys.
 _ENCODER_PREFIXES = ("encoder.", "conv1.")
 _MOST_NAMED = 5
 
@@ -163,11 +164,14 @@ def checkpoint_from_state_dict(
         expected = {key: tuple(tensor.shape) for key, tensor in WanDecoder(architecture).state_dict().items()}
     named = f"{source}, read as a {architecture.name} VAE of width {architecture.width},"
     _check_against(expected, decoder, named)
-    first = encoder.get("encoder.conv1.weight")
     if any(key.startswith("encoder.") for key in encoder):
         # All of an encoder or nothing: whoever encodes with part of one gets noise.
-        width = first.shape[0] if first is not None and first.dim() == 5 and len(first) else architecture.width
-        _check_against(architecture.encoder_shapes(width), encoder, named)
+        whole = architecture
+        if whole.encoder_width is None:  # its first convolution is missing
+            whole = dataclasses.replace(whole, encoder_width=whole.width)
+        with torch.device("meta"):
+            expected = {key: tuple(tensor.shape) for key, tensor in WanEncoder(whole).state_dict().items()}
+        _check_against(expected, encoder, named)
     else:
         encoder = {}
     empty = [key for key, tensor in (*decoder.items(), *encoder.items()) if tensor.is_meta]

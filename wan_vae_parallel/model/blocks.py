@@ -16,7 +16,7 @@ from ..ops.attention import frame_attention
 from ..ops.norm_silu import rms_norm
 from ..ops.shortcut import add_duplicated
 from .layers import CausalConv3d, PointwiseConv, RMSNorm, UpsampleConv, norm_silu_frames
-from .state import DecodeState, Frames, PageKey, PageNeed
+from .state import Frames, PageKey, PageNeed, StreamState
 
 Needs = dict[PageKey, PageNeed]
 
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
         return add_needs(conv.needs(chunk) for _, conv in (self._first, self._second))
 
     def forward(
-        self, x: torch.Tensor, state: DecodeState, *, into: Frames | None = None, keep: bool = False
+        self, x: torch.Tensor, state: StreamState, *, into: Frames | None = None, keep: bool = False
     ) -> torch.Tensor:
         """``[T, H, W, C]`` to ``[T, H, W, O]``, or into frames; writes over ``x`` unless told to ``keep`` it."""
         norm, conv = self._first
@@ -74,7 +74,7 @@ class AttentionBlock(nn.Module):
         """The pages that it uses."""
         return {}
 
-    def forward(self, x: torch.Tensor, state: DecodeState) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, state: StreamState) -> torch.Tensor:
         """``[T, H, W, C]`` to the same."""
         channels = x.shape[-1]
         query, key_value = self.to_qkv(rms_norm(x, self.norm.gamma)).split((channels, 2 * channels), dim=-1)
@@ -144,13 +144,13 @@ class Resample(nn.Module):
         own = {self._conv[0].key: PageNeed(passing=2 * chunk, waiting=chunk * self.time_factor)}
         return add_needs([own, self.time_conv.needs(chunk) if self.time_conv else {}])
 
-    def take(self, count: int, state: DecodeState) -> Frames:
+    def take(self, count: int, state: StreamState) -> Frames:
         """Where the stage's last block writes ``count`` frames."""
         if self.time_conv is None or state.first:
             return state.take(self._conv[0].key, count)
         return self.time_conv.take(count, state)
 
-    def arrive(self, frames: Frames, state: DecodeState) -> Frames:
+    def arrive(self, frames: Frames, state: StreamState) -> Frames:
         """Turns what lies in `take`'s frames into those that wait for `upsample`.
 
         The video's first latent frame makes one frame, so it skips the time convolution, and the next latent
@@ -162,7 +162,7 @@ class Resample(nn.Module):
         self.time_conv(frames, state, into=waiting)
         return waiting
 
-    def upsample(self, frames: Frames, state: DecodeState) -> torch.Tensor:
+    def upsample(self, frames: Frames, state: StreamState) -> torch.Tensor:
         """``[T, 2H, 2W, O]`` of frames that waited."""
         (conv,) = self._conv
         return conv(frames, state)
@@ -218,7 +218,7 @@ class StageRun:
         modules: list[Block | Resample] = [*self.lead, *self.blocks, *([self.exit] if self.exit else [])]
         return add_needs(module.needs(chunk) for module in modules)
 
-    def enter(self, waiting: Waiting, state: DecodeState) -> torch.Tensor:
+    def enter(self, waiting: Waiting, state: StreamState) -> torch.Tensor:
         """Doubles rows and columns of frames that waited; ``[T, H, W, C]``."""
         assert self.entry
         x = self.entry.upsample(waiting.frames, state)
@@ -232,7 +232,7 @@ class StageRun:
             )
         return x
 
-    def run(self, x: torch.Tensor, state: DecodeState) -> Waiting | torch.Tensor:
+    def run(self, x: torch.Tensor, state: StreamState) -> Waiting | torch.Tensor:
         """From what comes in to what waits for the next stage; the last stage's result is ``[T, H, W, C]``."""
         for block in self.lead:
             x = block(x, state)

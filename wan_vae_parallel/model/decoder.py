@@ -15,7 +15,7 @@ from torch import nn
 from ..architecture import Architecture
 from .blocks import AttentionBlock, Needs, Resample, ResidualBlock, StageRun, UpBlock, Waiting, add_needs, stage_modules
 from .layers import CausalConv3d, HeadConv, PointwiseConv, RMSNorm, UpsampleConv, norm_silu_frames
-from .state import DecodeState, PageKey, Pages, SlotLists
+from .state import PageKey, Pages, SlotLists, StreamState, make_pages
 
 
 class _Decoder(nn.Module):
@@ -92,22 +92,11 @@ class WanDecoder(nn.Module):
         lists: SlotLists | None = None,
     ) -> dict[PageKey, Pages]:
         """Pages for videos of ``rows`` x ``columns`` latents that take turns; ``lists`` of earlier ones save time."""
-        lists = lists or SlotLists(device)
-        return {
-            key: Pages(
-                need.slots(videos, keeps=keeps),
-                rows * key.scale,
-                columns * key.scale,
-                key,
-                users=videos * need.convs,
-                dtype=dtype,
-                device=device,
-                lists=lists,
-            )
-            for key, need in self.page_needs(chunk).items()
-        }
+        return make_pages(
+            self.page_needs(chunk), rows, columns, videos=videos, keeps=keeps, dtype=dtype, device=device, lists=lists
+        )
 
-    def stream(self, latents: torch.Tensor, state: DecodeState, chunk: int) -> Iterator[torch.Tensor]:
+    def stream(self, latents: torch.Tensor, state: StreamState, chunk: int) -> Iterator[torch.Tensor]:
         """Decodes one video, step by step.
 
         The first latent frame goes alone, the others ``chunk`` at a time; and no stage takes more than ``chunk``
@@ -143,7 +132,7 @@ class WanDecoder(nn.Module):
             yield conv(frames, state)
             state.first = False
 
-    def _enter(self, latents: torch.Tensor, state: DecodeState) -> torch.Tensor:
+    def _enter(self, latents: torch.Tensor, state: StreamState) -> torch.Tensor:
         conv = self.decoder.conv1
         frames = conv.take(len(latents), state)
         self.conv2(latents, into=frames)

@@ -1,4 +1,4 @@
-"""The decoder's layers, with their parameters named and shaped as Wan published them.
+"""The layers of decoder and encoder, with their parameters named and shaped as Wan published them.
 
 T frames, H rows, W columns, C channels; activations are contiguous ``[T, H, W, C]``, inputs of convolutions `Frames`.
 """
@@ -14,6 +14,7 @@ from torch import nn
 from ..ops.conv import (
     PreparedHead,
     conv,
+    down_conv,
     fold_upsample_weight,
     head_conv,
     pointwise_conv,
@@ -23,7 +24,8 @@ from ..ops.conv import (
 from ..ops.dispatch import kernels_multiply
 from ..ops.layer_kinds import LayerKind
 from ..ops.norm_silu import norm_silu
-from .state import DecodeState, Frames, PageKey, PageNeed
+from ..ops.pixels import Margins, gather_taps, spread_pixel_weight, tap_channels
+from .state import Frames, PageKey, PageNeed, StreamState
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -59,7 +61,7 @@ class CausalConv3d(_Weights):
     """A convolution that sees the present and the past, never the future.
 
     Its input are frames in pages: `take` some, write them, call the layer. It remembers those that it will want to
-    have seen. Two ``halves`` make two frames of half the channels of each.
+    have seen. Two ``halves`` make two frames of half the channels of each; a ``time_stride`` of 2 makes one of two.
 
     Attributes:
         kind: what it has in common with other layers.
@@ -77,26 +79,27 @@ class CausalConv3d(_Weights):
         scale: int,
         kernel: tuple[int, int, int] = (3, 3, 3),
         halves: int = 1,
+        time_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.kind = LayerKind("conv", in_channels, out_channels, kernel, halves)
+        self.kind = LayerKind("conv", in_channels, out_channels, kernel, halves, time_stride)
         self.weight = _empty(out_channels, in_channels, *kernel)
         self.bias = _empty(out_channels)
-        self.past_frames = kernel[0] - 1
+        self.past_frames = kernel[0] - time_stride
         self.key = PageKey(scale, in_channels, kernel[1] // 2)
 
     def needs(self, chunk: int) -> dict[PageKey, PageNeed]:
         """The pages that it uses, for ``chunk`` frames at once."""
         return {self.key: PageNeed(convs=1, kept=self.past_frames, passing=chunk)}
 
-    def take(self, count: int, state: DecodeState) -> Frames:
+    def take(self, count: int, state: StreamState) -> Frames:
         """Where to write ``count`` input frames."""
         return state.take(self.key, count)
 
     def forward(
         self,
         frames: Frames,
-        state: DecodeState,
+        state: StreamState,
         *,
         residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -118,24 +121,76 @@ class CausalConv3d(_Weights):
         result = conv(
             seen.arena,
             seen.index,
-            self.weight,
+            self.arena_weight(),
             self.bias,
             residual=residual,
             out=into.arena if into else out,
             out_slots=into.index if into else None,
             halves=self.kind.halves,
+            time_stride=self.kind.time_stride,
             transposed=state.transposed,
             cudnn=self.cudnn,
         )
         state.keep_past(self, seen, self.past_frames)
         return result
 
-    def see(self, frames: Frames, state: DecodeState) -> Frames:
+    def arena_weight(self) -> torch.Tensor:
+        """The weight for frames as they lie in the arena."""
+        return self.weight
+
+    def see(self, frames: Frames, state: StreamState) -> Frames:
         """``frames`` with their halo, behind the past ones."""
         if self.key.border:
             # Past frames kept the halo that they got when they were new.
             state.edges.fill_halo(frames)
         return state.with_past(self, frames, self.past_frames)
+
+
+class TimeDownConv(CausalConv3d):
+    """Makes one frame of two, and of the last one before them; the video's first frame stays as it is."""
+
+    def __init__(self, channels: int, *, scale: int) -> None:
+        super().__init__(channels, channels, scale=scale, kernel=(3, 1, 1), time_stride=2)
+
+    def needs(self, chunk: int) -> dict[PageKey, PageNeed]:
+        """The pages that it uses, for ``chunk`` frames at once, and `model.encoder.Join`'s copies."""
+        # It never sees a blank past. One may wait for its other half, and two be copied.
+        return {self.key: PageNeed(kept=self.past_frames, passing=chunk + 3)}
+
+    def begin(self, frames: Frames, state: StreamState) -> None:
+        """Remembers the video's first frame."""
+        state.keep_past(self, frames, self.past_frames)
+
+
+class PixelConv(CausalConv3d):
+    """The encoder's first convolution, from pixels; they come with their neighbourhoods, see `ops.pixels`."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
+        super().__init__(tap_channels(in_channels), out_channels, scale=scale, kernel=(3, 1, 1))
+        self.weight = _empty(out_channels, in_channels, 3, 3, 3)
+        self._spread: torch.Tensor | None = None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._spread = None
+
+    def arena_weight(self) -> torch.Tensor:
+        if self._spread is None:
+            self._spread = spread_pixel_weight(self.weight)
+        return self._spread
+
+    def convolve(self, pixels: torch.Tensor, state: StreamState, *, patch: int, margins: Margins) -> torch.Tensor:
+        """``[T, H, W, O]`` of pixels ``[T, H', W', C]`` in [0, 1], which have their margins; see `gather_taps`."""
+        frames = self.take(len(pixels), state)
+        gather_taps(
+            pixels,
+            patch=patch,
+            margins=margins,
+            transposed=state.transposed,
+            arena=frames.arena,
+            slots=frames.index,
+        )
+        return self(frames, state)
 
 
 class HeadConv(CausalConv3d):
@@ -150,7 +205,7 @@ class HeadConv(CausalConv3d):
         super()._load_from_state_dict(*args)
         self._prepared = {}
 
-    def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:  # type: ignore[override]  # writes nowhere else
+    def forward(self, frames: Frames, state: StreamState) -> torch.Tensor:  # type: ignore[override]  # writes nowhere else
         """Convolves frames that `take` gave and a producer wrote, to ``[T, H, W, O]``."""
         seen = self.see(frames, state)
         # What three frames want is what four do, and more.
@@ -188,7 +243,7 @@ class UpsampleConv(_Weights):
         super()._load_from_state_dict(*args)
         self._folded = None
 
-    def forward(self, frames: Frames, state: DecodeState) -> torch.Tensor:
+    def forward(self, frames: Frames, state: StreamState) -> torch.Tensor:
         """Upsamples frames of its key to ``[T, 2H, 2W, O]``; they belong to the layer from now on."""
         state.edges.fill_halo(frames)
         if self._folded is None and not self.cudnn and kernels_multiply(self.weight.device, self.weight.dtype):
@@ -206,6 +261,36 @@ class UpsampleConv(_Weights):
         return result
 
 
+class DownConv(_Weights):
+    """The 3x3 convolution that halves rows and columns, frame by frame; attributes as `CausalConv3d`'s."""
+
+    memory_format = torch.channels_last
+    cudnn = False
+
+    def __init__(self, channels: int, *, scale: int) -> None:
+        super().__init__()
+        self.weight = _empty(channels, channels, 3, 3)
+        self.bias = _empty(channels)
+        self.key = PageKey(scale, channels, 1)
+        self.kind = LayerKind("down_conv", channels, channels, (1, 3, 3))
+
+    def forward(self, frames: Frames, state: StreamState, *, into: Frames | None = None) -> torch.Tensor:
+        """``[T, H / 2, W / 2, C]`` of frames of its key, or into frames; they belong to the layer from now on."""
+        state.edges.fill_halo(frames)
+        result = down_conv(
+            frames.arena,
+            frames.index,
+            self.weight,
+            self.bias,
+            out=into.arena if into else None,
+            out_slots=into.index if into else None,
+            transposed=state.transposed,
+            cudnn=self.cudnn,
+        )
+        frames.pages.give(frames.slots)
+        return result
+
+
 class PointwiseConv(nn.Module):
     """A 1x1 convolution with ``axes`` trailing axes of size 1 in its weight."""
 
@@ -215,20 +300,28 @@ class PointwiseConv(nn.Module):
         self.bias = _empty(out_channels)
 
     def forward(
-        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, into: Frames | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        into: Frames | None = None,
+        first: int | None = None,
     ) -> torch.Tensor:
-        """``[T, H, W, C]`` to ``[T, H, W, O]``, plus ``residual``; or into frames, whose arena it returns."""
+        """``[T, H, W, C]`` to ``[T, H, W, O]``, plus ``residual``; or into frames, whose arena it returns.
+
+        Of the O channels only the ``first`` so many are computed, by default all.
+        """
         return pointwise_conv(
             x,
-            self.weight,
-            self.bias,
+            self.weight[:first],
+            self.bias[:first],
             residual=residual,
             out=into.arena if into else None,
             out_slots=into.index if into else None,
         )
 
 
-def norm_silu_frames(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, state: DecodeState) -> Frames:
+def norm_silu_frames(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, state: StreamState) -> Frames:
     """``silu(norm(x))`` as ``conv`` reads it; it exists nowhere else."""
     frames = conv.take(len(x), state)
     norm_silu(x, norm.gamma, arena=frames.arena, slots=frames.index)

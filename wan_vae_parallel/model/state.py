@@ -1,4 +1,4 @@
-"""What a decode carries along: pages of frames that convolutions read, past ones among them, and the picture's edges.
+"""What a video takes along through a model: pages of frames for convolutions, past ones too, and its edges.
 
 T frames of this step, H rows of this shard, W columns, C channels, S slots of an arena
 """
@@ -62,7 +62,7 @@ class PageNeed:
 
 
 class SlotLists:
-    """Lists of slots on a device. The same ones come in every decode of a size, so they are kept there.
+    """Lists of slots on a device. The same ones come with every video of a size, so they are kept there.
 
     Args:
         device: where.
@@ -129,7 +129,7 @@ class Pages:
         self._begin()
 
     def reset(self) -> None:
-        """As at the beginning, for another decode; nobody may have frames of it any more."""
+        """As at the beginning, for another video; nobody may have frames of it any more."""
         self.arena[0].zero_()
         self._begin()
 
@@ -151,6 +151,45 @@ class Pages:
     def _begin(self) -> None:
         self._need_blank = self._users
         self._free = list(range(len(self.arena) - 1, 0 if self._users else -1, -1))
+
+
+def make_pages(
+    needs: Mapping[PageKey, PageNeed],
+    rows: int,
+    columns: int,
+    *,
+    videos: int,
+    keeps: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    lists: SlotLists | None = None,
+) -> dict[PageKey, Pages]:
+    """What ``needs`` says.
+
+    Args:
+        needs: of a model.
+        rows: latent rows of this shard.
+        columns: latent columns.
+        videos: that take turns.
+        keeps: whether past frames will be wanted.
+        dtype: of the values.
+        device: where.
+        lists: those of earlier pages, which save time.
+    """
+    lists = lists or SlotLists(device)
+    return {
+        key: Pages(
+            need.slots(videos, keeps=keeps),
+            rows * key.scale,
+            columns * key.scale,
+            key,
+            users=videos * need.convs,
+            dtype=dtype,
+            device=device,
+            lists=lists,
+        )
+        for key, need in needs.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -210,33 +249,43 @@ class WholePicture:
         return self
 
 
-class DecodeState:
-    """One video's decode, between its steps.
+class StreamState:
+    """One video on its way through a model, between its steps.
 
     Attributes:
         edges: who knows the rows beyond this shard.
         transposed: whether rows and columns of the video have changed places.
-        first: whether this step holds the video's first latent frame (which stands alone).
+        first: whether this step holds the video's first frame, and first latent frame (which stand alone).
+        repeats: whether frames may come that equal the one before them.
     """
 
     def __init__(
-        self, pages: Mapping[PageKey, Pages], *, edges: Edges, transposed: bool = False, keeps: bool = True
+        self,
+        pages: Mapping[PageKey, Pages],
+        *,
+        edges: Edges,
+        transposed: bool = False,
+        keeps: bool = True,
+        repeats: bool = False,
     ) -> None:
-        """Begins a decode.
+        """Begins a video.
 
         Args:
-            pages: by what `WanDecoder.page_needs` names; videos that take turns may share them.
+            pages: by what the model's ``page_needs`` names; videos that take turns may share them.
             edges: see above.
             transposed: see above.
             keeps: whether past frames will be wanted: an image has no future.
+            repeats: see above.
         """
         self.edges = edges
         self.transposed = transposed
         self.first = True
+        self.repeats = repeats
         self._pages = pages
         self._keeps = keeps
         self._past: dict[Hashable, Frames] = {}
-        self._left_blank: set[Hashable] = set()
+        # Convolutions whose past is still a blank one, or partly.
+        self._blank: set[Hashable] = set()
 
     def take(self, key: PageKey, count: int) -> Frames:
         """Slots for ``count`` frames."""
@@ -244,8 +293,10 @@ class DecodeState:
 
     def with_past(self, conv: Hashable, frames: Frames, past: int) -> Frames:
         """``frames`` behind the ``past`` ones that ``conv`` saw last; blank ones if it saw none."""
-        before = self._past[conv].slots if conv in self._past else (0,) * past
-        return Frames(frames.pages, before + frames.slots)
+        if conv not in self._past:
+            self._blank.add(conv)
+            return Frames(frames.pages, (0,) * past + frames.slots)
+        return Frames(frames.pages, self._past[conv].slots + frames.slots)
 
     def keep_past(self, conv: Hashable, seen: Frames, past: int) -> None:
         """Keeps the last ``past`` of what ``conv`` saw for its next step, and lets go of the others."""
@@ -254,6 +305,6 @@ class DecodeState:
         if not self._keeps:
             return
         self._past[conv] = Frames(seen.pages, seen.slots[gone:])
-        if conv not in self._left_blank and 0 not in seen.slots[gone:]:
-            self._left_blank.add(conv)
+        if conv in self._blank and 0 not in seen.slots[gone:]:
+            self._blank.discard(conv)
             seen.pages.leave_blank()

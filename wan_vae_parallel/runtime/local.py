@@ -13,7 +13,7 @@ import torch
 from ..architecture import Architecture
 from ..cancel import check_cancelled
 from ..model.decoder import WanDecoder
-from ..model.state import DecodeState, Edges, PageKey, Pages, SlotLists, WholePicture
+from ..model.state import Edges, PageKey, Pages, SlotLists, StreamState, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
 from ..ops.frames import to_frames
 from ..parallel.coordination import Coordinator
@@ -107,7 +107,7 @@ class LocalDecoder:
             self.model.stream(
                 # Whatever strides the caller's latents have, inside it is [T, h, w, z].
                 video.to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous(),
-                DecodeState(pages, edges=edges, transposed=transposed, keeps=steps > 1),
+                StreamState(pages, edges=edges, transposed=transposed, keeps=steps > 1),
                 chunk,
             )
             for video in latents
@@ -141,7 +141,7 @@ class LocalDecoder:
 
             def run() -> None:
                 for count in counts:
-                    state = DecodeState(pages, edges=edges.silent(), transposed=transposed, keeps=steps > 1)
+                    state = StreamState(pages, edges=edges.silent(), transposed=transposed, keeps=steps > 1)
                     latents = torch.empty((count, rows, columns, channels), dtype=self.dtype, device=self.device)
                     for raw in self.model.stream(latents, state, chunk):
                         to_frames(raw, self.architecture.patch, transposed=transposed)

@@ -1,0 +1,511 @@
+"""The whole encoder: a chain of stages through which a video passes in steps of time, each half as fine.
+
+T frames, t frames of a step, H rows of this shard, W columns, C channels, h x w latent rows and columns, z channels
+
+Frames that equal the one before them are not computed again. Each frame comes with a count: how many frames right
+before it equal it. A causal convolution over three frames gives equal results where its three inputs are, so a count
+falls by two in it; a stage of D of them has nothing new to compute from a count of 2 D + 1 on. What a stage makes of a
+frame has a tensor if its count is 0, and is known already if not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architecture import Architecture, DownStage
+from ..ops.pixels import Margins
+from ..ops.shortcut import add_averaged
+from .blocks import AttentionBlock, Block, Needs, ResidualBlock, add_needs
+from .layers import CausalConv3d, DownConv, PixelConv, PointwiseConv, RMSNorm, TimeDownConv, norm_silu_frames
+from .state import Frames, PageKey, PageNeed, Pages, SlotLists, StreamState, make_pages
+
+# Convolutions over three frames in a residual block.
+_BLOCK_DEPTH = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frames that follow those of the piece before.
+
+    Attributes:
+        frames: ``[n, ...]``, those of them that differ from the one before; None if none does.
+        counts: of each frame, how many right before it equal it; n of these are 0.
+    """
+
+    frames: torch.Tensor | None
+    counts: tuple[int, ...]
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns, and for ``"3d"`` the number of frames."""
+
+    def __init__(self, channels: int, *, scale: int, time: bool) -> None:
+        super().__init__()
+        self.conv = (DownConv(channels, scale=scale),)  # a tuple, so not registered twice
+        # "1" is the index in the published nn.Sequential, whose padding holds nothing.
+        self.resample = nn.ModuleDict({"1": self.conv[0]})
+        self.time_conv = TimeDownConv(channels, scale=scale // 2) if time else None
+
+    def needs(self, chunk: int) -> Needs:
+        """The pages that it uses."""
+        # Passing: what the last block reads and what it writes.
+        own = {self.conv[0].key: PageNeed(passing=2 * chunk)}
+        return add_needs([own, self.time_conv.needs(chunk) if self.time_conv else {}])
+
+
+class DownBlock(nn.Module):
+    """A stage of Wan 2.2: residual blocks, the downsampling if there is one, and a shortcut around both."""
+
+    def __init__(self, stage: DownStage) -> None:
+        super().__init__()
+        self.downsamples = nn.ModuleList(down_modules(stage))
+
+
+def down_modules(stage: DownStage) -> list[nn.Module]:
+    """The residual blocks and the downsampling of ``stage``, in order."""
+    modules: list[nn.Module] = [
+        ResidualBlock(stage.in_channels if i == 0 else stage.channels, stage.channels, scale=stage.scale)
+        for i in range(stage.blocks)
+    ]
+    if stage.downsample:
+        modules.append(Downsample(stage.channels, scale=stage.scale, time=stage.downsample == "3d"))
+    return modules
+
+
+class Line:
+    """Frames that wait in front of a stage.
+
+    Args:
+        depth: convolutions over three frames that the stage makes of each.
+        repeats: whether frames may come that equal the one before them.
+    """
+
+    def __init__(self, depth: int, *, repeats: bool) -> None:
+        self._depth = depth
+        self._repeats = repeats
+        self._waiting: deque[tuple[torch.Tensor | None, int, int]] = deque()
+        self._last: torch.Tensor | None = None
+
+    def put(self, piece: Piece) -> None:
+        """Has the frames of ``piece`` wait behind those that do."""
+        index = 0
+        for count in piece.counts:
+            if count:
+                self._waiting.append((None, 0, count))
+            else:
+                self._waiting.append((piece.frames, index, 0))
+                index += 1
+
+    @property
+    def waits(self) -> bool:
+        """Whether any frame waits, new or repeated."""
+        return bool(self._waiting)
+
+    def ready(self, most: int) -> int:
+        """How many frames there are for the stage to compute, counted up to ``most``."""
+        found = 0
+        for _, _, count in self._waiting:
+            found += count <= 2 * self._depth
+            if found == most:
+                break
+        return found
+
+    def take(self, most: int) -> Piece:
+        """Takes frames out that the stage is to compute, at most so many, and the repeats that follow them.
+
+        Returns:
+            The frames to compute (whether new or repeated), which are the caller's to write over; and the counts of
+            all that were taken, as they come in.
+        """
+        sources: list[tuple[torch.Tensor, int]] = []
+        counts = []
+        last = None if self._last is None else (self._last, 0)
+        while self._waiting:
+            tensor, index, count = self._waiting[0]
+            computed = count <= 2 * self._depth
+            if computed and len(sources) == most:
+                break
+            self._waiting.popleft()
+            last = last if tensor is None else (tensor, index)
+            counts.append(count)
+            if computed:
+                assert last is not None, "a video's first frame equals none before it"
+                sources.append(last)
+        frames = gathered(sources) if sources else None
+        if frames is not None and self._last is not None and frames.data_ptr() == self._last.data_ptr():
+            frames = frames.clone()  # which is to stay as it is
+        if self._repeats and last is not None:
+            tensor, index = last
+            if tensor is not self._last:
+                self._last = tensor[index : index + 1].clone()
+        return Piece(frames, tuple(counts))
+
+
+def gathered(sources: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """Frames of one tensor or several, one after the other; a view where they lie so already."""
+    runs: list[list[Any]] = []
+    for tensor, index in sources:
+        if runs and runs[-1][0] is tensor and runs[-1][2] == index:
+            runs[-1][2] += 1
+        else:
+            runs.append([tensor, index, index + 1])
+    parts = [tensor[start:stop] for tensor, start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Join:
+    """Frames that wait for their other half in front of a time convolution, with what a shortcut adds to the result.
+
+    Args:
+        conv: the convolution.
+        shortcut: whether there is one.
+    """
+
+    def __init__(self, conv: TimeDownConv, *, shortcut: bool) -> None:
+        self._conv = conv
+        self._shortcut = shortcut
+        # The first of two, if it has come: its place, unless it equals the frame before, and what the stage got.
+        self._first_half: tuple[Frames | None, tuple[torch.Tensor, int] | None] | None = None
+        # The last frame that differed from the one before it.
+        self._newest: Frames | None = None
+        self._source: tuple[torch.Tensor, int] | None = None
+        # To be convolved together; and the counts of results so far.
+        self._places: list[Frames] = []
+        self._sources: list[tuple[torch.Tensor, int]] = []
+        self._made: list[int] = []
+
+    def begin(self, frame: Frames, source: torch.Tensor, state: StreamState) -> torch.Tensor:
+        """The video's first frame, which makes one alone: ``[1, H, W, C]``."""
+        alone = frame.arena[frame.slots[0]].clone()[None]
+        self._newest, self._source = frame, (source, 0)
+        self._conv.begin(frame, state)
+        if self._shortcut:
+            add_averaged(source, time_factor=2, transposed=state.transposed, out=alone)
+        return alone
+
+    def put(
+        self, frames: Frames | None, source: torch.Tensor | None, counts: Sequence[int], state: StreamState
+    ) -> Iterator[Piece]:
+        """Makes one frame of each two.
+
+        Args:
+            frames: those whose count is 0.
+            source: what the stage got for these, ``[n, 2H, 2W, C]``.
+            counts: of all.
+            state: the video's.
+        """
+        places = iter(frames.split(1) if frames else ())
+        index = 0
+        for count in counts:
+            place, before = None, self._newest
+            if count == 0:
+                place = self._newest = next(places)
+                assert source is not None, "frames come with what they were made of"
+                self._source = source, index
+                index += 1
+            if self._first_half is None:
+                self._first_half = place, self._source
+                continue
+            first, first_source = self._first_half
+            self._first_half = None
+            # One of two equals the one before it where its three inputs do.
+            self._made.append(max(0, count // 2 - 1))
+            if self._made[-1]:
+                continue
+            copied = first is None or place is None
+            self._places += [first or self._copy(before, state), place or self._copy(self._newest, state)]
+            if self._shortcut:
+                assert first_source is not None
+                assert self._source is not None
+                self._sources += [first_source, self._source]
+            if copied:
+                yield from self._convolved(state)
+        yield from self._convolved(state)
+
+    def _copy(self, frame: Frames | None, state: StreamState) -> Frames:
+        """``frame`` in a place of its own: each place is given back once."""
+        assert frame is not None, "a video's first frame equals none before it"
+        copy = self._conv.take(1, state)
+        copy.arena[copy.slots[0]].copy_(frame.arena[frame.slots[0]])
+        return copy
+
+    def _convolved(self, state: StreamState) -> Iterator[Piece]:
+        made, self._made = tuple(self._made), []
+        if not made:
+            return
+        if not self._places:
+            yield Piece(None, made)
+            return
+        places, self._places = self._places, []
+        frames = Frames(places[-1].pages, tuple(slot for place in places for slot in place.slots))
+        joined = self._conv(frames, state)
+        if self._shortcut:
+            sources, self._sources = self._sources, []
+            add_averaged(gathered(sources), time_factor=2, transposed=state.transposed, out=joined)
+        if self._first_half is None or self._first_half[0] is None:
+            # The last place is the one that is kept; the others may be given to other frames now.
+            self._newest = places[-1]
+        yield Piece(joined, made)
+
+
+class DownStageRun:
+    """One stage as the encoder runs it.
+
+    Args:
+        conv: the first convolution, from pixels; None but for the first stage.
+        blocks: residual blocks.
+        exit: the downsampling that the stage ends with; None for the last stage.
+        tail: blocks behind it all, in the last stage.
+        shortcut: whether what comes in is added to what leaves (Wan 2.2).
+        head: whether the encoder's last convolution belongs to it.
+    """
+
+    def __init__(
+        self,
+        conv: PixelConv | None,
+        blocks: list[ResidualBlock],
+        exit: Downsample | None,
+        tail: list[Block],
+        *,
+        shortcut: bool,
+        head: bool,
+    ) -> None:
+        self.conv = conv
+        self.blocks = blocks
+        self.exit = exit
+        self.tail = tail
+        self.shortcut = shortcut
+        residual = [block for block in (*blocks, *tail) if isinstance(block, ResidualBlock)]
+        # Convolutions over three frames, one after the other.
+        self.depth = _BLOCK_DEPTH * len(residual) + (conv is not None) + head
+
+    def needs(self, chunk: int) -> Needs:
+        """The pages that it uses."""
+        modules: list[Any] = [*self.blocks, *self.tail]
+        return add_needs(module.needs(chunk) for module in (self.conv, *modules, self.exit) if module is not None)
+
+    def run(self, x: torch.Tensor, state: StreamState) -> tuple[torch.Tensor | Frames, torch.Tensor]:
+        """From ``[n, H, W, C]`` that come in to what the downsampling reads, or to the result of the last stage.
+
+        Returns:
+            That; and what came in.
+        """
+        source = x
+        *others, last = self.blocks
+        for i, block in enumerate(others):
+            x = block(x, state, keep=self.shortcut and i == 0)
+        if self.exit is not None:
+            frames = state.take(self.exit.conv[0].key, len(x))
+            last(x, state, into=frames)
+            return frames, source
+        x = last(x, state, keep=x is source and self.shortcut)
+        if self.shortcut:
+            x.add_(source)
+        for more in self.tail:
+            x = more(x, state)
+        return x, source
+
+
+class _Chain:
+    """One video's way through the stages.
+
+    Args:
+        stages: fine to coarse.
+        state: the video's.
+        chunk: frames that a stage takes at once.
+    """
+
+    def __init__(self, stages: Sequence[DownStageRun], state: StreamState, chunk: int) -> None:
+        self._stages = stages
+        self._state = state
+        self._chunk = chunk
+        self.lines = [Line(stage.depth, repeats=state.repeats) for stage in stages]
+        self._joins = [
+            Join(stage.exit.time_conv, shortcut=stage.shortcut) if stage.exit and stage.exit.time_conv else None
+            for stage in stages
+        ]
+
+    def next(self, *, ended: bool) -> int | None:
+        """The stage that is to run next; None if all wait for more of the video.
+
+        The coarsest that has a whole chunk to compute, so that little waits anywhere; of a video that has ended, else,
+        the finest that has anything. The first frame goes all the way alone.
+        """
+        coarse_to_fine = reversed(range(len(self.lines)))
+        if self._state.first:
+            return next((i for i in coarse_to_fine if self.lines[i].waits), None)
+        full = (i for i in coarse_to_fine if self.lines[i].ready(self._chunk) == self._chunk)
+        rest = (i for i, line in enumerate(self.lines) if line.waits) if ended else iter(())
+        return next(itertools.chain(full, rest), None)
+
+    def run(self, number: int, enter: Any) -> Iterator[Piece]:
+        """Has a stage do a chunk of what waits for it; yields what the last stage makes."""
+        stage, state = self._stages[number], self._state
+        piece = self.lines[number].take(1 if state.first else self._chunk)
+        counts = tuple(max(0, count - 2 * stage.depth) for count in piece.counts)
+        for made in self._made(number, stage, piece.frames, counts, enter):
+            if number + 1 == len(self._stages):
+                yield made
+            else:
+                self.lines[number + 1].put(made)
+
+    def _made(
+        self, number: int, stage: DownStageRun, x: torch.Tensor | None, counts: tuple[int, ...], enter: Any
+    ) -> Iterator[Piece]:
+        state, join = self._state, self._joins[number]
+        if x is None:
+            yield from join.put(None, None, counts, state) if join else [Piece(None, counts)]
+            return
+        if stage.conv:
+            x = enter(x)
+        left, source = stage.run(x, state)
+        del x
+        if isinstance(left, torch.Tensor):
+            yield Piece(left, counts)
+            return
+        assert stage.exit is not None
+        conv, time_conv = stage.exit.conv[0], stage.exit.time_conv
+        if join is None or time_conv is None:
+            halved = conv(left, state)
+            if stage.shortcut:
+                add_averaged(source, time_factor=1, transposed=state.transposed, out=halved)
+            yield Piece(halved, counts)
+            return
+        frames = time_conv.take(len(left), state)
+        conv(left, state, into=frames)
+        if state.first:
+            yield Piece(join.begin(frames, source, state), counts)
+        else:
+            yield from join.put(frames, source, counts, state)
+
+
+class _Encoder(nn.Module):
+    """What Wan's checkpoints keep under ``encoder.``; `WanEncoder` runs it."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        stages = architecture.down_stages
+        colours, last = architecture.output_channels * architecture.patch**2, stages[-1].channels
+        self.conv1 = PixelConv(colours, stages[0].in_channels, scale=stages[0].scale)
+        if architecture.residual:
+            self.downsamples = nn.ModuleList([DownBlock(stage) for stage in stages])
+        else:
+            self.downsamples = nn.ModuleList([m for stage in stages for m in down_modules(stage)])
+        self.middle = nn.ModuleList(
+            [ResidualBlock(last, last, scale=1), AttentionBlock(last), ResidualBlock(last, last, scale=1)]
+        )
+        self.output = RMSNorm(last), CausalConv3d(last, 2 * architecture.z_dim, scale=1)
+        # "0" and "2" are the indices of the published nn.Sequential.
+        self.head = nn.ModuleDict(dict(zip(("0", "2"), self.output, strict=True)))
+
+
+class WanEncoder(nn.Module):
+    """Pixels in, latents' means out, in steps of time; strict about its state dict (Wan's original keys)."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.conv1 = PointwiseConv(2 * architecture.z_dim, 2 * architecture.z_dim)
+        self.encoder = _Encoder(architecture)
+
+    def stages(self) -> list[DownStageRun]:
+        """The stages, fine to coarse; the first convolution belongs to the first, the middle block to the last."""
+        residual = self.architecture.residual
+        modules: list[Any] = list(self.encoder.downsamples)
+        runs: list[DownStageRun] = []
+        for i, stage in enumerate(self.architecture.down_stages):
+            if residual:
+                own = list(modules.pop(0).downsamples)
+            else:
+                own = [modules.pop(0) for _ in range(stage.blocks + (stage.downsample is not None))]
+            exit = own.pop() if stage.downsample else None
+            tail: list[Any] = list(self.encoder.middle) if exit is None else []
+            conv = self.encoder.conv1 if i == 0 else None
+            runs.append(DownStageRun(conv, own, exit, tail, shortcut=residual, head=exit is None))
+        return runs
+
+    def convolutions(self) -> list[CausalConv3d | DownConv]:
+        """All layers that see more than one position; the others are matrix products, and take little time."""
+        return [module for module in self.modules() if isinstance(module, (CausalConv3d, DownConv))]
+
+    def page_needs(self, chunk: int) -> Needs:
+        """The pages that an encode of ``chunk`` frames at once writes its convolutions' inputs to."""
+        return add_needs([*(stage.needs(chunk) for stage in self.stages()), self.encoder.output[1].needs(chunk)])
+
+    def pages(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        chunk: int,
+        keeps: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        lists: SlotLists | None = None,
+    ) -> dict[PageKey, Pages]:
+        """Pages for a video of ``rows`` x ``columns`` latents; ``lists`` of earlier ones save time."""
+        return make_pages(
+            self.page_needs(chunk), rows, columns, videos=1, keeps=keeps, dtype=dtype, device=device, lists=lists
+        )
+
+    def stream(
+        self, pieces: Iterator[Piece], state: StreamState, chunk: int, margins: Margins | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Encodes one video, step by step.
+
+        The first frame goes alone, and no stage takes more than ``chunk`` frames at once. As all that passes from one
+        step to the next lies in past frames, the result does not depend on ``chunk``, nor on how the video comes in
+        pieces. Each is asked for when there is nothing else to do.
+
+        Args:
+            pieces: of pixels ``[n, H', W', C]`` in [0, 1], contiguous, on the weights' device, with their counts;
+                together one frame, or a multiple of four more.
+            state: a fresh one, with pages for this ``chunk``.
+            chunk: frames at once, >= 1.
+            margins: what the pixels have beyond this shard's rows and columns.
+
+        Yields:
+            ``[t, h, w, z]``, latents' means that follow those before, in the weights' dtype.
+        """
+        stages = self.stages()
+        chain = _Chain(stages, state, chunk)
+        margins = margins or Margins()
+        last: tuple[torch.Tensor, int] | None = None
+
+        def enter(pixels: torch.Tensor) -> torch.Tensor:
+            return self.encoder.conv1.convolve(pixels, state, patch=self.architecture.patch, margins=margins)
+
+        ended = False
+        while True:
+            number = chain.next(ended=ended)
+            if number is None:
+                if ended:
+                    return
+                piece = next(pieces, None)
+                ended = piece is None
+                if piece is not None:
+                    chain.lines[0].put(piece)
+                continue
+            for made in chain.run(number, enter):
+                fresh = self._leave(made.frames, state) if made.frames is not None else None
+                sources: list[tuple[torch.Tensor, int]] = []
+                index = 0
+                for count in made.counts:
+                    if count == 0 and fresh is not None:
+                        last, index = (fresh, index), index + 1
+                    assert last is not None, "a video's first frame equals none before it"
+                    sources.append(last)
+                yield gathered(sources)
+                state.first = False
+
+    def _leave(self, x: torch.Tensor, state: StreamState) -> torch.Tensor:
+        norm, conv = self.encoder.output
+        frames = norm_silu_frames(x, norm, conv, state)
+        return self.conv1(conv(frames, state), first=self.architecture.z_dim)
