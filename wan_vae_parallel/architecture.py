@@ -238,6 +238,10 @@ class Architecture:
         """Height and width of the frames that a latent of ``rows`` x ``columns`` decodes to."""
         return rows * self.spatial_ratio, columns * self.spatial_ratio
 
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the latent that frames of whole latent voxels encode to."""
+        return height // self.spatial_ratio, width // self.spatial_ratio
+
     def encoded_frames(self, frames: int) -> int:
         """Of ``frames`` >= 1 those that an encode uses: one, and then as many as make whole latent frames."""
         return (frames - 1) // self.temporal_ratio * self.temporal_ratio + 1

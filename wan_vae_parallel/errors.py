@@ -26,6 +26,10 @@ class LatentError(WanVAEError, ValueError):
     """The latents can't be decoded with this VAE."""
 
 
+class FrameError(WanVAEError, ValueError):
+    """The frames can't be encoded with this VAE."""
+
+
 class DeviceError(WanVAEError, ValueError):
     """A device or dtype that is not there, or can't be used."""
 

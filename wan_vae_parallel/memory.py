@@ -1,4 +1,4 @@
-"""What a decode will hold in memory, by arithmetic, and how much there is.
+"""What a decode or an encode will hold in memory, by arithmetic, and how much there is.
 
 h latent rows, w latent columns
 """
@@ -18,7 +18,9 @@ import torch
 
 from .architecture import Architecture
 from .errors import OutOfMemoryError, is_out_of_memory
+from .model.blocks import Needs
 from .model.decoder import WanDecoder
+from .model.encoder import WanEncoder
 from .model.layers import UpsampleConv
 from .ops.dispatch import KERNEL_DTYPES
 from .ops.limits import FUSED_CHANNELS, WEIGHTS_AT_ONCE
@@ -37,17 +39,19 @@ _NORM_BYTES = 2 * BLOCK_ELEMENTS * 4
 _USABLE = 0.9
 # Values a channel of the head's weights once they are spread (kernels/head_conv.py): 64 columns, 162 taps at most.
 _SPREAD_HEAD = 64 * 162
+# Frames at once of a small video whose length is not known.
+_MOST_FRAMES = 64
 # What a system that does not tell its free memory is taken to have.
 UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeMemory:
-    """Bytes on the decoding device.
+class DeviceMemory:
+    """Bytes on a device.
 
     Attributes:
-        weights: the decoder's parameters, and what its kernels want made of them.
-        caches: the feature caches, for all videos of the batch; none for a single latent frame.
+        weights: the parameters, and what its kernels want made of them.
+        caches: the feature caches, of a decode for all videos of the batch; none for a single latent frame.
         step: activations of one step, at their largest.
     """
 
@@ -69,7 +73,7 @@ def decode_memory(
     chunk: int,
     dtype: torch.dtype,
     kernels: bool,
-) -> DecodeMemory:
+) -> DeviceMemory:
     """What decoding latents of ``shape`` ``(B, T, h, w)`` takes with ``chunk`` latent frames at once.
 
     Args:
@@ -82,11 +86,13 @@ def decode_memory(
     """
     batch, latent_frames, rows, columns = shape
     chunk = max(1, min(chunk, latent_frames - 1))
-    kept, others = _page_elements(architecture, shape, chunk=chunk, gather=not kernels)
+    needs = _decoder_skeleton(architecture).page_needs(chunk)
+    keeps = latent_frames > 1
+    kept, others = _page_elements(needs, rows, columns, videos=batch, keeps=keeps, gather=not kernels)
     live = _live_elements(architecture, batch, rows, columns, chunk)
     finest = architecture.stages[-1].scale ** 2 * architecture.width
     frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
-    return DecodeMemory(
+    return DeviceMemory(
         weights=(parameter_count(architecture) + (_folded_elements(architecture) if dtype in KERNEL_DTYPES else 0))
         * dtype.itemsize,
         caches=kept * dtype.itemsize,
@@ -100,10 +106,83 @@ def decode_memory(
     )
 
 
+@functools.lru_cache(maxsize=256)
+def encode_memory(
+    architecture: Architecture,
+    size: tuple[int, int],
+    *,
+    chunk: int,
+    image: bool,
+    dtype: torch.dtype,
+    kernels: bool,
+) -> DeviceMemory:
+    """What encoding a video to latents of ``size`` ``(h, w)`` takes with ``chunk`` frames at once.
+
+    Args:
+        architecture: of the encoder.
+        size: of the latents.
+        chunk: frames at once.
+        image: there is one frame only.
+        dtype: to compute in.
+        kernels: as in `decode_memory`.
+    """
+    rows, columns = size
+    needs = _encoder_skeleton(architecture).page_needs(chunk)
+    kept, others = _page_elements(needs, rows, columns, videos=1, keeps=not image, gather=not kernels)
+    pixels = chunk * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns
+    return DeviceMemory(
+        weights=encoder_parameter_count(architecture) * dtype.itemsize,
+        caches=kept * dtype.itemsize,
+        step=(others + _live_encoder_elements(architecture, rows, columns, chunk)) * dtype.itemsize
+        + (0 if kernels else min(_NORM_BYTES, 8 * chunk * rows * columns * 64 * (architecture.encoder_width or 0)))
+        # Pixels: the step's own and the next one's, at least fp32, and the last frame's copy.
+        + 3 * pixels * max(4, dtype.itemsize),
+    )
+
+
 @functools.cache
 def parameter_count(architecture: Architecture) -> int:
     """Parameters of the decoder."""
-    return sum(parameter.numel() for parameter in _skeleton(architecture).parameters())
+    return sum(parameter.numel() for parameter in _decoder_skeleton(architecture).parameters())
+
+
+@functools.cache
+def encoder_parameter_count(architecture: Architecture) -> int:
+    """Parameters of the encoder."""
+    return sum(parameter.numel() for parameter in _encoder_skeleton(architecture).parameters())
+
+
+def largest_encode_chunk(
+    architecture: Architecture,
+    size: tuple[int, int],
+    *,
+    frames: int | None,
+    dtype: torch.dtype,
+    free: int,
+    kernels: bool,
+    device_type: str = "cuda",
+) -> int:
+    """`largest_chunk` for an encode of ``frames`` (None if that is not known) to latents of ``size`` ``(h, w)``."""
+    rows, columns = size
+    height, width = architecture.frame_size(rows, columns)
+    enough = _ENOUGH_PIXELS / (height * width)
+    if device_type == "cpu":
+        positions = rows * columns * architecture.down_stages[0].scale ** 2
+        enough = min(enough, _CPU_PIXELS / positions * (_CPU_WIDTH / (architecture.encoder_width or 1)) ** 2)
+    most = _MOST_FRAMES if frames is None else frames - 1
+
+    def fits(chunk: int) -> bool:
+        needed = encode_memory(architecture, size, chunk=chunk, image=frames == 1, dtype=dtype, kernels=kernels)
+        return needed.total <= _USABLE * free
+
+    return _largest(max(1, min(round(enough), most)), fits)
+
+
+def _largest(chunk: int, fits: Callable[[int], bool]) -> int:
+    """The largest chunk up to ``chunk`` that fits, at least 1."""
+    while chunk > 1 and not fits(chunk):
+        chunk -= 1
+    return chunk
 
 
 def largest_chunk(
@@ -126,12 +205,12 @@ def largest_chunk(
         # Of Wan 2.2, whose pixels are folded into channels, the positions that its last layers compute.
         positions = rows * columns * architecture.stages[-1].scale ** 2
         enough = min(enough, _CPU_PIXELS / positions * (_CPU_WIDTH / architecture.width) ** 2)
-    chunk = max(1, min(round(enough), latent_frames - 1))
-    while chunk > 1:
-        if decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=kernels).total <= _USABLE * free:
-            break
-        chunk -= 1
-    return chunk
+
+    def fits(chunk: int) -> bool:
+        needed = decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=kernels)
+        return needed.total <= _USABLE * free
+
+    return _largest(max(1, min(round(enough), latent_frames - 1)), fits)
 
 
 def largest_frame(
@@ -235,29 +314,33 @@ def gibibytes(count: float) -> str:
 
 
 @functools.cache
-def _skeleton(architecture: Architecture) -> WanDecoder:
+def _decoder_skeleton(architecture: Architecture) -> WanDecoder:
     """The decoder without weights, to count its parts."""
     with torch.device("meta"):
         return WanDecoder(architecture)
 
 
+@functools.cache
+def _encoder_skeleton(architecture: Architecture) -> WanEncoder:
+    """Likewise the encoder."""
+    with torch.device("meta"):
+        return WanEncoder(architecture)
+
+
 def _folded_elements(architecture: Architecture) -> int:
     """Elements of weights as the kernels take them: upsamplings' 16 taps, not 9, and the head's, spread thrice."""
-    convs = (module for module in _skeleton(architecture).modules() if isinstance(module, UpsampleConv))
+    convs = (module for module in _decoder_skeleton(architecture).modules() if isinstance(module, UpsampleConv))
     return sum(conv.weight.numel() // 9 * 16 for conv in convs) + 3 * _SPREAD_HEAD * architecture.width
 
 
-def _page_elements(
-    architecture: Architecture, shape: tuple[int, int, int, int], *, chunk: int, gather: bool
-) -> tuple[int, int]:
+def _page_elements(needs: Needs, rows: int, columns: int, *, videos: int, keeps: bool, gather: bool) -> tuple[int, int]:
     """Elements of all pages: those that keep past frames, and the others, with what is made of them to ``gather``."""
-    batch, latent_frames, rows, columns = shape
     kept, others, gathered = 0, 0, 0
-    for key, need in _skeleton(architecture).page_needs(chunk).items():
+    for key, need in needs.items():
         frame = (rows * key.scale + 2 * key.border) * (columns * key.scale + 2 * key.border) * key.channels
-        slots, keeps = need.slots(batch, keeps=latent_frames > 1), batch * need.kept if latent_frames > 1 else 0
-        kept += keeps * frame
-        others += (slots - keeps) * frame
+        slots, past = need.slots(videos, keeps=keeps), videos * need.kept if keeps else 0
+        kept += past * frame
+        others += (slots - past) * frame
         # Without a kernel of our own a convolution's frames are gathered, and doubled one by one before it.
         gathered = max(gathered, (need.passing + 2) * frame, 12 * frame)
     return kept, others + gathered if gather else others
@@ -276,3 +359,19 @@ def _live_elements(architecture: Architecture, batch: int, rows: int, columns: i
         live.append(sources + kept + at_scale * (max(stage.in_channels, stage.channels) + stage.channels))
         sources += batch * kept
     return max(live)
+
+
+def _live_encoder_elements(architecture: Architecture, rows: int, columns: int, chunk: int) -> int:
+    """The same of an encoder, with what waits in front of coarser stages."""
+    stages = architecture.down_stages
+    last = stages[-1].channels
+    # Attention: as the decoder's.
+    live = [9 * last * chunk * rows * columns + (WEIGHTS_AT_ONCE if last > FUSED_CHANNELS else 0)]
+    for stage in stages:
+        at_scale = chunk * rows * columns * stage.scale**2
+        # A block's input and result, and what a shortcut waits with: for its other half, too.
+        kept = 2 * stage.in_channels if architecture.residual else 0
+        live.append(at_scale * (stage.in_channels + stage.channels + kept))
+    # Up to two chunks, and the last frame's copy.
+    waiting = sum(3 * chunk * rows * columns * stage.scale**2 * stage.in_channels for stage in stages[1:])
+    return max(live) + waiting

@@ -1,4 +1,4 @@
-"""The VAE that users hold: load it, decode with it, close it.
+"""The VAE that users hold: load it, decode and encode with it, close it.
 
 B videos, T latent frames, h x w latent rows and columns, z latent channels; H x W frames of C colours
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,19 @@ import torch.distributed as dist
 from .architecture import Architecture
 from .cancel import cancellable
 from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, ClosedError, WanVAEError, WorkerError
-from .files.checkpoint import Checkpoint, checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
-from .files.latents import check_fits, check_latents, denormalize
-from .files.tensor_file import FileVersion
+from .errors import ArgumentError, CheckpointError, ClosedError, FrameError, WanVAEError, WorkerError
+from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
+from .files.latents import check_fits, check_latents, denormalize, normalize
+from .files.weights import FileWeights, SameWeights
+from .frames import check_frames, check_part
 from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
 from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
+from .runtime.encode_run import LocalEncodeRun
 from .runtime.engine import LocalEngine, LocalRun
-from .runtime.group import GroupEngine, GroupRun
+from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
+from .runtime.source import Source, StreamSource, TensorSource
+from .workers.encode_run import PoolEncodeRun
 from .workers.pool import WORKER_BYTES, WorkerPool
 from .workers.run import PoolRun
 from .workers.shared_memory import populating
@@ -37,7 +41,9 @@ logger = logging.getLogger(__name__)
 OnChunk = Callable[[int, int, torch.Tensor], None]
 Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
-Run = LocalRun | PoolRun | GroupRun
+DecodeRun = LocalRun | PoolRun | GroupRun
+EncodeRun = LocalEncodeRun | PoolEncodeRun | GroupEncodeRun
+AnyRun = TypeVar("AnyRun", LocalRun | PoolRun | GroupRun, LocalEncodeRun | PoolEncodeRun | GroupEncodeRun)
 
 _IDLE_SECONDS = 600.0
 # What a decode found, for the log.
@@ -54,8 +60,9 @@ def load_vae(
     idle_seconds: float = _IDLE_SECONDS,
     group: dist.ProcessGroup | None = None,
     predecessor: VAE | None = None,
+    encode_dtype: str | torch.dtype = "auto",
 ) -> VAE:
-    """Loads a Wan VAE's decoder.
+    """Loads a Wan VAE.
 
     The file is checked now, and its weights are read when a decode wants them. It must be the same file then: one that
     was replaced or written to meanwhile is an error.
@@ -66,12 +73,14 @@ def load_vae(
             them, ``"cuda:0,cuda:1"``: one video is then decoded by all of them, each with a worker process.
         dtype: ``"auto"`` (bf16 on GPUs that have it, fp32 on the CPU), ``"float32"``, ``"bfloat16"``,
             ``"float16"`` or ``"float64"``.
-        chunk: latent frames that are decoded at once, or ``"auto"``. It trades memory for speed, not pixels.
+        chunk: frames that a layer works on at once, or ``"auto"``: latent frames of a decode, pictures of an encode. It
+            trades memory for speed, and changes neither pixels nor latents.
         idle_seconds: workers that had no decode for so long since their last one end; the next decode starts new ones.
         group: decode in this process group instead, with its ranks as workers, which may be on several machines.
             Each rank makes the same calls; ``devices`` is its own one. The frames come to the group's first rank:
             on the others `VAE.decode` returns none and `VAE.decode_stream` yields nothing.
         predecessor: a VAE on the same devices that is not needed any more; its worker processes become this one's.
+        encode_dtype: like ``dtype``, for encodes alone; ``"auto"`` is the same as ``dtype``.
 
     Raises:
         CheckpointError: the file is not a Wan VAE that can be decoded with.
@@ -80,7 +89,7 @@ def load_vae(
     path = Path(path).absolute()
     return VAE(
         FileWeights(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group,
-        predecessor=predecessor,
+        predecessor=predecessor, encode_dtype=encode_dtype,
     )  # fmt: skip
 
 
@@ -92,6 +101,7 @@ def vae_from_state_dict(
     *,
     name: str = "the state dict",
     idle_seconds: float = _IDLE_SECONDS,
+    encode_dtype: str | torch.dtype = "auto",
 ) -> VAE:
     """Like `load_vae`, from tensors that are loaded already; ``name`` is what errors call them.
 
@@ -102,67 +112,20 @@ def vae_from_state_dict(
     def weights() -> Checkpoint:
         return checkpoint
 
-    return VAE(weights, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds)
-
-
-class FileWeights:
-    """Reads a checkpoint's file whenever it is called, and sees to it that it is the same file each time.
-
-    Args:
-        path: of a safetensors file or a folder in diffusers' format.
-        version: of the file, where it was read before.
-    """
-
-    def __init__(self, path: Path, version: FileVersion | None = None) -> None:
-        self.path = path
-        self._version = version
-
-    def __call__(self) -> Checkpoint:
-        """The checkpoint.
-
-        Raises:
-            CheckpointError: it can't be read, or it is another file than the first time.
-        """
-        return self._remembered(read_checkpoint(self.path, self._version))
-
-    def describe(self) -> Checkpoint:
-        """The checkpoint without values, at the cost of reading the file's header; raises as a call does."""
-        return self._remembered(describe_checkpoint(self.path, self._version))
-
-    def _remembered(self, checkpoint: Checkpoint) -> Checkpoint:
-        self._version = checkpoint.version
-        return checkpoint
-
-
-class _SameWeights:
-    """Gives the weights that were there first, again and again; other ones are an error."""
-
-    def __init__(self, weights: Callable[[], Checkpoint]) -> None:
-        self._weights = weights
-        # Of a file, its values are read when they are wanted.
-        first = weights.describe() if isinstance(weights, FileWeights) else weights()
-        self.architecture = first.architecture
-
-    def __call__(self) -> Checkpoint:
-        checkpoint = self._weights()
-        if checkpoint.architecture != self.architecture:
-            raise WanVAEError(
-                f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
-                f"load it again"
-            )
-        return checkpoint
+    return VAE(weights, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, encode_dtype=encode_dtype)
 
 
 class VAE:
-    """A Wan VAE's decoder, ready to decode; make it with `load_vae`.
+    """A Wan VAE, ready to decode and encode; make it with `load_vae`.
 
-    A context manager: leaving it closes it. Several threads may decode with it; on several devices their decodes
+    A context manager: leaving it closes it. Several threads may decode and encode with it; on several devices they
     wait for one another.
 
     Attributes:
         architecture: what the weights are.
-        devices: where this process, or its workers, decode.
-        dtype: what it computes in.
+        devices: where this process, or its workers, decode and encode.
+        dtype: what it decodes in.
+        encode_dtype: what it encodes in.
     """
 
     def __init__(
@@ -175,9 +138,12 @@ class VAE:
         idle_seconds: float = _IDLE_SECONDS,
         group: dist.ProcessGroup | None = None,
         predecessor: VAE | None = None,
+        encode_dtype: str | torch.dtype = "auto",
     ) -> None:
         self.devices = tuple(parse_devices(devices) if group is None else [parse_rank_device(devices, group)])
         self.dtype = parse_dtype(dtype, self.devices[0])
+        same = isinstance(encode_dtype, str) and encode_dtype.strip().lower() == "auto"
+        self.encode_dtype = self.dtype if same else parse_dtype(encode_dtype, self.devices[0])
         self.chunk = chunk
         if not isinstance(idle_seconds, (int, float)) or isinstance(idle_seconds, bool) or not idle_seconds >= 0:
             raise ArgumentError(
@@ -185,16 +151,16 @@ class VAE:
             )
         self._closed = False
         # The engine gets these and not the VAE: a VAE that is dropped takes its workers along.
-        unchanged = _SameWeights(weights)
+        unchanged = SameWeights(weights)
         self.architecture: Architecture = unchanged.architecture
         self._engine: LocalEngine | WorkerPool | GroupEngine
         self._group = group
         if group is not None:
-            self._engine = GroupEngine(unchanged, self.devices[0], self.dtype, group)
+            self._engine = GroupEngine(unchanged, self.devices[0], self.dtype, self.encode_dtype, group)
         elif len(self.devices) == 1:
-            self._engine = LocalEngine(unchanged, self.devices[0], self.dtype)
+            self._engine = LocalEngine(unchanged, self.devices[0], self.dtype, self.encode_dtype)
         else:
-            self._engine = WorkerPool(unchanged, self.devices, self.dtype, idle_seconds=idle_seconds)
+            self._engine = WorkerPool(unchanged, self.devices, self.dtype, self.encode_dtype, idle_seconds=idle_seconds)
             try:
                 if predecessor is not None and isinstance(predecessor._engine, WorkerPool):
                     self._engine.take_over(predecessor._engine)
@@ -204,13 +170,13 @@ class VAE:
 
     @property
     def chunk(self) -> Chunk:
-        """Latent frames decoded at once, or ``"auto"``; setting it takes effect at the next decode."""
+        """Frames that a layer works on at once, or ``"auto"``; setting it takes effect at the next call."""
         return self._chunk
 
     @chunk.setter
     def chunk(self, chunk: Chunk) -> None:
         if chunk != "auto" and (isinstance(chunk, (bool, str)) or not hasattr(chunk, "__index__") or int(chunk) < 1):
-            raise ArgumentError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of latent frames, at least 1")
+            raise ArgumentError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of frames, at least 1")
         self._chunk: Chunk = chunk
 
     def __enter__(self) -> VAE:
@@ -258,12 +224,7 @@ class VAE:
         dtype = torch.promote_types(self.dtype, torch.float32)
         check_host_room(shape, dtype, videos=1, in_python=_STREAM)
 
-        def check() -> None:
-            self._check_open()
-            if on_wait:
-                on_wait()
-
-        with cancellable(check), self._running(latents, shape) as run:
+        with self._cancellable(on_wait), self._running(self._decode_run(latents, shape), "decoded", shape) as run:
             with host_room(shape, dtype, in_python=_STREAM):
                 out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
             # The last frames' pages would come into being when the device has nothing to do any more.
@@ -292,6 +253,113 @@ class VAE:
             LatentError, ClosedError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
         """
         return self._host_stream(self._checked(latents, normalized))
+
+    def encode(
+        self,
+        frames: torch.Tensor,
+        normalized: bool = False,
+        on_chunk: OnChunk | None = None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Encodes frames to latents: the mean, as ComfyUI's VAE Encode gives it.
+
+        Frames that equal the one before them are not computed again, where their latents are known to be equal.
+
+        Args:
+            frames: ``[B, T, H, W, C]`` in [0, 1], or ``[T, H, W, C]`` for one video; any float dtype, strides and
+                device. The middle is encoded of pictures whose sides are no multiple of 8 (16 for Wan 2.2), and of
+                T frames as many as make whole latent frames: one, or a multiple of four more.
+            normalized: apply the published mean and deviation, as the diffusion model wants it.
+            on_chunk: called as ``on_chunk(done, total, latents)`` with the latent frames finished and in all, and the
+                newest ``[1, z, t, h, w]``. What it raises ends the encode and reaches the caller.
+            on_wait: as `decode`'s.
+
+        Returns:
+            ``[B, z, 1 + (T - 1) // 4, h, w]``, float32 (float64 for float64), contiguous, on the host. Of a group's
+            ranks only the first gets them, the others ``[B, z, 0, h, w]``.
+
+        Raises:
+            FrameError: the frames don't belong to this VAE, or hold NaN.
+            CheckpointError: the VAE has no encoder.
+            ClosedError: the VAE is closed, or is closed meanwhile.
+            OutOfMemoryError: not even one frame at a time fits; the message says what would.
+        """
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self.encode)(frames, normalized, on_chunk, on_wait)
+        self._check_encoder()
+        frames = check_frames(frames, self.architecture).detach()
+        shape = self.latent_shape(frames.shape)
+        if self._group is not None and dist.get_rank(self._group):
+            shape = torch.Size((*shape[:2], 0, *shape[3:]))
+        out = torch.empty(shape, dtype=torch.promote_types(self.encode_dtype, torch.float32), device="cpu")
+        total, done, newest_video, place = shape[0] * shape[2], 0, 0, 0
+        begin = self._encode_run(TensorSource(frames, self.architecture))
+        with self._cancellable(on_wait), self._running(begin, "encoded", frames.shape) as run:
+            for video, latents in run:
+                self._check(run)
+                place = place if video == newest_video else 0
+                newest_video = video
+                newest = out[video : video + 1, :, place : place + latents.shape[1]]
+                newest[0].copy_(latents)
+                place += latents.shape[1]
+                done += latents.shape[1]
+                if normalized:
+                    newest.copy_(normalize(newest, self.architecture))
+                if on_chunk:
+                    on_chunk(done, total, newest)
+        return out
+
+    def encode_stream(self, frames: Iterable[torch.Tensor], normalized: bool = False) -> Iterator[torch.Tensor]:
+        """Like `encode`, for one video whose frames come one after the other; no more than a step's are ever held.
+
+        Closing the iterator, or dropping it, ends the encode and frees its memory.
+
+        Args:
+            frames: ``[t, H, W, C]`` each (or ``[1, t, H, W, C]``), of one size, as `encode` takes them.
+            normalized: as `encode`'s.
+
+        Yields:
+            ``[1, z, t, h, w]``, the latents that follow those before.
+
+        Raises:
+            FrameError, CheckpointError, ClosedError, OutOfMemoryError: as `encode` does; a stream can't be read
+                again, so that memory that turns out too short in the middle is an error.
+        """
+        self._check_encoder()
+        return self._encoded(iter(frames), normalized)
+
+    def _encoded(self, frames: Iterator[torch.Tensor], normalized: bool) -> Iterator[torch.Tensor]:
+        def checked(part: torch.Tensor) -> torch.Tensor:
+            return check_part(part, self.architecture).detach()
+
+        first = next(frames, None)
+        if first is None:
+            raise FrameError("there are no frames to encode; the video is empty")
+        first = checked(first)
+
+        def others() -> Iterator[torch.Tensor]:
+            for part in frames:
+                part = checked(part)
+                if part.shape[1:] != first.shape[1:]:
+                    raise FrameError(
+                        f"frames of a video must have one size: these have {tuple(part.shape[1:])}, and those before "
+                        f"{tuple(first.shape[1:])}"
+                    )
+                yield part
+
+        begin = self._encode_run(StreamSource(first, others(), self.architecture))
+        with self._running(begin, "encoded", (1, 0, *first.shape[1:])) as run:
+            for _, latents in run:
+                self._check(run)
+                own = latents.clone()[None]
+                yield normalize(own, self.architecture) if normalized else own
+
+    def latent_shape(self, shape: Sequence[int]) -> torch.Size:
+        """``[B, z, 1 + (T - 1) // 4, h, w]`` of the latents that frames of ``shape`` ``[B, T, H, W, C]`` encode to."""
+        batch, frames, height, width = shape[:4]
+        ratio = self.architecture.spatial_ratio
+        latent_frames = self.architecture.latent_frames(self.architecture.encoded_frames(frames))
+        return torch.Size((batch, self.architecture.z_dim, latent_frames, height // ratio, width // ratio))
 
     def output_shape(self, shape: Sequence[int]) -> torch.Size:
         """``[B, 4 * (T - 1) + 1, H, W, C]`` of the frames that latents of ``shape`` ``[B, z, T, h, w]`` decode to."""
@@ -375,11 +443,28 @@ class VAE:
     def _chunk_number(self) -> int:
         return 0 if self._chunk == "auto" else int(self._chunk)
 
+    def _decode_run(self, latents: torch.Tensor, shape: torch.Size) -> Callable[[], DecodeRun]:
+        return lambda: self._engine.run(latents, shape, self._chunk_number)
+
+    def _encode_run(self, source: Source) -> Callable[[], EncodeRun]:
+        return lambda: self._engine.encode(source, self._chunk_number)
+
     @contextlib.contextmanager
-    def _running(self, latents: torch.Tensor, shape: torch.Size) -> Iterator[Run]:
+    def _cancellable(self, on_wait: Callable[[], None] | None) -> Iterator[None]:
+        def check() -> None:
+            self._check_open()
+            if on_wait:
+                on_wait()
+
+        with cancellable(check):
+            yield
+
+    @contextlib.contextmanager
+    def _running(self, begin: Callable[[], AnyRun], did: str, shape: Sequence[int]) -> Iterator[AnyRun]:
+        """Within it a run goes on; what it did with frames of ``shape`` ``[B, T, H, W, C]`` is logged."""
         started = time.monotonic()
         try:
-            with contextlib.closing(self._engine.run(latents, shape, self._chunk_number)) as run:
+            with contextlib.closing(begin()) as run:
                 self._check(run)  # it may have waited for others
                 yield run
         except WorkerError as error:
@@ -391,9 +476,10 @@ class VAE:
                 self._engine.close()
         if self._group is None or dist.get_rank(self._group) == 0:
             batch = f"{shape[0]} times " if shape[0] > 1 else ""
+            dtype = self.encode_dtype if did == "encoded" else self.dtype
             logger.info(
-                "decoded %s%d frames of %dx%d on %s, in %s, chunk %d, in %.2f s (%s)",
-                batch, shape[1], shape[3], shape[2], run.where, str(self.dtype).removeprefix("torch."), run.chunk,
+                "%s %s%d frames of %dx%d on %s, in %s, chunk %d, in %.2f s (%s)",
+                did, batch, shape[1], shape[3], shape[2], run.where, str(dtype).removeprefix("torch."), run.chunk,
                 time.monotonic() - started, _FOUND.get(run.found, "first"),
             )  # fmt: skip
 
@@ -413,14 +499,22 @@ class VAE:
         check_fits(latents, self.dtype)
         return latents
 
-    def _check(self, run: Run) -> None:
+    def _check_encoder(self) -> None:
+        if self._closed:
+            raise ClosedError("this VAE is closed; load it again")
+        if self.architecture.encoder_width is None:
+            raise CheckpointError(
+                "this VAE's weights have no encoder, so it can only decode; take the whole VAE's file to encode"
+            )
+
+    def _check(self, run: DecodeRun | EncodeRun) -> None:
         self._check_open()
         if not run.finite:
-            raise WanVAEError(_why_nan(self.dtype))
+            raise WanVAEError(_why_nan(self.encode_dtype if isinstance(run, EncodeRun) else self.dtype))
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
-        with self._running(latents, shape) as run:
+        with self._running(self._decode_run(latents, shape), "decoded", shape) as run:
             done = 0
             for frames in run:
                 self._check(run)
@@ -440,11 +534,11 @@ def _why_nan(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float16:
         return (
-            f"the frames are NaN: in {name} the activations overflow, or the weights are damaged; try dtype bfloat16 "
+            f"the results are NaN: in {name} the activations overflow, or the weights are damaged; try dtype bfloat16 "
             f"or float32, or fetch the VAE again"
         )
     # The others reach as far as float32, or farther.
     return (
-        f"the frames are NaN, and {name} does not overflow with sound weights and latents: the weights are damaged, "
+        f"the results are NaN, and {name} does not overflow with sound weights and latents: the weights are damaged, "
         f"or the latents far too large; fetch the VAE again, or look at how the latents were made"
     )

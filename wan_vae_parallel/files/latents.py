@@ -77,15 +77,31 @@ def denormalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tens
     Raises:
         LatentError: no statistics were published for this number of channels.
     """
+    mean, std = _statistics(latents, architecture)
+    return latents * std + mean
+
+
+def normalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """The opposite of `denormalize`: latents as the diffusion model has them.
+
+    Raises:
+        LatentError: no statistics were published for this number of channels.
+    """
+    mean, std = _statistics(latents, architecture)
+    return (latents - mean) / std
+
+
+def _statistics(latents: torch.Tensor, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of ``[B, z, T, h, w]``, in at least fp32, for each channel."""
     if architecture.latents_mean is None or architecture.latents_std is None:
         raise LatentError(
             f"normalized latents need a mean and standard deviation, and none are published for "
-            f"{architecture.name} with {architecture.z_dim} channels; de-normalise them before, and decode them as such"
+            f"{architecture.name} with {architecture.z_dim} channels; use latents that are not normalized"
         )
     wide = torch.promote_types(latents.dtype, torch.float32)
     mean = torch.tensor(architecture.latents_mean, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(architecture.latents_std, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
-    return latents * std + mean
+    return mean, std
 
 
 def _largest(latents: torch.Tensor) -> float:

@@ -84,12 +84,10 @@ class Line:
 
     Args:
         depth: convolutions over three frames that the stage makes of each.
-        repeats: whether frames may come that equal the one before them.
     """
 
-    def __init__(self, depth: int, *, repeats: bool) -> None:
+    def __init__(self, depth: int) -> None:
         self._depth = depth
-        self._repeats = repeats
         self._waiting: deque[tuple[torch.Tensor | None, int, int]] = deque()
         self._last: torch.Tensor | None = None
 
@@ -108,6 +106,11 @@ class Line:
         """Whether any frame waits, new or repeated."""
         return bool(self._waiting)
 
+    @property
+    def known(self) -> bool:
+        """Whether the next frame is one that the stage needs not compute."""
+        return bool(self._waiting) and self._waiting[0][2] > 2 * self._depth
+
     def ready(self, most: int) -> int:
         """How many frames there are for the stage to compute, counted up to ``most``."""
         found = 0
@@ -118,7 +121,7 @@ class Line:
         return found
 
     def take(self, most: int) -> Piece:
-        """Takes frames out that the stage is to compute, at most so many, and the repeats that follow them.
+        """Takes frames out that the stage is to compute, at most so many; or those that it needs not, if they are next.
 
         Returns:
             The frames to compute (whether new or repeated), which are the caller's to write over; and the counts of
@@ -127,21 +130,20 @@ class Line:
         sources: list[tuple[torch.Tensor, int]] = []
         counts = []
         last = None if self._last is None else (self._last, 0)
-        while self._waiting:
+        known = self.known
+        while self._waiting and self.known == known and len(sources) < most:
             tensor, index, count = self._waiting[0]
-            computed = count <= 2 * self._depth
-            if computed and len(sources) == most:
-                break
             self._waiting.popleft()
             last = last if tensor is None else (tensor, index)
             counts.append(count)
-            if computed:
+            if not known:
                 assert last is not None, "a video's first frame equals none before it"
                 sources.append(last)
         frames = gathered(sources) if sources else None
         if frames is not None and self._last is not None and frames.data_ptr() == self._last.data_ptr():
             frames = frames.clone()  # which is to stay as it is
-        if self._repeats and last is not None:
+        if last is not None:
+            # The stage writes over what it gets, and the next frame may equal it.
             tensor, index = last
             if tensor is not self._last:
                 self._last = tensor[index : index + 1].clone()
@@ -313,58 +315,78 @@ class DownStageRun:
         return x, source
 
 
-class _Chain:
-    """One video's way through the stages.
+class Encoding:
+    """One video's way through the encoder; made by `WanEncoder.begin`.
 
-    Args:
-        stages: fine to coarse.
-        state: the video's.
-        chunk: frames that a stage takes at once.
+    The first frame goes alone, and no stage takes more than ``chunk`` frames at once. As all that passes from one step
+    to the next lies in past frames, the result depends neither on ``chunk`` nor on the pieces that the video comes in.
     """
 
-    def __init__(self, stages: Sequence[DownStageRun], state: StreamState, chunk: int) -> None:
-        self._stages = stages
+    def __init__(self, encoder: WanEncoder, state: StreamState, chunk: int, margins: Margins) -> None:
+        self._encoder = encoder
         self._state = state
         self._chunk = chunk
-        self.lines = [Line(stage.depth, repeats=state.repeats) for stage in stages]
+        self._margins = margins
+        self._stages = encoder.stages()
+        self._lines = [Line(stage.depth) for stage in self._stages]
         self._joins = [
             Join(stage.exit.time_conv, shortcut=stage.shortcut) if stage.exit and stage.exit.time_conv else None
-            for stage in stages
+            for stage in self._stages
         ]
+        # The newest latent frame.
+        self._last: tuple[torch.Tensor, int] | None = None
 
-    def next(self, *, ended: bool) -> int | None:
+    def push(self, piece: Piece) -> Iterator[torch.Tensor]:
+        """Encodes as far as the video goes with this piece; iterate it to its end.
+
+        Args:
+            piece: of pixels ``[n, H', W', C]`` in [0, 1], contiguous, on the weights' device.
+
+        Yields:
+            ``[t, h, w, z]``, latents' means that follow those before, in the weights' dtype.
+        """
+        self._lines[0].put(piece)
+        return self._run(ended=False)
+
+    def end(self) -> Iterator[torch.Tensor]:
+        """The rest, once all of the video was pushed: one frame, or a multiple of four more."""
+        return self._run(ended=True)
+
+    def _run(self, *, ended: bool) -> Iterator[torch.Tensor]:
+        while (number := self._next(ended=ended)) is not None:
+            for made in self._run_stage(number):
+                if number + 1 < len(self._stages):
+                    self._lines[number + 1].put(made)
+                else:
+                    yield self._leave(made)
+                    self._state.first = False
+
+    def _next(self, *, ended: bool) -> int | None:
         """The stage that is to run next; None if all wait for more of the video.
 
-        The coarsest that has a whole chunk to compute, so that little waits anywhere; of a video that has ended, else,
-        the finest that has anything. The first frame goes all the way alone.
+        The coarsest that has a whole chunk to compute, or nothing new, so that little waits anywhere; else, of a
+        video that has ended, the finest that has anything. The first frame goes all the way alone.
         """
-        coarse_to_fine = reversed(range(len(self.lines)))
+        coarse_to_fine = reversed(range(len(self._lines)))
         if self._state.first:
-            return next((i for i in coarse_to_fine if self.lines[i].waits), None)
-        full = (i for i in coarse_to_fine if self.lines[i].ready(self._chunk) == self._chunk)
-        rest = (i for i, line in enumerate(self.lines) if line.waits) if ended else iter(())
+            return next((i for i in coarse_to_fine if self._lines[i].waits), None)
+        lines = self._lines
+        full = (i for i in coarse_to_fine if lines[i].known or lines[i].ready(self._chunk) == self._chunk)
+        rest = (i for i, line in enumerate(self._lines) if line.waits) if ended else iter(())
         return next(itertools.chain(full, rest), None)
 
-    def run(self, number: int, enter: Any) -> Iterator[Piece]:
-        """Has a stage do a chunk of what waits for it; yields what the last stage makes."""
-        stage, state = self._stages[number], self._state
-        piece = self.lines[number].take(1 if state.first else self._chunk)
+    def _run_stage(self, number: int) -> Iterator[Piece]:
+        """Has a stage do a chunk of what waits for it, and halve what comes of it."""
+        stage, state, join = self._stages[number], self._state, self._joins[number]
+        piece = self._lines[number].take(1 if state.first else self._chunk)
         counts = tuple(max(0, count - 2 * stage.depth) for count in piece.counts)
-        for made in self._made(number, stage, piece.frames, counts, enter):
-            if number + 1 == len(self._stages):
-                yield made
-            else:
-                self.lines[number + 1].put(made)
-
-    def _made(
-        self, number: int, stage: DownStageRun, x: torch.Tensor | None, counts: tuple[int, ...], enter: Any
-    ) -> Iterator[Piece]:
-        state, join = self._state, self._joins[number]
+        x = piece.frames
+        del piece
         if x is None:
             yield from join.put(None, None, counts, state) if join else [Piece(None, counts)]
             return
         if stage.conv:
-            x = enter(x)
+            x = stage.conv.convolve(x, state, patch=self._encoder.architecture.patch, margins=self._margins)
         left, source = stage.run(x, state)
         del x
         if isinstance(left, torch.Tensor):
@@ -384,6 +406,18 @@ class _Chain:
             yield Piece(join.begin(frames, source, state), counts)
         else:
             yield from join.put(frames, source, counts, state)
+
+    def _leave(self, made: Piece) -> torch.Tensor:
+        """Latents of all frames that the last stage tells of, repeated ones too."""
+        fresh = None if made.frames is None else self._encoder.leave(made.frames, self._state)
+        sources: list[tuple[torch.Tensor, int]] = []
+        index = 0
+        for count in made.counts:
+            if count == 0 and fresh is not None:
+                self._last, index = (fresh, index), index + 1
+            assert self._last is not None, "a video's first frame equals none before it"
+            sources.append(self._last)
+        return gathered(sources)
 
 
 class _Encoder(nn.Module):
@@ -455,57 +489,18 @@ class WanEncoder(nn.Module):
             self.page_needs(chunk), rows, columns, videos=1, keeps=keeps, dtype=dtype, device=device, lists=lists
         )
 
-    def stream(
-        self, pieces: Iterator[Piece], state: StreamState, chunk: int, margins: Margins | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Encodes one video, step by step.
-
-        The first frame goes alone, and no stage takes more than ``chunk`` frames at once. As all that passes from one
-        step to the next lies in past frames, the result does not depend on ``chunk``, nor on how the video comes in
-        pieces. Each is asked for when there is nothing else to do.
+    def begin(self, state: StreamState, chunk: int, margins: Margins | None = None) -> Encoding:
+        """Begins a video.
 
         Args:
-            pieces: of pixels ``[n, H', W', C]`` in [0, 1], contiguous, on the weights' device, with their counts;
-                together one frame, or a multiple of four more.
             state: a fresh one, with pages for this ``chunk``.
             chunk: frames at once, >= 1.
-            margins: what the pixels have beyond this shard's rows and columns.
-
-        Yields:
-            ``[t, h, w, z]``, latents' means that follow those before, in the weights' dtype.
+            margins: what pixels have beyond this shard's rows and columns.
         """
-        stages = self.stages()
-        chain = _Chain(stages, state, chunk)
-        margins = margins or Margins()
-        last: tuple[torch.Tensor, int] | None = None
+        return Encoding(self, state, chunk, margins or Margins())
 
-        def enter(pixels: torch.Tensor) -> torch.Tensor:
-            return self.encoder.conv1.convolve(pixels, state, patch=self.architecture.patch, margins=margins)
-
-        ended = False
-        while True:
-            number = chain.next(ended=ended)
-            if number is None:
-                if ended:
-                    return
-                piece = next(pieces, None)
-                ended = piece is None
-                if piece is not None:
-                    chain.lines[0].put(piece)
-                continue
-            for made in chain.run(number, enter):
-                fresh = self._leave(made.frames, state) if made.frames is not None else None
-                sources: list[tuple[torch.Tensor, int]] = []
-                index = 0
-                for count in made.counts:
-                    if count == 0 and fresh is not None:
-                        last, index = (fresh, index), index + 1
-                    assert last is not None, "a video's first frame equals none before it"
-                    sources.append(last)
-                yield gathered(sources)
-                state.first = False
-
-    def _leave(self, x: torch.Tensor, state: StreamState) -> torch.Tensor:
+    def leave(self, x: torch.Tensor, state: StreamState) -> torch.Tensor:
+        """The means ``[t, h, w, z]`` of what the last stage makes."""
         norm, conv = self.encoder.output
         frames = norm_silu_frames(x, norm, conv, state)
         return self.conv1(conv(frames, state), first=self.architecture.z_dim)

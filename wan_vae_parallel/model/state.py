@@ -256,7 +256,6 @@ class StreamState:
         edges: who knows the rows beyond this shard.
         transposed: whether rows and columns of the video have changed places.
         first: whether this step holds the video's first frame, and first latent frame (which stand alone).
-        repeats: whether frames may come that equal the one before them.
     """
 
     def __init__(
@@ -266,7 +265,6 @@ class StreamState:
         edges: Edges,
         transposed: bool = False,
         keeps: bool = True,
-        repeats: bool = False,
     ) -> None:
         """Begins a video.
 
@@ -275,12 +273,10 @@ class StreamState:
             edges: see above.
             transposed: see above.
             keeps: whether past frames will be wanted: an image has no future.
-            repeats: see above.
         """
         self.edges = edges
         self.transposed = transposed
         self.first = True
-        self.repeats = repeats
         self._pages = pages
         self._keeps = keeps
         self._past: dict[Hashable, Frames] = {}

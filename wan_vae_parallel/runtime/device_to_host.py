@@ -1,10 +1,13 @@
-"""Frames on their way from the device to the host, while the device computes the next ones."""
+"""Frames and latents on their way from the device to the host, while the device computes the next ones."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
 import torch
+
+from .steps import Latents
 
 
 def to_host(frames: Iterator[torch.Tensor], device: torch.device) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -70,3 +73,29 @@ class _Buffer:
         """What was copied, once it is there."""
         self._copied.synchronize()
         return self._frames, bool(self._finite)
+
+
+def latents_to_host(
+    steps: Iterator[Latents], device: torch.device
+) -> Iterator[tuple[torch.Tensor | None, bool, float, float]]:
+    """`to_host` for the steps of an encode.
+
+    Yields:
+        Means ``[z, t, h, w]`` on the host, valid until the next step is asked for, or None; whether they are finite;
+        and the least and the largest of the pixels that were read, 0 if none were.
+    """
+    shapes: collections.deque[torch.Size | None] = collections.deque()
+
+    def packed() -> Iterator[torch.Tensor]:
+        for step in steps:
+            like = step.means if step.means is not None else step.pixel_range
+            wide = torch.promote_types(like.dtype, torch.float32) if like is not None else torch.float32
+            bounds = torch.zeros(2, device=device) if step.pixel_range is None else step.pixel_range
+            shapes.append(None if step.means is None else step.means.shape)
+            means = [] if step.means is None else [step.means.flatten()]
+            yield torch.cat([bounds.to(wide), *means])
+
+    for flat, finite in to_host(packed(), device):
+        shape = shapes.popleft()
+        least, most = flat[:2].tolist()
+        yield None if shape is None else flat[2:].view(shape), finite, least, most

@@ -1,4 +1,4 @@
-"""Decoding on one device of this process, with smaller chunks where memory is short.
+"""Decoding and encoding on one device of this process, with smaller chunks where memory is short.
 
 B videos, T latent frames, h x w latent rows and columns, z channels; frames [B, t, H, W, C]
 """
@@ -15,7 +15,9 @@ from ..errors import OutOfMemoryError, is_out_of_memory
 from ..files.checkpoint import Checkpoint
 from ..memory import decode_memory, free_memory, gibibytes, give_back_host_memory, largest_chunk, largest_frame
 from .device_to_host import to_host
-from .local import LocalDecoder
+from .encode_run import LocalEncodeRun
+from .local import LocalDecoder, LocalEncoder
+from .source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +27,29 @@ class LocalEngine:
 
     Args:
         weights: called for the checkpoint whenever the weights have to be loaded.
-        device: where to decode.
-        dtype: in what.
+        device: where to decode and encode.
+        dtype: in what to decode.
+        encode_dtype: in what to encode.
     """
 
-    def __init__(self, weights: Callable[[], Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Callable[[], Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        encode_dtype: torch.dtype,
+    ) -> None:
         self.device = device
         self.dtype = dtype
+        self.encode_dtype = encode_dtype
         self._weights = weights
         self._decoder: LocalDecoder | None = None
+        self._encoder: LocalEncoder | None = None
 
     @property
     def running(self) -> bool:
         """Whether the weights are on the device now."""
-        return self._decoder is not None
+        return self._decoder is not None or self._encoder is not None
 
     def run(
         self,
@@ -49,10 +60,14 @@ class LocalEngine:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
         return LocalRun(self, latents, chunk)
 
+    def encode(self, source: Source, chunk: int) -> LocalEncodeRun:
+        """Begins an encode; the same call as `workers.pool.WorkerPool.encode`."""
+        return LocalEncodeRun(self, source, chunk)
+
     def close(self) -> None:
-        """Gives the device's memory back; the next decode loads the weights again."""
-        self._decoder = None
-        self._free_cached()
+        """Gives the device's memory back; the next decode or encode loads the weights again."""
+        self._decoder = self._encoder = None
+        self.free_cached()
 
     def decoder(self) -> LocalDecoder:
         """The decoder, loaded now if it is not."""
@@ -65,7 +80,17 @@ class LocalEngine:
             self._decoder.tune()
         return self._decoder
 
-    def _free_cached(self) -> None:
+    def encoder(self) -> LocalEncoder:
+        """The encoder, loaded now if it is not."""
+        if self._encoder is None:
+            checkpoint = self._weights()
+            self._encoder = LocalEncoder(
+                checkpoint.architecture, checkpoint.encoder, device=self.device, dtype=self.encode_dtype
+            )
+            self._encoder.tune()
+        return self._encoder
+
+    def free_cached(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -121,7 +146,7 @@ class LocalRun:
                     raise
                 reason = str(error).splitlines()[0]
             # Out of the handler, the error's traceback no longer holds the step's tensors.
-            engine._free_cached()
+            engine.free_cached()
             if chunk == 1:
                 raise OutOfMemoryError(self._does_not_fit(size, reason))
             if not said:

@@ -20,12 +20,16 @@ import torch.distributed as dist
 
 from ..errors import OutOfMemoryError, WanVAEError
 from ..files.checkpoint import Checkpoint
+from ..frames import check_range
 from ..parallel.coordination import WORD_SECONDS, WORK_SECONDS, Coordinator, check_same
 from ..parallel.edges import connect
 from ..parallel.plan import describe_plan, plan_shards
 from ..parallel.rows import to_first_rank
-from .device_to_host import to_host
-from .shard import ShardDecoder
+from .device_to_host import latents_to_host, to_host
+from .pieces import pieces
+from .shard import ShardDecoder, ShardEncoder
+from .source import Source
+from .steps import Latents
 
 logger = logging.getLogger(__name__)
 
@@ -39,28 +43,36 @@ class GroupEngine:
     Args:
         weights: called for the checkpoint whenever the weights have to be loaded.
         device: this rank's.
-        dtype: to compute in.
-        group: the ranks that decode together.
+        dtype: to decode in.
+        encode_dtype: to encode in.
+        group: the ranks that work together.
     """
 
     def __init__(
-        self, weights: Callable[[], Checkpoint], device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup
+        self,
+        weights: Callable[[], Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        encode_dtype: torch.dtype,
+        group: dist.ProcessGroup,
     ) -> None:
         self.device = device
         self.dtype = dtype
+        self.encode_dtype = encode_dtype
         self.rank = dist.get_rank(group)
         self.group = group
         # Whether frames can't be exchanged any more; the device may wait for another rank's for ever.
         self.failed = False
         self._weights = weights
         self._decoder: ShardDecoder | None = None
+        self._encoder: ShardEncoder | None = None
         self._connected = False
         self.names = tuple(self.meet(call="load_vae").device_names)
 
     @property
     def running(self) -> bool:
         """Whether the weights are on the device now."""
-        return self._decoder is not None
+        return self._decoder is not None or self._encoder is not None
 
     def run(
         self,
@@ -71,9 +83,13 @@ class GroupEngine:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
         return GroupRun(self, latents, chunk)
 
+    def encode(self, source: Source, chunk: int) -> GroupEncodeRun:
+        """Begins an encode; the same call as `workers.pool.WorkerPool.encode`."""
+        return GroupEncodeRun(self, source, chunk)
+
     def close(self) -> None:
-        """Gives the device's memory back; the next decode loads the weights again. The group stays its maker's."""
-        self._decoder = None
+        """Gives the device's memory back; the next call loads the weights again. The group stays its maker's."""
+        self._decoder = self._encoder = None
         if self.device.type == "cuda" and not self.failed:
             torch.cuda.empty_cache()
 
@@ -84,8 +100,16 @@ class GroupEngine:
     def decoder(self) -> ShardDecoder:
         """The decoder, loaded now if it is not."""
         if self._decoder is None:
-            self._decoder = ShardDecoder(self._weights(), self.device, self.dtype)
+            checkpoint = self._weights()
+            self._decoder = ShardDecoder(checkpoint.architecture, checkpoint.decoder, self.device, self.dtype)
         return self._decoder
+
+    def encoder(self) -> ShardEncoder:
+        """The encoder, loaded now if it is not."""
+        if self._encoder is None:
+            checkpoint = self._weights()
+            self._encoder = ShardEncoder(checkpoint.architecture, checkpoint.encoder, self.device, self.encode_dtype)
+        return self._encoder
 
     def connect(self, coordinator: Coordinator) -> None:
         """Connects the devices if they are not yet."""
@@ -188,6 +212,89 @@ class GroupRun:
                 if frames is not None:
                     yield frames
         self._over = True
+
+
+class GroupEncodeRun:
+    """One encode of a group: iterate it on every rank, close it in any case."""
+
+    # Whether the newest latents are finite.
+    finite = True
+
+    def __init__(self, engine: GroupEngine, source: Source, chunk: int) -> None:
+        self._engine = engine
+        self._source = source
+        self._over = True
+        # What the encode found, for a log.
+        self.found = "ready" if engine.running else "gone"
+        about = {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype")}
+        self._coordinator = engine.meet(call="encode", **about)
+        check_same(self._coordinator.gather(lambda: engine.encoder().facts(), WORK_SECONDS))
+        if not all(self._coordinator.exchange(engine.encoder().tuned)):
+            engine.encoder().tune(self._coordinator)
+        engine.connect(self._coordinator)
+        self._plan = plan_shards(source.rows, source.columns, len(engine.names))
+        self.where = describe_plan(self._plan, engine.names)
+        rooms = self._coordinator.gather(lambda: self._room(chunk), WORD_SECONDS)
+        self.chunk = min(most for most in rooms if most is not None)
+        if not self.chunk:
+            short = [name for name, most in zip(engine.names, rooms, strict=True) if most == 0]
+            raise OutOfMemoryError(
+                f"{', '.join(short)} has not the memory for its rows, even one frame at a time; use more devices, free "
+                f"some of its memory, or encode smaller frames"
+            )
+        self._over = False
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the video's number and ``[z, t, h, w]`` on the first rank's host; nothing on the others."""
+        if self._over:
+            raise WanVAEError("this encode is over; begin another one")
+        with self._engine.exchanging(self._coordinator):
+            for video in range(self._source.videos):
+                for latents, finite, least, most in latents_to_host(self._whole(video), self._engine.device):
+                    self.finite = finite
+                    check_range(least, most)
+                    if latents is not None:
+                        yield video, latents
+        self._over = True
+
+    def close(self) -> None:
+        """Ends the encode where it is, on all ranks if the first one says so, and frees its memory."""
+        if self._engine.rank == 0 and not self._over and not self._engine.failed:
+            self._coordinator.from_first(False)
+        self._over = True
+        if self._engine.device.type == "cuda" and not self._engine.failed:
+            torch.cuda.synchronize(self._engine.device)
+            torch.cuda.empty_cache()
+
+    @property
+    def _working(self) -> bool:
+        """Whether this rank has rows."""
+        return self._engine.rank < self._plan.shards
+
+    def _room(self, chunk: int) -> int | None:
+        if not self._working:
+            return None
+        return self._engine.encoder().room(self._plan, self._engine.rank, self._source.frames, chunk)
+
+    def _whole(self, video: int) -> Iterator[Latents]:
+        """The whole picture's latents on the first rank; on others steps without any."""
+        engine, plan, source = self._engine, self._plan, self._source
+        shards: Iterator[Latents] = iter(())
+        if self._working:
+            parts = pieces(source.blocks(video, self.chunk))
+            shards = engine.encoder().steps(parts, plan, engine.group, self.chunk, image=source.frames == 1)
+        # The first rank says before each step whether there is one: those without rows know no other end.
+        more = True
+        while self._coordinator.from_first(more):
+            shard = next(shards, None)
+            more = shard is not None
+            if shard is None:
+                continue
+            means = shard.means
+            if means is not None:
+                whole = to_first_rank(means.permute(1, 2, 3, 0)[None], plan, engine.group, 1)
+                means = None if whole is None else whole[0].permute(3, 0, 1, 2).contiguous()
+            yield Latents(means, shard.pixel_range)
 
 
 def _described(latents: torch.Tensor) -> str:

@@ -1,11 +1,13 @@
-"""A decoder's weights on one device, and the steps of decodes with them.
+"""A model's weights on one device, and the steps of decodes and encodes with them.
 
 B videos, T latent frames, h x w latent rows and columns, z channels; frames [B, t, H, W, C]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +15,84 @@ import torch
 from ..architecture import Architecture
 from ..cancel import check_cancelled
 from ..model.decoder import WanDecoder
+from ..model.encoder import Piece, WanEncoder
 from ..model.state import Edges, PageKey, Pages, SlotLists, StreamState, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
 from ..ops.frames import to_frames
 from ..parallel.coordination import Coordinator
+from ..parallel.window import PixelWindow
 from . import tuning
 from .arithmetic import exact_arithmetic
+from .host_to_device import to_device
+from .steps import Latents
 
 
-class LocalDecoder:
-    """Weights on ``device`` in ``dtype``, and the steps of decodes with them.
+class _LocalModel:
+    """A model's weights on ``device`` in ``dtype``.
+
+    Args:
+        model: on the meta device.
+        architecture: what the weights are of.
+        weights: the model's tensors by Wan's original keys.
+        device: where to.
+        dtype: in what.
+    """
+
+    def __init__(
+        self,
+        model: WanDecoder | WanEncoder,
+        architecture: Architecture,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.architecture = architecture
+        self.device = device
+        self.dtype = dtype
+        self._layers = model
+        # Copied even where nothing changes: a file that is mapped into memory may change under us.
+        own = {}
+        for key, tensor in weights.items():
+            check_cancelled()
+            own[key] = tensor.detach().to(device, dtype, copy=True)
+        model.load_state_dict(own, strict=True, assign=True)
+        model.requires_grad_(False).eval()
+        self._compiled: set[tuple[Any, ...]] = set()
+        self._lists = SlotLists(device)
+        # Whether `tune` was called.
+        self.tuned = False
+
+    def tune(self, coordinator: Coordinator | None = None) -> None:
+        """Measures, or looks up, what convolves fastest here; with a ``coordinator`` its ranks call and agree."""
+        convolutions = self._layers.convolutions()
+        with exact_arithmetic(self.device, self.dtype):
+            given = tuning.tune([conv.kind for conv in convolutions], self.device, self.dtype, coordinator)
+        for conv in convolutions:
+            conv.cudnn = conv.kind in given
+        self.tuned = True
+
+    @property
+    def kernels(self) -> bool:
+        """Whether our own kernels do all of the work."""
+        ours = kernels_multiply(self.device, self.dtype)
+        return ours and not any(conv.cudnn for conv in self._layers.convolutions())
+
+    def _compile(self, key: tuple[Any, ...], run: Callable[[], None]) -> None:
+        """Compiles the kernels that ``run()`` launches, all at once; what was compiled for ``key`` before is there."""
+        if self.dtype not in KERNEL_DTYPES or key in self._compiled:
+            return
+        with exact_arithmetic(self.device, self.dtype), torch.inference_mode():
+            if not kernels_multiply(self.device, self.dtype):
+                return
+            from ..ops.kernels.launch import compile_all
+
+            compile_all(run, self.device)
+        self._compiled.add(key)
+
+
+class LocalDecoder(_LocalModel):
+    """A decoder's weights on ``device`` in ``dtype``, and the steps of decodes with them.
 
     Decodes share nothing but the weights, so several may run at once.
 
@@ -41,37 +111,9 @@ class LocalDecoder:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.architecture = architecture
-        self.device = device
-        self.dtype = dtype
         with torch.device("meta"):
             self.model = WanDecoder(architecture)
-        # Copied even where nothing changes: a file that is mapped into memory may change under us.
-        own = {}
-        for key, tensor in weights.items():
-            check_cancelled()
-            own[key] = tensor.detach().to(device, dtype, copy=True)
-        self.model.load_state_dict(own, strict=True, assign=True)
-        self.model.requires_grad_(False).eval()
-        self._compiled: set[tuple[Any, ...]] = set()
-        self._lists = SlotLists(device)
-        # Whether `tune` was called.
-        self.tuned = False
-
-    def tune(self, coordinator: Coordinator | None = None) -> None:
-        """Measures, or looks up, what convolves fastest here; with a ``coordinator`` its ranks call and agree."""
-        convolutions = self.model.convolutions()
-        with exact_arithmetic(self.device, self.dtype):
-            given = tuning.tune([conv.kind for conv in convolutions], self.device, self.dtype, coordinator)
-        for conv in convolutions:
-            conv.cudnn = conv.kind in given
-        self.tuned = True
-
-    @property
-    def kernels(self) -> bool:
-        """Whether our own kernels do all of a decode."""
-        ours = kernels_multiply(self.device, self.dtype)
-        return ours and not any(conv.cudnn for conv in self.model.convolutions())
+        super().__init__(self.model, architecture, weights, device=device, dtype=dtype)
 
     @torch.inference_mode()
     def stream(
@@ -102,7 +144,7 @@ class LocalDecoder:
             lists=self._lists,
         )
         edges = edges or WholePicture()
-        self._compile(latents.shape, pages, chunk, edges, transposed)
+        self._compile_for(latents.shape, pages, chunk, edges, transposed)
         videos = [
             self.model.stream(
                 # Whatever strides the caller's latents have, inside it is [T, h, w, z].
@@ -124,29 +166,125 @@ class LocalDecoder:
             del frames
             yield batch
 
-    def _compile(
+    def _compile_for(
         self, shape: torch.Size, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, transposed: bool
     ) -> None:
-        """Compiles the kernels for latents of ``shape``, all at once instead of one after the other."""
+        """Compiles the kernels for latents of ``shape``."""
         _, channels, steps, rows, columns = shape
         # The first frame, a whole chunk, and what is left: other numbers of frames may take other kernels.
         counts = dict.fromkeys(1 + n for n in (chunk, (steps - 1) % chunk) if n and steps > 1) or {1: None}
-        key = rows, columns, tuple(counts), chunk, transposed
-        if self.dtype not in KERNEL_DTYPES or key in self._compiled:
-            return
-        with exact_arithmetic(self.device, self.dtype), torch.inference_mode():
-            if not kernels_multiply(self.device, self.dtype):
+
+        def run() -> None:
+            for count in counts:
+                state = StreamState(pages, edges=edges.silent(), transposed=transposed, keeps=steps > 1)
+                latents = torch.empty((count, rows, columns, channels), dtype=self.dtype, device=self.device)
+                for raw in self.model.stream(latents, state, chunk):
+                    to_frames(raw, self.architecture.patch, transposed=transposed)
+                for one in pages.values():
+                    one.reset()
+
+        self._compile((rows, columns, tuple(counts), chunk, transposed), run)
+
+
+class LocalEncoder(_LocalModel):
+    """An encoder's weights on ``device`` in ``dtype``, and the steps of encodes with them.
+
+    Encodes share nothing but the weights, so several may run at once.
+
+    Args:
+        architecture: what the weights are of.
+        weights: the encoder's tensors by Wan's original keys.
+        device: where to.
+        dtype: in what.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        with torch.device("meta"):
+            self.model = WanEncoder(architecture)
+        super().__init__(self.model, architecture, weights, device=device, dtype=dtype)
+
+    def stream(
+        self,
+        pieces: Iterable[Piece],
+        window: PixelWindow,
+        chunk: int,
+        edges: Edges | None = None,
+        *,
+        image: bool = False,
+    ) -> Iterator[Latents]:
+        """Encodes one video.
+
+        Args:
+            pieces: of its frames ``[n, H', W', C]`` in [0, 1], with their counts; only the window's pixels, of any
+                float dtype, on the host or the device.
+            window: which part of the picture they are.
+            chunk: frames at once.
+            edges: what lies around the rows; by default nothing.
+            image: there is one frame only.
+
+        Yields:
+            Latents that follow those before: once for each piece, and once more at the end.
+        """
+        transposed = window.transposed
+        with torch.inference_mode():
+            pages = self.model.pages(
+                window.rows, window.columns, chunk=chunk, keeps=not image, dtype=self.dtype, device=self.device,
+                lists=self._lists,
+            )  # fmt: skip
+        edges = edges or WholePicture()
+        self._compile_for(window, pages, chunk, edges, image)
+        state = StreamState(pages, edges=edges, transposed=transposed, keeps=not image)
+        encoding = self.model.begin(state, chunk, window.margins)
+        arrived = to_device(pieces, self.device)
+        while True:
+            piece = next(arrived, None)  # the caller's own work, in the caller's own mode and with its own settings
+            steps = encoding.end() if piece is None else encoding.push(piece)
+            with self._computing():
+                pixel_range = None
+                if piece is not None and piece.frames is not None:
+                    pixel_range = torch.stack(piece.frames.aminmax())  # NaN, if any pixel is
+                ended = piece is None
+                del piece
+                means = list(steps)
+                latents = self._for_host(torch.cat(means), transposed) if means else None
+                del means
+            yield Latents(latents, pixel_range)
+            if ended:
                 return
-            from ..ops.kernels.launch import compile_all
 
-            def run() -> None:
-                for count in counts:
-                    state = StreamState(pages, edges=edges.silent(), transposed=transposed, keeps=steps > 1)
-                    latents = torch.empty((count, rows, columns, channels), dtype=self.dtype, device=self.device)
-                    for raw in self.model.stream(latents, state, chunk):
-                        to_frames(raw, self.architecture.patch, transposed=transposed)
-                    for one in pages.values():
-                        one.reset()
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.inference_mode(), exact_arithmetic(self.device, self.dtype):
+            yield
 
-            compile_all(run, self.device)
-        self._compiled.add(key)
+    def _for_host(self, means: torch.Tensor, transposed: bool) -> torch.Tensor:
+        wide = means.to(torch.promote_types(self.dtype, torch.float32))
+        # [t, h, w, z], or of a transposed plan [t, w, h, z]
+        return wide.permute((3, 0, 2, 1) if transposed else (3, 0, 1, 2)).contiguous()
+
+    def _compile_for(
+        self, window: PixelWindow, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, image: bool
+    ) -> None:
+        """Compiles the kernels for a window's pixels."""
+        ratio = self.architecture.temporal_ratio
+        # Whatever is left at a video's end: other numbers of frames may take other kernels.
+        frames = 1 if image else 1 + ratio * max(1, chunk)
+
+        def run() -> None:
+            state = StreamState(pages, edges=edges.silent(), transposed=window.transposed, keeps=not image)
+            shape = (frames, *window.shape, self.architecture.output_channels)
+            pixels = torch.empty(shape, dtype=torch.float32, device=self.device)
+            encoding = self.model.begin(state, chunk, window.margins)
+            for _ in itertools.chain(encoding.push(Piece(pixels, (0,) * frames)), encoding.end()):
+                pass
+            for one in pages.values():
+                one.reset()
+
+        self._compile((window, chunk, image), run)

@@ -35,11 +35,13 @@ from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
 from ..errors import WanVAEError, WorkerError
 from ..files.checkpoint import Checkpoint
 from ..ops.dispatch import say_once
+from ..runtime.source import Source
+from .encode_run import PoolEncodeRun
 from .failures import INTERFACE, cause, hint
 from .heartbeat import PAUSE_SECONDS
 from .process import WorkerProcess, end_all
 from .run import PoolRun
-from .shared_weights import share_weights
+from .shared_weights import Part, share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ class WorkerPool:
     Args:
         weights: called for the checkpoint whenever workers load them.
         devices: one a worker; several of ``"cpu"`` are allowed.
-        dtype: to compute in.
+        dtype: to decode in.
+        encode_dtype: to encode in.
         idle_seconds: without a decode for so long, workers that have had one end.
 
     Attributes:
@@ -97,11 +100,13 @@ class WorkerPool:
         weights: Callable[[], Checkpoint],
         devices: Sequence[torch.device],
         dtype: torch.dtype,
+        encode_dtype: torch.dtype,
         *,
         idle_seconds: float,
     ) -> None:
         self.devices = tuple(devices)
         self.dtype = dtype
+        self.encode_dtype = encode_dtype
         self._weights = weights
         self._idle_seconds = idle_seconds
         self.workers: list[WorkerProcess] = []
@@ -110,8 +115,9 @@ class WorkerPool:
         # Whether workers have been told of a decode, and whether its memory is not known to be free yet since.
         self._opened = False
         self._finishing = False
-        # Whether loading workers have got the weights.
-        self._given = False
+        # The weights that ready workers have, and those that loading ones have been given.
+        self._parts: set[Part] = set()
+        self._given: Part | None = None
         # Answers of some of the workers, by kind and rank, when whoever waited for all of them was cancelled.
         self._early: dict[str, dict[int, tuple[Any, ...]]] = {}
         self._process = os.getpid()
@@ -142,6 +148,15 @@ class WorkerPool:
             chunk: latent frames at once; 0 for as many as pay and fit.
         """
         return PoolRun(self, latents, video_shape, chunk)
+
+    def encode(self, source: Source, chunk: int) -> PoolEncodeRun:
+        """Begins an encode; other threads' decodes and encodes wait for its end.
+
+        Args:
+            source: of the videos.
+            chunk: frames at once; 0 for as many as pay and fit.
+        """
+        return PoolEncodeRun(self, source, chunk)
 
     def close(self) -> None:
         """Ends the workers; a running decode ends with an error."""
@@ -227,31 +242,37 @@ class WorkerPool:
             with other._changing:
                 self.workers, other.workers = other.workers, []
                 self.stage, other.stage = other.stage, "gone"
+                other._parts, other._given = set(), None
             if other._idle_timer:
                 other._idle_timer.cancel()
         finally:
             other._decoding.release()
         self._end_when_idle()
 
-    def start(self) -> None:
-        """Waits until the workers are ready, whatever stage they are in; starts them if there are none that live."""
+    def start(self, part: Part) -> None:
+        """Waits until the workers are ready with a part's weights; starts them if there are none that live."""
         if self.workers and not all(worker.alive for worker in self.workers):
-            logger.warning("workers ended since the last decode; starting new ones")
+            logger.warning("workers ended since they were used last; starting new ones")
             self.stop(grace=0.5)
         if self.stage == "ready":
             self._await_finish()
-            return
         started = time.monotonic()
         self.prepare()
-        if self.stage != "loading":
-            self._load()
-        if not self._given:
-            self._give_weights()
-        # A cancelled wait leaves them loading: the next decode waits for the rest.
-        ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
-        self.stage, self.held = "ready", max(held for _, held in ready)
-        names = ", ".join(map(str, self.devices))
-        logger.debug("%d workers on %s were ready after %.2f s", len(self.workers), names, time.monotonic() - started)
+        while self.stage != "ready" or part not in self._parts:
+            if self.stage == "ready":
+                self.stage = "loading"
+            elif self.stage != "loading":
+                self._load()
+            if self._given is None:
+                self._give_weights(part)
+            # A cancelled wait leaves them loading: the next one waits for the rest.
+            ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
+            if self._given is not None:
+                self._parts.add(self._given)
+            self._given = None
+            self.stage, self.held = "ready", max(held for _, held in ready)
+            names = ", ".join(map(str, self.devices))
+            logger.debug("%d workers on %s were ready after %.2f s", len(ready), names, time.monotonic() - started)
 
     def park(self) -> bool:
         """Has ready workers give their devices' memory back, and keeps their processes.
@@ -280,7 +301,7 @@ class WorkerPool:
             if self.stage == "ready":
                 self.tell("park")
                 self.gather("parked", len(self.workers), limit=_PARK_SECONDS, check=None)
-                self.stage, self.held = "parked", 0
+                self.stage, self.held, self._parts = "parked", 0, set()
         except WanVAEError as error:
             logger.warning("%s", str(error))
             self.stop(grace=0.0)
@@ -288,10 +309,10 @@ class WorkerPool:
             self.stop(grace=0.0)  # interrupted here, they are in the middle of who knows what
             raise
 
-    def open(self, request: dict[str, Any], *descriptors: int) -> None:
-        """Tells ready workers of a decode; it lasts until `finish`."""
+    def open(self, kind: str, request: dict[str, Any], *descriptors: int) -> None:
+        """Tells ready workers of a decode or an encode; it lasts until `finish`."""
         self._opened = True
-        self.tell("open", request)
+        self.tell(kind, request)
         self.hand_over(*descriptors)
 
     def finish(self) -> None:
@@ -319,7 +340,6 @@ class WorkerPool:
         """Tells the workers to get ready for weights, so that they do that while this process reads them."""
         cuda = self.devices[0].type == "cuda"
         settings = {
-            "dtype": self.dtype,
             "backend": "nccl" if cuda else "gloo",
             # On GPUs the host only copies frames: more threads than these would only be in each other's way.
             "threads": min(_COPY_THREADS if cuda else 2**10, max(1, torch.get_num_threads() // len(self.devices))),
@@ -332,21 +352,22 @@ class WorkerPool:
         with self._sharing():
             store = os.memfd_create("wan-vae-parallel-store", os.MFD_CLOEXEC)
             try:
-                self._given = False
+                self._given, self._parts = None, set()
                 self.tell("load", settings)
                 self.stage = "loading"
                 self.hand_over(store)
             finally:
                 os.close(store)
 
-    def _give_weights(self) -> None:
-        """Hands the weights to workers that wait for them."""
+    def _give_weights(self, part: Part) -> None:
+        """Hands a part's weights to the workers."""
         with self._sharing():
-            memory, manifest = share_weights(self._weights(), self.dtype)
+            dtype = self.dtype if part == "decoder" else self.encode_dtype
+            memory, manifest = share_weights(self._weights(), part, dtype)
             try:
-                self.tell("weights", manifest)
+                self.tell("weights", part, manifest)
                 self.hand_over(memory.descriptor)
-                self._given = True
+                self._given = part
             finally:
                 memory.close()
 
@@ -376,6 +397,7 @@ class WorkerPool:
             # Those that only load have nothing to end well, and may not hear.
             grace = grace if self.stage in ("ready", "parked") else 0.0
             self.stage, self.held, self._early = "gone", 0, {}
+            self._parts, self._given = set(), None
             self._opened = self._finishing = False
         end_all(workers, grace)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 import torch
 
@@ -13,67 +12,13 @@ from ..errors import OutOfMemoryError, WanVAEError, WorkerError
 from ..memory import host_room
 from ..parallel.plan import describe_plan, plan_shards
 from .failures import StepOutOfMemory
+from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
 # Steps that are commanded before the first of them is done: the devices never wait for the parent.
 _AHEAD = 2
-# A GPU that is not done with a step by then waits for another one in vain.
-_STEP_SECONDS = 600.0
-
-
-class Workers(Protocol):
-    """What a run needs of the pool whose workers do it; see `pool.WorkerPool`."""
-
-    devices: tuple[torch.device, ...]
-    dtype: torch.dtype
-
-    @property
-    def ours(self) -> bool:
-        """Whether the workers are this process's."""
-        ...
-
-    @property
-    def stage(self) -> str:
-        """Of all workers."""
-        ...
-
-    def enter(self) -> None:
-        """Takes the workers for this thread."""
-        ...
-
-    def belongs_here(self) -> None:
-        """Notes that this thread goes on."""
-        ...
-
-    def leave(self) -> None:
-        """Gives them back."""
-        ...
-
-    def start(self) -> None:
-        """Waits until they are ready."""
-        ...
-
-    def open(self, request: dict[str, Any], *descriptors: int) -> None:
-        """Tells them what is to be done."""
-        ...
-
-    def finish(self) -> None:
-        """Ends that."""
-        ...
-
-    def stop(self, grace: float = ...) -> None:
-        """Ends them."""
-        ...
-
-    def tell(self, *message: object) -> None:
-        """Sends all of them a message."""
-        ...
-
-    def gather(self, kind: str, count: int, *, limit: float | None = ...) -> list[tuple[Any, ...]]:
-        """Waits for the answers of the first ``count``."""
-        ...
 
 
 class PoolRun:
@@ -151,7 +96,7 @@ class PoolRun:
         """Decodes from the beginning; yields the number of new frames of each step."""
         pool = self._pool
         self._begun = 0
-        pool.start()
+        pool.start("decoder")
         self._open(chunk)
         room = [answer[1] for answer in pool.gather("room", self._shards)]
         self._begun = min(room)
@@ -167,7 +112,7 @@ class PoolRun:
             pool.tell("step")
         done = 0
         while True:
-            answers = pool.gather("done", self._shards, limit=_STEP_SECONDS if pool.devices[0].type == "cuda" else None)
+            answers = pool.gather("done", self._shards, limit=STEP_SECONDS if pool.devices[0].type == "cuda" else None)
             counts = {answer[1] if answer[0] == "done" else 0 for answer in answers}
             if len(counts) != 1:
                 raise WorkerError(f"workers disagree on the frames of a step: {sorted(counts)}")
@@ -192,7 +137,7 @@ class PoolRun:
             "frames_size": self._video_memory.size,
             "chunk": chunk,
         }
-        self._pool.open(request, self._latents_memory.descriptor, self._video_memory.descriptor)
+        self._pool.open("open", request, self._latents_memory.descriptor, self._video_memory.descriptor)
 
     def discard(self, frames: int) -> None:
         """Gives back the memory of the first ``frames`` frames of `video`, which nobody will look at again."""

@@ -1,13 +1,15 @@
-"""A decoder's weights in memory that workers share: one copy for all, which they take to their devices."""
+"""Weights in memory that workers share: one copy for all, which they take to their devices."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import torch
 
+from ..architecture import Architecture
 from ..cancel import check_cancelled
-from ..files.checkpoint import Checkpoint, checkpoint_from_state_dict
+from ..files.checkpoint import Checkpoint
 from .shared_memory import SharedMemory
 
 # Bytes between tensors begin at multiples of this.
@@ -17,29 +19,34 @@ _ALIGNMENT = 64
 Manifest = dict[str, Any]
 
 
-def share_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[SharedMemory, Manifest]:
-    """Copies the decoder's tensors in ``dtype``; returns the copy, and where in it each of them lies."""
+Part = Literal["decoder", "encoder"]
+
+
+def share_weights(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> tuple[SharedMemory, Manifest]:
+    """Copies a part's tensors in ``dtype``; returns the copy, and where in it each of them lies."""
+    tensors = checkpoint.decoder if part == "decoder" else checkpoint.encoder
     places, size = {}, 0
-    for name, tensor in checkpoint.decoder.items():
+    for name, tensor in tensors.items():
         places[name] = tuple(tensor.shape), dtype, size
         size += -(-tensor.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     memory = SharedMemory.create(max(1, size))
     try:
         for name, (shape, _, offset) in places.items():
             check_cancelled()
-            memory.tensor(torch.Size(shape), dtype, offset).copy_(checkpoint.decoder[name].detach())
+            memory.tensor(torch.Size(shape), dtype, offset).copy_(tensors[name].detach())
     except BaseException:
         memory.close()
         raise
-    return memory, {"tensors": places, "size": memory.size, "source": checkpoint.source}
+    architecture = dataclasses.asdict(checkpoint.architecture)  # a worker's class has another module's name
+    return memory, {"tensors": places, "size": memory.size, "architecture": architecture, "dtype": dtype}
 
 
-def shared_checkpoint(descriptor: int, manifest: Manifest) -> Checkpoint:
-    """The checkpoint behind a descriptor that was handed over; it closes that, and its tensors keep the memory."""
+def shared_weights(descriptor: int, manifest: Manifest) -> tuple[Architecture, dict[str, torch.Tensor]]:
+    """What lies behind a descriptor that was handed over; it closes that, and the tensors keep the memory."""
     memory = SharedMemory(descriptor, manifest["size"])
     tensors = {
         name: memory.tensor(torch.Size(shape), dtype, offset)
         for name, (shape, dtype, offset) in manifest["tensors"].items()
     }
     memory.close()
-    return checkpoint_from_state_dict(tensors, source=manifest["source"])
+    return Architecture(**manifest["architecture"]), tensors

@@ -9,13 +9,17 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 | --- | --- |
 | | ``("prepared",)`` once, when its modules are loaded |
 | ``("load", settings)``, then a file descriptor | nothing; in the file the ranks find one another |
-| ``("weights", manifest)``, then another one | ``("ready", held)`` when all can decode: bytes held on the device |
+| ``("weights", part, manifest)``, then another one | ``("ready", held)``: bytes held on the device |
 | | ``("alive",)`` about once a second while it loads or decodes, whatever else goes on |
 | | ``("said", level, text)`` what it logs; of news that concern all ranks the first one's |
 | ``("open", request)``, then two file descriptors | ``("room", chunk)``: most latent frames at once that fit, or 0 |
 | ``("begin", chunk)`` | nothing |
 | ``("step",)`` | ``("done", frames, finite)`` when these frames' rows are in the buffer, or ``("end",)`` |
-| ``("finish",)`` | ``("finished",)`` when the decode's memory is free |
+| ``("encode", request)`` | ``("room", chunk)``: most frames at once that fit, or 0 |
+| ``("rings", request)``, then two file descriptors | nothing; the one is for pixels, the other for latents |
+| ``("piece", counts)`` | ``("done", frames, finite, (least, most))``; on a GPU when the next piece has come |
+| ``("last",)`` | the same once more |
+| ``("finish",)`` | ``("finished",)`` when the decode's or encode's memory is free |
 | ``("park",)`` | ``("parked",)`` when the device has its memory back |
 | ``("close",)``, or the end of the pipe | the process ends |
 | | ``("failed", kind, text)``, after which the process ends |
@@ -27,6 +31,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import itertools
 import logging
 import os
 import pkgutil
@@ -45,15 +50,16 @@ from torch._C._distributed_c10d import FileStore
 
 from ..errors import is_out_of_memory
 from ..memory import give_back_host_memory
+from ..model.encoder import Piece
 from ..parallel.coordination import Coordinator, check_agreement
 from ..parallel.edges import connect
 from ..parallel.peer_memory import PeerMemory, open_peer_memory
 from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
-from ..runtime.device_to_host import to_host
-from ..runtime.shard import ShardDecoder
+from ..runtime.device_to_host import latents_to_host, to_host
+from ..runtime.shard import ShardDecoder, ShardEncoder
 from .shared_memory import SharedMemory, populate
-from .shared_weights import shared_checkpoint
+from .shared_weights import Manifest, Part, shared_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ _IDLE_SECONDS = 0.2
 _STACK_SIZE = 0
 _LEAST_STACK_BYTES = 256
 # How many file descriptors follow a message.
-_DESCRIPTORS = {"load": 1, "weights": 1, "open": 2}
+_DESCRIPTORS = {"load": 1, "weights": 1, "open": 2, "rings": 2}
 
 
 def load_kernels() -> None:
@@ -133,8 +139,11 @@ class _Worker:
         self._emptying: threading.Thread | None = None
         self._store: int | None = None
         self._decoder: ShardDecoder | None = None
+        self._encoder: ShardEncoder | None = None
         self._group: dist.ProcessGroup | None = None
         self._peer_memory: PeerMemory | None = None
+        # Whether devices have what they exchange bytes through.
+        self._connected = False
         for work in (self._listen, self._make_pages, self._let_go):
             threading.Thread(target=work, daemon=True).start()
 
@@ -176,7 +185,7 @@ class _Worker:
                         self.send("alive")
                     continue
                 message = self.connection.recv()
-                if message[0] in ("load", "open", "park"):
+                if message[0] in ("load", "weights", "open", "encode", "park"):
                     self._heard = True
                 # The descriptors follow their message, and must be taken before the next one.
                 message = (*message, *(recv_handle(self.connection) for _ in range(_DESCRIPTORS.get(message[0], 0))))
@@ -211,8 +220,12 @@ class _Worker:
             command, *arguments = self._commands.get()
             if command == "load":
                 self._load(*arguments)
+            elif command == "weights":
+                self._take_weights(*arguments)
             elif command == "open":
                 self._decode(*arguments)
+            elif command == "encode":
+                self._encode(*arguments)
             elif command == "park":
                 self._park()
             # Else the rest of a decode that is over already.
@@ -228,16 +241,24 @@ class _Worker:
             self._group = self._join_group(settings, store)
         else:
             os.close(store)
-        command, manifest, weights = self._commands.get()
-        assert command == "weights", command
+
+    def _take_weights(self, part: Part, manifest: Manifest, descriptor: int) -> None:
+        self._heard = True
+        assert self._group is not None, "weights came before the ranks' meeting"
         # Nothing keeps the host's copy longer than this takes.
-        self._decoder = ShardDecoder(shared_checkpoint(weights, manifest), self.device, settings["dtype"])
+        model: ShardDecoder | ShardEncoder
+        if part == "decoder":
+            model = self._decoder = ShardDecoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
+        else:
+            model = self._encoder = ShardEncoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
         coordinator = Coordinator(self._group)
-        check_agreement(self._decoder.facts(), coordinator)
-        self._decoder.tune(coordinator)
-        self._peer_memory = open_peer_memory(self._group, self.device, coordinator)
-        if self._peer_memory is None:
-            connect(self._group, self.device)
+        check_agreement(model.facts(), coordinator)
+        model.tune(coordinator)
+        if not self._connected:
+            self._peer_memory = open_peer_memory(self._group, self.device, coordinator)
+            if self._peer_memory is None:
+                connect(self._group, self.device)
+            self._connected = True
         held = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
         if self._peer_memory:
             held += self._peer_memory.size
@@ -245,7 +266,8 @@ class _Worker:
         self.send("ready", held)
 
     def _park(self) -> None:
-        self._decoder = None
+        self._decoder = self._encoder = None
+        self._connected = False
         if self.device.type == "cuda" and self._peer_memory is None and self._group is not None:
             # NCCL's memory is the group's; without it the group may stay.
             dist.destroy_process_group()
@@ -308,8 +330,12 @@ class _Worker:
                 self.send("end") if done is None else self.send("done", *done)
             elif command == "finish":
                 break
-        self._busy.clear()
         del steps, latents, video
+        self._finish(shared)
+
+    def _finish(self, shared: list[Any]) -> None:
+        """Ends a decode or an encode, whose ``shared`` memory it lets go."""
+        self._busy.clear()
         if self._emptying:
             self._emptying.join()
             self._emptying = None
@@ -321,6 +347,73 @@ class _Worker:
             give_back_host_memory()
         # The mappings go after that word: the parent has its own, and need not wait.
         self._gone.put(shared)
+
+    def _encode(self, request: dict[str, Any]) -> None:
+        self._heard = True
+        encoder, group = self._encoder, self._group
+        assert encoder is not None, "an encode was opened on a worker without weights"
+        plan = plan_shards(request["rows"], request["columns"], dist.get_world_size(group))
+        idle = self.rank >= plan.shards
+        asked, frames = request["chunk"], request["frames"]
+        self.send("room", asked if idle else encoder.room(plan, self.rank, frames, asked))
+        shared: list[Any] = []
+        # Until the rings come, or the encode ends before it has begun.
+        while (message := self._commands.get())[0] not in ("rings", "finish"):
+            pass
+        if message[0] == "rings":
+            shared = [
+                SharedMemory(message[2], message[1]["pixels_size"]),
+                SharedMemory(message[3], message[1]["latents_size"]),
+            ]
+            for memory in shared:
+                memory.close()
+            if idle:
+                while self._commands.get()[0] != "finish":
+                    pass
+            else:
+                with contextlib.suppress(_Finished):
+                    self._encode_pieces(encoder, plan, message[1], *shared, image=frames == 1)
+                    while self._commands.get()[0] != "finish":
+                        pass
+        self._finish(shared)
+
+    def _encode_pieces(
+        self,
+        encoder: ShardEncoder,
+        plan: ShardPlan,
+        request: dict[str, Any],
+        pixel_memory: SharedMemory,
+        latent_memory: SharedMemory,
+        *,
+        image: bool,
+    ) -> None:
+        """Encodes this rank's rows of each piece; `_Finished` ends it early."""
+        group = self._group
+        assert group is not None
+        pixels = pixel_memory.tensor(request["pixels_shape"], request["pixels_dtype"])
+        latents = latent_memory.tensor(request["latents_shape"], request["latents_dtype"])
+        start, stop = plan.bounds[self.rank], plan.bounds[self.rank + 1]
+        own = latents[..., start:stop] if plan.transposed else latents[..., start:stop, :]
+
+        def pieces() -> Iterator[Piece]:
+            for number in itertools.count():
+                command, *arguments = self._commands.get()
+                if command == "last":
+                    return
+                if command == "finish":
+                    raise _Finished
+                (counts,) = arguments
+                new = counts.count(0)
+                yield Piece(pixels[number % len(pixels), :new] if new else None, counts)
+                self._busy.set()
+
+        steps = encoder.steps(pieces(), plan, group, request["chunk"], self._peer_memory, image=image)
+        for number, (means, finite, least, most) in enumerate(latents_to_host(steps, self.device)):
+            count = 0
+            if means is not None:
+                count = means.shape[1]
+                own[number % len(own), :, :count].copy_(means)
+            self.send("done", count, finite, (least, most))
 
     def _steps(
         self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int
@@ -364,6 +457,10 @@ class _Worker:
                     frame_into.copy_(frame)
             done += count
             yield count, finite
+
+
+class _Finished(Exception):
+    """The parent wants no more."""
 
 
 def give_back(device: torch.device) -> None:

@@ -1,0 +1,121 @@
+"""Frames that are to be encoded: checking them, cutting them to what latents can hold.
+
+B videos, T frames, H x W pixels, C colours
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from .architecture import Architecture
+from .errors import FrameError
+from .ops.dispatch import say_once
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Sharpening and the like overshoot a little; what goes farther is no picture in [0, 1].
+_LEAST, _MOST = -0.5, 1.5
+
+
+def check_frames(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """Makes sure that ``frames`` can be encoded, and takes of them what an encode uses.
+
+    Rows and columns that don't make whole latent ones are cut off on both sides, as ComfyUI does, and said. So are
+    channels beyond the VAE's colours, such as alpha, and frames beyond a multiple of four and one.
+
+    Args:
+        frames: ``[B, T, H, W, C]``, or ``[T, H, W, C]`` for one video; any float dtype, strides and device.
+        architecture: the VAE that will encode them.
+
+    Returns:
+        ``[B, T', H', W', C']``, a view.
+
+    Raises:
+        FrameError: wrong type, number of axes, colours, an empty axis, or pictures smaller than a latent voxel.
+    """
+    frames = _usable(frames, architecture)
+    return frames[:, : architecture.encoded_frames(frames.shape[1])]
+
+
+def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """`check_frames` up to the number of frames."""
+    if not isinstance(frames, torch.Tensor):
+        raise FrameError(f"frames are a {type(frames).__name__}; they must be a torch tensor [B, T, H, W, C]")
+    shape = tuple(frames.shape)
+    if frames.dim() == 4:
+        frames = frames.unsqueeze(0)
+    if frames.dim() != 5:
+        raise FrameError(
+            f"frames have {len(shape)} axes {shape}; they must have five, [B, T, H, W, C], or four for one video"
+        )
+    check_values(frames)
+    if frames.numel() == 0:
+        raise FrameError(f"frames are empty, {shape}; every axis must be at least 1")
+    if frames.layout != torch.strided or frames.is_meta:
+        kind = "meta" if frames.is_meta else str(frames.layout)
+        raise FrameError(f"frames are a {kind} tensor; they must be an ordinary, dense one")
+    colours = architecture.output_channels
+    if frames.shape[4] < colours:
+        raise FrameError(
+            f"frames {shape} have {frames.shape[4]} channels, and this {architecture.name} VAE takes {colours}; the "
+            f"channels come last"
+        )
+    ratio = architecture.spatial_ratio
+    height, width = frames.shape[2:4]
+    if min(height, width) < ratio:
+        raise FrameError(
+            f"frames of {width}x{height} are smaller than a latent voxel of {architecture.name}, which has "
+            f"{ratio}x{ratio} pixels; enlarge them"
+        )
+    rows, columns = height // ratio * ratio, width // ratio * ratio
+    if (rows, columns) != (height, width):
+        say_once(
+            f"frames of {width}x{height} are cut to {columns}x{rows}, the middle of them: {architecture.name} encodes "
+            f"multiples of {ratio} pixels"
+        )
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return frames[:, :, top : top + rows, left : left + columns, :colours]
+
+
+def check_part(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """`check_frames` for a part of a video, of any number of frames: ``[T, H', W', C']``.
+
+    Args:
+        frames: ``[T, H, W, C]``, or ``[1, T, H, W, C]``.
+        architecture: as there.
+
+    Raises:
+        FrameError: as there, or there are several videos.
+    """
+    if isinstance(frames, torch.Tensor) and frames.dim() == 5:
+        if len(frames) != 1:
+            raise FrameError(f"a stream has the frames of one video, not of {len(frames)}; encode the others as such")
+        frames = frames[0]
+    return _usable(frames, architecture)[0]
+
+
+def check_values(frames: torch.Tensor) -> None:
+    """Raises `FrameError` unless ``frames`` are of a float dtype."""
+    if frames.dtype not in _DTYPES:
+        advice = ": divide by 255 (frames.float() / 255)" if frames.dtype == torch.uint8 else ""
+        raise FrameError(
+            f"frames are {str(frames.dtype).removeprefix('torch.')}; they must be floating point in [0, 1]{advice}"
+        )
+
+
+def check_range(least: float, most: float) -> None:
+    """Looks at the least and the largest value of pixels, NaN if one is.
+
+    Raises:
+        FrameError: one is not finite.
+    """
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise FrameError(
+            "frames have NaN or infinite values, and so would all latents behind them: look at what made them"
+        )
+    if least < _LEAST or most > _MOST:
+        say_once(f"frames have values from {least:.3g} to {most:.3g}, and are encoded so; pictures have [0, 1]")

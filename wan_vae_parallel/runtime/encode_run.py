@@ -1,0 +1,148 @@
+"""One encode on one device of this process.
+
+T latent frames, h x w latent rows and columns, z channels
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from ..errors import OutOfMemoryError, is_out_of_memory
+from ..frames import check_range
+from ..memory import encode_memory, free_memory, gibibytes, give_back_host_memory, largest_encode_chunk
+from ..parallel.plan import plan_shards
+from ..parallel.window import PixelWindow
+from .device_to_host import latents_to_host
+from .local import LocalEncoder
+from .pieces import pieces
+from .source import Source
+
+logger = logging.getLogger(__name__)
+
+
+class _Engine(Protocol):
+    """What a run needs of an engine; see `engine.LocalEngine`."""
+
+    device: torch.device
+    encode_dtype: torch.dtype
+
+    @property
+    def running(self) -> bool:
+        """Whether weights are on the device."""
+        ...
+
+    def encoder(self) -> LocalEncoder:
+        """The encoder."""
+        ...
+
+    def free_cached(self) -> None:
+        """Gives unused memory back."""
+        ...
+
+
+class LocalEncodeRun:
+    """One encode: iterate for the latents as they become final; close it in any case."""
+
+    # Whether the newest latents are finite.
+    finite = True
+
+    def __init__(self, engine: _Engine, source: Source, chunk: int) -> None:
+        self._engine = engine
+        self._source = source
+        self._chunk = chunk
+        # What the encode found, where it is done and with which chunk, for a log.
+        self.found = "ready" if engine.running else "gone"
+        self.where = str(engine.device)
+        self.chunk = chunk
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the video's number and ``[z, t, h, w]`` on the host, each valid until the next."""
+        for video in range(self._source.videos):
+            for latents in self._video(video):
+                yield video, latents
+
+    def close(self) -> None:
+        """Ends the encode where it is and frees its memory."""
+        if self._engine.device.type == "cpu":
+            give_back_host_memory()
+
+    def _video(self, video: int) -> Iterator[torch.Tensor]:
+        """Latents of one video; out of memory starts over with smaller chunks and skips what has left already."""
+        engine, source = self._engine, self._source
+        architecture = engine.encoder().architecture
+        ratio = architecture.spatial_ratio
+        size = (source.rows, source.columns)
+        window = PixelWindow.of(plan_shards(*size, 1), 0, ratio=ratio, patch=architecture.patch)
+        chunk, sent, said = self._first_chunk(size), 0, False
+        while True:
+            skip, self.chunk = sent, chunk
+            try:
+                steps = engine.encoder().stream(
+                    pieces(source.blocks(video, chunk)), window, chunk, image=source.frames == 1
+                )
+                for latents, self.finite, least, most in latents_to_host(steps, engine.device):
+                    check_range(least, most)
+                    if latents is None:
+                        continue
+                    fresh = latents[:, skip:]
+                    skip = max(0, skip - latents.shape[1])
+                    if fresh.shape[1]:
+                        sent += fresh.shape[1]
+                        yield fresh
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # Out of the handler, the error's traceback no longer holds the step's tensors.
+            engine.free_cached()
+            if chunk == 1 or not source.again:
+                raise OutOfMemoryError(self._does_not_fit(size, chunk, reason))
+            if not said:
+                logger.warning(
+                    "%s ran out of memory with chunk %d; going on with smaller chunks, same latents",
+                    engine.device,
+                    chunk,
+                )
+                said = True
+            chunk //= 2
+
+    def _first_chunk(self, size: tuple[int, int]) -> int:
+        engine, frames = self._engine, self._source.frames
+        if self._chunk:
+            return self._chunk if frames is None else min(self._chunk, max(1, frames - 1))
+        encoder = engine.encoder()
+        return largest_encode_chunk(
+            encoder.architecture,
+            size,
+            frames=frames,
+            dtype=engine.encode_dtype,
+            free=free_memory(engine.device),
+            kernels=encoder.kernels,
+            device_type=engine.device.type,
+        )
+
+    def _does_not_fit(self, size: tuple[int, int], chunk: int, reason: str) -> str:
+        engine, source = self._engine, self._source
+        encoder = engine.encoder()
+        needed = encode_memory(
+            encoder.architecture,
+            size,
+            chunk=chunk,
+            image=source.frames == 1,
+            dtype=engine.encode_dtype,
+            kernels=encoder.kernels,
+        )
+        free = free_memory(engine.device) + needed.weights
+        how = "even one frame at a time" if chunk == 1 else f"with chunk {chunk}, and a stream can't be read again"
+        ways = ["encode smaller frames" if chunk == 1 else "take a smaller chunk"]
+        if engine.device.type != "cpu":
+            ways.append("or encode on the CPU")
+        return (
+            f"{source.width}x{source.height} does not fit on {engine.device} {how}: it takes about "
+            f"{gibibytes(needed.total)}, and {gibibytes(free)} are free; {', '.join(ways)} ({reason})"
+        )

@@ -1,0 +1,191 @@
+"""One encode of a pool of workers: pieces of the video handed over a few ahead, through memory that all share.
+
+n frames of a piece, H x W pixels, C colours; t latent frames of a step, h x w latent rows and columns, z channels
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from ..cancel import Cancelled
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError
+from ..frames import check_range
+from ..memory import host_room
+from ..parallel.plan import describe_plan, plan_shards
+from ..runtime.pieces import pieces
+from ..runtime.source import Source
+from .failures import StepOutOfMemory
+from .protocol import STEP_SECONDS, Workers
+from .shared_memory import SharedMemory
+
+logger = logging.getLogger(__name__)
+
+# Pieces that are handed over before the first of them is done: a GPU's latents come one piece behind.
+_AHEAD = 3
+
+
+def most_latents(chunk: int) -> int:
+    """Latent frames of a step, at most: what the coarsest stage makes of two chunks, and repeats."""
+    return 3 * chunk + 2
+
+
+class PoolEncodeRun:
+    """One encode of a pool: iterate for the latents as they become final; close it in any case."""
+
+    def __init__(self, pool: Workers, source: Source, chunk: int) -> None:
+        self._pool = pool
+        self._source = source
+        self._chunk = chunk
+        self._begun = 0
+        # Whether the newest latents are finite.
+        self.finite = True
+        pool.enter()
+        # What the encode found, and where it is done, for a log.
+        self.found = pool.stage
+        plan = plan_shards(source.rows, source.columns, len(pool.devices))
+        self._shards = plan.shards
+        self.where = describe_plan(plan, pool.devices)
+        self._rings: list[SharedMemory] = []
+
+    @property
+    def chunk(self) -> int:
+        """Frames at once, as far as it is known."""
+        return self._begun
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the video's number and ``[z, t, h, w]``, each valid until the next."""
+        for video in range(self._source.videos):
+            if video:
+                self._pool.finish()
+            for latents in self._video(video):
+                yield video, latents
+
+    def close(self) -> None:
+        """Ends the encode where it is; the workers free its memory and stay."""
+        pool = self._pool
+        if not pool.ours:
+            self._close_rings()
+            return
+        try:
+            pool.finish()
+        except WanVAEError as error:
+            # The encode is over either way; the next one starts new workers.
+            logger.warning("%s", str(error))
+            pool.stop()
+        except BaseException:
+            # Interrupted here, the workers are in the middle of who knows what.
+            pool.stop(grace=0.5)
+            raise
+        finally:
+            self._close_rings()
+            pool.leave()
+
+    def _video(self, video: int) -> Iterator[torch.Tensor]:
+        chunk, sent = self._chunk, 0
+        self._pool.belongs_here()
+        while True:
+            done = 0
+            try:
+                for latents in self._attempt(video, chunk):
+                    fresh = latents[:, max(0, sent - done) :]
+                    done += latents.shape[1]
+                    if fresh.shape[1]:
+                        sent = done
+                        yield fresh
+                        self._pool.belongs_here()
+                return
+            except StepOutOfMemory as error:
+                self._pool.stop()
+                if self._begun <= 1 or not self._source.again:
+                    what = "not even one frame at a time fits" if self._begun == 1 else "it can't begin anew"
+                    raise OutOfMemoryError(
+                        f"{error}; {what}; use more devices, a smaller chunk or smaller frames, or free some memory"
+                    ) from error
+                chunk = self._begun // 2
+                logger.warning("%s; going on with chunk %d, same latents", str(error), chunk)
+            except (Cancelled, GeneratorExit, OutOfMemoryError):
+                raise  # between two messages
+            except BaseException:
+                # Interrupted here, some workers may have got a command, or given an answer, that others have not.
+                self._pool.stop(grace=0.5)
+                raise
+
+    def _attempt(self, video: int, chunk: int) -> Iterator[torch.Tensor]:
+        """Encodes a video from its beginning; yields ``[z, t, h, w]``."""
+        pool, source = self._pool, self._source
+        self._begun = 0
+        pool.start("encoder")
+        request = {"rows": source.rows, "columns": source.columns, "frames": source.frames, "chunk": chunk}
+        pool.open("encode", request)
+        room = [answer[1] for answer in pool.gather("room", self._shards)]
+        self._begun = chunk = min(room)
+        if chunk == 0:
+            short = [str(pool.devices[rank]) for rank, most in enumerate(room) if most == 0]
+            raise OutOfMemoryError(
+                f"{', '.join(short)} has not the memory for its rows, even one frame at a time; use more devices, free "
+                f"some of its memory, or encode smaller frames"
+            )
+        pixels, latents = self._open_rings(chunk)
+        cuda = pool.devices[0].type == "cuda"
+        parts = pieces(source.blocks(video, chunk))
+        sent, done, ended = 0, 0, False
+        while True:
+            # Pieces that take the CPU seconds are not handed over before the one before is done.
+            while not ended and sent - done < (_AHEAD if cuda else 1):
+                piece = next(parts, None)
+                if piece is None:
+                    pool.tell("last")
+                    ended = True
+                else:
+                    if piece.frames is not None:
+                        pixels[sent % len(pixels), : len(piece.frames)].copy_(piece.frames)
+                    pool.tell("piece", piece.counts)
+                sent += 1
+            answers = pool.gather("done", self._shards, limit=STEP_SECONDS if cuda else None)
+            counts = {answer[1] for answer in answers}
+            if len(counts) != 1:
+                raise WorkerError(f"workers disagree on the latent frames of a step: {sorted(counts)}")
+            self.finite = all(answer[2] for answer in answers)
+            for answer in answers:
+                check_range(*answer[3])
+            (count,) = counts
+            newest = latents[done % len(latents), :, :count]
+            done += 1
+            if count:
+                yield newest
+            if ended and done == sent:
+                return
+
+    def _open_rings(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for the pixels of a few pieces, and for the latents of a few steps."""
+        pool, source = self._pool, self._source
+        self._close_rings()
+        wide = torch.promote_types(pool.encode_dtype, torch.float32)
+        pixel_shape = torch.Size((_AHEAD + 1, chunk, source.height, source.width, source.colours))
+        latent_shape = torch.Size((_AHEAD + 1, source.channels, most_latents(chunk), source.rows, source.columns))
+        try:
+            with host_room(pixel_shape[1:2] + pixel_shape, source.dtype):
+                for shape, dtype in ((pixel_shape, source.dtype), (latent_shape, wide)):
+                    self._rings.append(SharedMemory.create(shape.numel() * dtype.itemsize))
+        except OSError as error:
+            raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
+        request = {
+            "chunk": chunk,
+            "pixels_shape": pixel_shape,
+            "pixels_dtype": source.dtype,
+            "pixels_size": self._rings[0].size,
+            "latents_shape": latent_shape,
+            "latents_dtype": wide,
+            "latents_size": self._rings[1].size,
+        }
+        pool.tell("rings", request)
+        pool.hand_over(*(ring.descriptor for ring in self._rings))
+        return self._rings[0].tensor(pixel_shape, source.dtype), self._rings[1].tensor(latent_shape, wide)
+
+    def _close_rings(self) -> None:
+        for ring in self._rings:
+            ring.close()
+        self._rings = []
