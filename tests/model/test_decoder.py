@@ -154,7 +154,7 @@ class SpyEdges:
     def __init__(self):
         self.asked = []
 
-    def fill_halo(self, frames):
+    def fill_halo(self, frames, *, below_only=False):  # noqa: ARG002
         self.asked.append(("fill_halo", frames.arena.data_ptr(), frames.slots))
 
     def all_rows(self, shard):
@@ -191,7 +191,7 @@ class HalfPicture:
     def __init__(self, half, posted, barrier):
         self.half, self.posted, self.barrier = half, posted, barrier
 
-    def fill_halo(self, frames):
+    def fill_halo(self, frames, *, below_only=False):  # noqa: ARG002
         # The upper half lacks the row below it, the lower one the row above.
         arena, slots = frames.arena, list(frames.slots)
         self.posted[self.half] = arena[slots, -2 if self.half == 0 else 1].clone()

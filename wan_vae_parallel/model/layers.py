@@ -276,7 +276,7 @@ class DownConv(_Weights):
 
     def forward(self, frames: Frames, state: StreamState, *, into: Frames | None = None) -> torch.Tensor:
         """``[T, H / 2, W / 2, C]`` of frames of its key, or into frames; they belong to the layer from now on."""
-        state.edges.fill_halo(frames)
+        state.edges.fill_halo(frames, below_only=True)
         result = down_conv(
             frames.arena,
             frames.index,

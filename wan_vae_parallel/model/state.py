@@ -220,10 +220,14 @@ class Frames:
 class Edges(Protocol):
     """All that the model asks of the world outside its rows."""
 
-    def fill_halo(self, frames: Frames) -> None:
+    def fill_halo(self, frames: Frames, *, below_only: bool = False) -> None:
         """Fills the border rows of ``frames``, whose border is 1, with the neighbours' rows.
 
         What no neighbour owns lies outside the picture and stays zero.
+
+        Args:
+            frames: their inside is written.
+            below_only: the row above will not be read.
         """
         ...
 
@@ -239,7 +243,7 @@ class Edges(Protocol):
 class WholePicture:
     """The edges of a picture that one device holds whole: zeros outside, nothing to gather."""
 
-    def fill_halo(self, frames: Frames) -> None:
+    def fill_halo(self, frames: Frames, *, below_only: bool = False) -> None:
         pass
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ T latent frames, h x w latent rows and columns, z channels
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import torch
@@ -58,17 +58,22 @@ class LocalEncodeRun:
         self.found = "ready" if engine.running else "gone"
         self.where = str(engine.device)
         self.chunk = chunk
+        self._latents = self._all()
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the video's number and ``[z, t, h, w]`` on the host, each valid until the next."""
-        for video in range(self._source.videos):
-            for latents in self._video(video):
-                yield video, latents
+        return self._latents
 
     def close(self) -> None:
         """Ends the encode where it is and frees its memory."""
+        self._latents.close()
         if self._engine.device.type == "cpu":
             give_back_host_memory()
+
+    def _all(self) -> Generator[tuple[int, torch.Tensor], None, None]:
+        for video in range(self._source.videos):
+            for latents in self._video(video):
+                yield video, latents
 
     def _video(self, video: int) -> Iterator[torch.Tensor]:
         """Latents of one video; out of memory starts over with smaller chunks and skips what has left already."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from ..cancel import Cancelled
-from ..errors import OutOfMemoryError, WanVAEError, WorkerError
+from ..errors import FrameError, OutOfMemoryError, WanVAEError, WorkerError
 from ..frames import check_range
 from ..memory import host_room
 from ..parallel.plan import describe_plan, plan_shards
@@ -49,6 +49,8 @@ class PoolEncodeRun:
         self._shards = plan.shards
         self.where = describe_plan(plan, pool.devices)
         self._rings: list[SharedMemory] = []
+        # Whether the source is asked for frames: what fails then is its own, and workers only wait.
+        self._asking = False
 
     @property
     def chunk(self) -> int:
@@ -106,11 +108,12 @@ class PoolEncodeRun:
                     ) from error
                 chunk = self._begun // 2
                 logger.warning("%s; going on with chunk %d, same latents", str(error), chunk)
-            except (Cancelled, GeneratorExit, OutOfMemoryError):
+            except (Cancelled, GeneratorExit, OutOfMemoryError, FrameError):
                 raise  # between two messages
             except BaseException:
                 # Interrupted here, some workers may have got a command, or given an answer, that others have not.
-                self._pool.stop(grace=0.5)
+                if not self._asking:
+                    self._pool.stop(grace=0.5)
                 raise
 
     def _attempt(self, video: int, chunk: int) -> Iterator[torch.Tensor]:
@@ -135,7 +138,9 @@ class PoolEncodeRun:
         while True:
             # Pieces that take the CPU seconds are not handed over before the one before is done.
             while not ended and sent - done < (_AHEAD if cuda else 1):
+                self._asking = True
                 piece = next(parts, None)
+                self._asking = False
                 if piece is None:
                     pool.tell("last")
                     ended = True
