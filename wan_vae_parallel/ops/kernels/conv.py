@@ -37,6 +37,7 @@ except ImportError:  # before Triton 3.4; the kernels then read through pointers
     TensorDescriptor = None
 
 _KERNELS = ((3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1))
+_STRIDED_KERNELS = ((3, 1, 1),)
 
 # fmt: off
 
@@ -131,7 +132,7 @@ def _conv_kernel(
     H, W, rows, tap_stride, o_stride,
     C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BORDER: tl.constexpr,
-    SCALE: tl.constexpr, HALVES: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, HIDE: tl.constexpr,
@@ -162,12 +163,13 @@ def _conv_kernel(
     # Read before the loop: in it each would stall the load that waits for it.
     size = (H + BORDER) * pitch
     begin = p + py * pitch + px
-    row0 = tl.load(slots + t) * size + begin
+    first = t * TIME_STRIDE
+    row0 = tl.load(slots + first) * size + begin
     row1 = row0
     row2 = row0
     if KT == 3:
-        row1 = tl.load(slots + t + 1) * size + begin
-        row2 = tl.load(slots + t + 2) * size + begin
+        row1 = tl.load(slots + first + 1) * size + begin
+        row2 = tl.load(slots + first + 2) * size + begin
 
     h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
     place = h * (W * SCALE) + w
@@ -211,15 +213,15 @@ def _conv_kernel(
 # fmt: on
 
 
-def takes(arena: torch.Tensor, weight: torch.Tensor, *, scale: int = 1) -> bool:
+def takes(arena: torch.Tensor, weight: torch.Tensor, *, scale: int = 1, time_stride: int = 1) -> bool:
     """Whether `conv` takes this input, given a GPU that runs kernels: bf16 or fp16 and four kinds of kernel.
 
-    With a ``scale`` of 2, whether `upsample_conv` does.
+    With a ``scale`` of 2, whether `upsample_conv` does. With a ``time_stride`` of more than 1 only 3x1x1 kernels.
     """
     return (
         arena.dtype in KERNEL_DTYPES
         and weight.dtype == arena.dtype
-        and tuple(weight.shape[2:]) in _KERNELS
+        and tuple(weight.shape[2:]) in (_KERNELS if time_stride == 1 else _STRIDED_KERNELS)
         and arena.shape[:3].numel() < 2**31
         # Of an output frame, with a border.
         and (arena.shape[1] * scale + 2) * (arena.shape[2] * scale + 2) * weight.shape[0] < 2**31
@@ -236,6 +238,7 @@ def conv(
     out: torch.Tensor,
     out_slots: torch.Tensor | None,
     halves: int,
+    time_stride: int = 1,
     transposed: bool,
     tile: Tile | None = None,
     descriptors: bool | None = None,
@@ -251,6 +254,7 @@ def conv(
         out: contiguous; it may be `residual`'s memory, as each element is read before it is written.
         out_slots: int32, if ``out`` is an arena.
         halves: as there.
+        time_stride: as there; more than 1 with 3x1x1 kernels alone.
         transposed: as there.
         tile: overrides `tiles.choose_tile`, for benchmarks.
         descriptors: overrides whether tiles are read through TMA descriptors, for tests.
@@ -262,7 +266,12 @@ def conv(
     as_matrix = weight.permute(0, 2, 3, 4, 1)
     if not as_matrix.is_contiguous():
         raise ValueError(f"weight must be channels_last_3d, not with strides {weight.stride()}")
-    kind = LayerKind("conv", channels, out_channels, (kernel[0], kernel[1], kernel[2]), halves)
+    kind = LayerKind("conv", channels, out_channels, (kernel[0], kernel[1], kernel[2]), halves, time_stride)
+    if time_stride != 1 and (kind.kernel not in _STRIDED_KERNELS or time_stride < 1):
+        raise ValueError(
+            f"a {'x'.join(map(str, kernel))} kernel takes a stride of 1 frame, not {time_stride}; 3x1x1 kernels take "
+            f"any from 1 on, ops.conv.conv with cudnn=True takes the rest"
+        )
     _launch(
         arena, slots, as_matrix, bias, kind=kind, kernel=kind.kernel,
         strides=(channels, math.prod(kernel) * channels), border=kernel[1] - 1, residual=residual, out=out,
@@ -385,7 +394,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
     """The tile, the launch, and the kernel's integers; raises `ValueError` as `conv` does."""
     kind, kernel, scale, halves = geometry.kind, geometry.kernel, geometry.kind.scale, geometry.kind.halves
     rows, columns = geometry.arena[1] - geometry.border, geometry.arena[2] - geometry.border
-    frames = geometry.slots - kernel[0] + 1
+    frames = (geometry.slots - kernel[0]) // kind.time_stride + 1
     own = kind.out_channels // halves
     shape = (frames * halves, rows * scale, columns * scale, own)
     paged = geometry.out_slots is not None
@@ -394,6 +403,11 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
         raise ValueError(f"out_slots must be {shape[0]}, not {geometry.out_slots}")
     if min(rows, columns, frames) < 1 or geometry.biases != kind.out_channels or out_border not in (0, 2):
         raise ValueError(f"no output of {kind.out_channels} channels in arena {geometry.arena}, {geometry.slots} slots")
+    if (geometry.slots - kernel[0]) % kind.time_stride:
+        raise ValueError(
+            f"{geometry.slots} slots end between two output frames, which see {kernel[0]} frames each and are "
+            f"{kind.time_stride} apart; leave out the last or add more"
+        )
     wanted = (geometry.out[0] if paged else shape[0], shape[1] + out_border, shape[2] + out_border, own)
     if geometry.out != wanted or geometry.residual not in (None, shape):
         raise ValueError(f"out must be {wanted} and a residual {shape}, not {geometry.out} and {geometry.residual}")
@@ -411,7 +425,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
         _conv_kernel,
         (-(-in_frame // tile.positions) * frames * parts,),
         C=kind.channels, O=kind.out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=geometry.border,
-        SCALE=scale, HALVES=halves, HAS_RESIDUAL=geometry.residual is not None,
+        SCALE=scale, HALVES=halves, TIME_STRIDE=kind.time_stride, HAS_RESIDUAL=geometry.residual is not None,
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
         HIDE=geometry.device.type == "cuda",
