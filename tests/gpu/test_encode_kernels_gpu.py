@@ -10,25 +10,45 @@ import math
 import pytest
 import torch
 
-from tests.gpu.kernel_tests import DEVICE, DTYPE, INTERPRETED, MARKS, SIZE, conv_problem, here, order
+from tests.gpu.kernel_tests import (
+    DEVICE,
+    DTYPE,
+    DTYPES,
+    INTERPRETED,
+    MARKS,
+    SIZE,
+    conv_problem,
+    eager_of,
+    here,
+    order,
+    random,
+)
 from tests.ops.plain import (
+    bits,
     changed_alone,
     eager_conv,
     errs_at_most_twice_as_much,
     in_arena,
     inside,
+    plain_averaged,
     plain_conv,
+    plain_taps,
     relative_error,
     turned,
 )
 from wan_vae_parallel.ops import conv as conv_ops
+from wan_vae_parallel.ops import pixels as pixels_ops
+from wan_vae_parallel.ops import shortcut as shortcut_ops
 from wan_vae_parallel.ops.layer_kinds import LayerKind
+from wan_vae_parallel.ops.pixels import Margins, tap_channels
 
 pytestmark = MARKS
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
 # E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import conv as conv_kernels  # noqa: E402
+from wan_vae_parallel.ops.kernels import pixels as pixels_kernels  # noqa: E402
+from wan_vae_parallel.ops.kernels import shortcut as shortcut_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import tiles  # noqa: E402
 
 
@@ -100,3 +120,171 @@ def test_only_kernels_over_time_have_a_stride():
     assert conv_kernels.takes(arena, weight, time_stride=2)
     with pytest.raises(ValueError, match="4 slots end between two output frames"):
         conv_kernels.conv(arena, slots, weight, bias, **options)
+
+
+# gather_taps: every value by itself, so that PyTorch's bits are the kernel's.
+
+
+def pixels_of(patch, colours, dtype):
+    frames, rows, columns = SIZE
+    pixels = random(frames, rows * patch, columns * patch, colours, dtype=torch.float64).sigmoid().to(dtype)
+    pixels[0, 0, 0, 0], pixels[-1, -1, -1, -1] = math.nan, math.inf
+    return pixels
+
+
+def gathered(pixels, patch, dtype, *, margins=None, transposed=False):
+    """The arena that `gather_taps` wrote, NaN before; and the slots, in no order."""
+    margins = margins or Margins()
+    frames, height, width, colours = pixels.shape
+    shape = height // patch - margins.top - margins.bottom, width // patch - margins.left - margins.right
+    values = tap_channels(colours * patch**2)
+    arena = torch.full((frames + 2, *(shape[::-1] if transposed else shape), values), math.nan, dtype=dtype)
+    arena, slots = arena.to(DEVICE), order(frames, spare=2)
+    pixels_ops.gather_taps(pixels, patch=patch, margins=margins, transposed=transposed, arena=arena, slots=slots)
+    return arena, slots
+
+
+@pytest.mark.parametrize(("patch", "colours"), [(1, 3), (2, 3), (1, 4)])  # Wan 2.1's, Wan 2.2's, K of 48
+@pytest.mark.parametrize(
+    ("pixels_dtype", "dtype"),
+    [(torch.float32, dtype) for dtype in (*DTYPES, torch.float32)] + [(DTYPE, DTYPE), (DTYPE, torch.float32)],
+)
+def test_gather_taps_has_eagers_bits(patch, colours, pixels_dtype, dtype):
+    pixels = pixels_of(patch, colours, pixels_dtype)
+    arena, slots = gathered(pixels, patch, dtype)
+    assert not pixels_kernels.why_not(pixels, arena)
+    wanted, _ = eager_of(pixels_ops, gathered, pixels, patch, dtype)
+    assert torch.equal(bits(arena), bits(wanted))  # other slots, too
+    exact = plain_taps(pixels, patch, arena.shape[3])
+    assert torch.equal(arena[slots.long()].isnan(), exact.isnan())
+    rounding = {"atol": 1e-7, "rtol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(arena[slots.long()].double(), exact, **rounding, equal_nan=True)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_gathered_taps_depend_on_no_shard_axis_or_tile(monkeypatch, patch):
+    pixels = pixels_of(patch, 3, torch.float32)
+    arena, _ = gathered(pixels, patch, DTYPE)
+    rows, columns = SIZE[1:]
+    for tile in (pixels_kernels._TILE_VALUES, 512):
+        monkeypatch.setattr(pixels_kernels, "_TILE_VALUES", tile)
+        assert torch.equal(bits(gathered(pixels, patch, DTYPE)[0]), bits(arena)), tile
+        out, _ = gathered(pixels, patch, DTYPE, transposed=True)
+        assert torch.equal(bits(turned(out)), bits(arena)), (tile, "transposed")
+    for top, bottom, left, right in ((0, 1, 0, columns), (1, rows, 0, columns), (1, 2, 2, 4), (0, rows, 3, columns)):
+        edges = Margins(top=top > 0, bottom=bottom < rows, left=left > 0, right=right < columns)
+        part = pixels[
+            :,
+            (top - edges.top) * patch : (bottom + edges.bottom) * patch,
+            (left - edges.left) * patch : (right + edges.right) * patch,
+        ].contiguous()
+        wanted = arena[:, top:bottom, left:right].contiguous()
+        out, _ = gathered(part, patch, DTYPE, margins=edges)
+        assert torch.equal(bits(out), bits(wanted)), edges
+        out, _ = gathered(part, patch, DTYPE, margins=edges, transposed=True)
+        assert torch.equal(bits(turned(out)), bits(wanted)), (edges, "transposed")
+
+
+def test_gather_taps_kernel_says_what_it_does_not_take():
+    pixels, slots = random(2, 4, 6, 3), torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    arena = torch.zeros((2, 4, 6, 32), dtype=DTYPE, device=DEVICE)
+    options = {"patch": 1, "margins": Margins(), "transposed": False}
+    for change, said in (
+        ({"pixels": pixels.double()}, "not pixels in torch.float64"),
+        ({"arena": arena.double()}, "an arena in torch.float64"),
+        ({"pixels": turned(pixels).transpose(1, 2)}, "takes contiguous tensors"),
+        ({"pixels": pixels[:1].expand(70000, 4, 6, 3).contiguous()}, "up to 65535 frames"),
+        ({"slots": slots.long()}, "slots must be"),
+        ({"slots": slots[:1]}, "slots must be"),
+    ):
+        given = {"pixels": pixels, "arena": arena, "slots": slots} | change
+        assert bool(pixels_kernels.why_not(given["pixels"], given["arena"])) == ("slots" not in change)
+        with pytest.raises(ValueError, match=said):
+            pixels_kernels.gather_taps(**given, **options)
+
+
+# add_averaged.
+
+
+AVERAGES = [
+    (64, 64, 1),  # Wan 2.2's first stage
+    (32, 64, 2),  # its others: each frame goes to channels of its own
+    (24, 12, 2),  # groups of 16; channels that fill no block
+    (24, 16, 1),  # groups of 6, which no division by a power of two makes
+]
+
+
+def averaged(x, before, time_factor, transposed=False):
+    out = turned(before) if transposed else before.clone()
+    x = turned(x) if transposed else x
+    assert shortcut_kernels.takes_average(x, out)
+    shortcut_ops.add_averaged(x, time_factor=time_factor, transposed=transposed, out=out)
+    return turned(out) if transposed else out
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize(("channels", "out_channels", "time_factor"), AVERAGES)
+def test_add_averaged_rounds_once(channels, out_channels, time_factor, frames, dtype):
+    rows, columns = SIZE[1:]
+    # One frame alone has a blank one before it.
+    x = random(1 if frames == 1 else frames * time_factor, 2 * rows, 2 * columns, channels, dtype=dtype)
+    shortcut = plain_averaged(x, out_channels, time_factor)
+    before = random(*shortcut.shape, dtype=dtype, seed=1)
+    out = averaged(x, before, time_factor)
+    exact = before.double() + shortcut
+    torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=torch.finfo(dtype).eps)
+    # Not twice, as the rounded average plus what was there is.
+    assert relative_error(out, exact) <= 1.01 * relative_error(exact.to(dtype), exact) + 1e-7
+    # To a rounding what PyTorch makes.
+    eager = before.clone()
+    eager_of(shortcut_ops, shortcut_ops.add_averaged, x, time_factor=time_factor, out=eager)
+    torch.testing.assert_close(out, eager, atol=1e-6, rtol=torch.finfo(dtype).eps)
+    assert torch.equal(averaged(x, before, time_factor, transposed=True), out)
+
+
+@pytest.mark.parametrize(("channels", "out_channels", "time_factor"), AVERAGES)
+def test_averages_depend_on_no_chunk_shard_or_tile(monkeypatch, channels, out_channels, time_factor):
+    rows, columns = SIZE[1:]
+    x = random(2 * time_factor, 2 * rows, 2 * columns, channels, dtype=DTYPE)
+    before = random(2, rows, columns, out_channels, dtype=DTYPE, seed=1)
+    whole = averaged(x, before, time_factor)
+    assert torch.equal(averaged(x[time_factor:].clone(), before[1:].clone(), time_factor), whole[1:])
+    for transposed in (False, True):
+        part = averaged(x[:, 2:4, 4:].contiguous(), before[:, 1:2, 2:].contiguous(), time_factor, transposed)
+        assert torch.equal(part, whole[:, 1:2, 2:])
+    monkeypatch.setattr(shortcut_kernels, "_TILE_VALUES", 256)
+    assert torch.equal(averaged(x, before, time_factor), whole)
+
+
+def test_averages_of_very_many_values_or_in_fp64_are_pytorchs():
+    x, out = random(2, 2, 2, 64, dtype=DTYPE), random(1, 1, 1, 8, dtype=DTYPE)
+    assert shortcut_kernels.takes_average(x, out)
+    assert not shortcut_kernels.takes_average(x, out[..., :4].contiguous())
+    assert not shortcut_kernels.takes_average(x.double(), out.double())
+
+
+# More than 2^31 values: the last frame is as it is alone.
+
+
+def test_pixels_and_averages_of_more_than_2_to_the_31_values():
+    frames, rows, columns = here((3, 2, 5), gpu=[(80, 900, 950)])[0]
+    pixels = torch.zeros((frames, rows, columns, 3), device=DEVICE)
+    pixels[-1] = random(rows, columns, 3)
+    arena = torch.zeros((frames, rows, columns, 32), dtype=DTYPE, device=DEVICE)
+    if not INTERPRETED:
+        assert arena.numel() > 2**31
+    slots = torch.arange(frames, dtype=torch.int32, device=DEVICE)
+    pixels_ops.gather_taps(pixels, patch=1, margins=Margins(), arena=arena, slots=slots)
+    alone = torch.zeros_like(arena[:1])
+    pixels_ops.gather_taps(pixels[-1:].clone(), patch=1, margins=Margins(), arena=alone, slots=slots[:1])
+    assert torch.equal(arena[-1:], alone)
+    del pixels, alone
+    # The same values as frames that are to be averaged.
+    x = arena[:, : rows // 2 * 2, : columns // 2 * 2].contiguous()
+    x = x.expand(2, *x.shape).flatten(0, 1)
+    out = torch.zeros((frames, rows // 2, columns // 2, 64), dtype=DTYPE, device=DEVICE)
+    shortcut_ops.add_averaged(x, time_factor=2, out=out)
+    last = torch.zeros_like(out[-1:])
+    shortcut_ops.add_averaged(x[-2:].clone(), time_factor=2, out=last)
+    assert torch.equal(out[-1:], last)
