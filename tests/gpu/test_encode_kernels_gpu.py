@@ -18,6 +18,7 @@ from tests.gpu.kernel_tests import (
     MARKS,
     SIZE,
     conv_problem,
+    down_problem,
     eager_of,
     here,
     order,
@@ -32,6 +33,7 @@ from tests.ops.plain import (
     inside,
     plain_averaged,
     plain_conv,
+    plain_down_conv,
     plain_taps,
     relative_error,
     turned,
@@ -47,6 +49,7 @@ pytest.importorskip("triton", reason="there are no kernels without Triton")
 
 # E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import conv as conv_kernels  # noqa: E402
+from wan_vae_parallel.ops.kernels import down_conv as down_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import pixels as pixels_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import shortcut as shortcut_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import tiles  # noqa: E402
@@ -120,6 +123,143 @@ def test_only_kernels_over_time_have_a_stride():
     assert conv_kernels.takes(arena, weight, time_stride=2)
     with pytest.raises(ValueError, match="4 slots end between two output frames"):
         conv_kernels.conv(arena, slots, weight, bias, **options)
+
+
+# down_conv.
+
+# More than a tile's columns, and tiles that end outside; the interpreter's has two tiles of three rows.
+DOWN_SIZE = here((2, 3, 18), gpu=[(2, 21, 45)])[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "out_channels", "size"),
+    here(
+        (torch.float16, 32, 48, DOWN_SIZE),
+        (torch.float16, 80, 16, (1, 2, 3)),
+        (torch.float16, 20, 16, (1, 1, 1)),
+        gpu=[
+            *((torch.bfloat16, width, width, DOWN_SIZE) for width in (96, 192, 384)),  # Wan 2.1's
+            *((torch.bfloat16, width, width, DOWN_SIZE) for width in (160, 320, 640)),  # Wan 2.2's
+            (torch.float16, 192, 192, DOWN_SIZE),
+            (torch.bfloat16, 384, 384, (1, 1, 1)),  # one position
+            (torch.bfloat16, 24, 48, DOWN_SIZE),  # channels that end within a step
+            (torch.bfloat16, 20, 16, (1, 1, 3)),  # strides that TMA can't take
+        ],
+    ),
+)
+def test_down_conv_errs_at_most_twice_as_much_as_eager(dtype, channels, out_channels, size):
+    frames, (arena, slots, weight, bias) = down_problem(size, channels, out_channels, dtype=dtype)
+    assert down_kernels.takes(arena, weight)
+    exact = plain_down_conv(frames.double(), weight.double(), bias.double())
+    out = conv_ops.down_conv(arena, slots, weight, bias)
+    assert out.shape == exact.shape
+    assert errs_at_most_twice_as_much(out, plain_down_conv(frames, weight, bias), exact)
+
+
+@pytest.mark.parametrize("border", [0, 1])
+def test_down_conv_writes_inside_the_borders_of_its_out_slots_alone(border):
+    channels = 32 if INTERPRETED else 96
+    _, (arena, slots, weight, bias) = down_problem(DOWN_SIZE, channels, channels, dtype=DTYPE)
+    wanted = conv_ops.down_conv(arena, slots, weight, bias)
+    frames, rows, columns, _ = wanted.shape
+    before = random(frames + 2, rows + 2 * border, columns + 2 * border, channels, dtype=DTYPE, seed=3)
+    out, out_slots = before.clone(), order(frames, spare=2, seed=1)
+    conv_ops.down_conv(arena, slots, weight, bias, out=out, out_slots=out_slots)
+    assert torch.equal(inside(out, out_slots, border), wanted)
+    assert changed_alone(out, before, out_slots, border)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out_channels"), here((32, 48), gpu=[(96, 96), (192, 192), (384, 384), (640, 640)])
+)
+def test_down_convs_bits_depend_on_no_chunk_shard_slot_or_axis(channels, out_channels):
+    frames, (arena, slots, weight, bias) = down_problem(DOWN_SIZE, channels, out_channels, dtype=DTYPE)
+    whole = conv_ops.down_conv(arena, slots, weight, bias)
+    assert same(conv_ops.down_conv(arena, slots[1:].clone(), weight, bias), whole[1:]), "a frame alone"
+    _, rows, columns = DOWN_SIZE
+    # Rows and columns of a shard and those behind them, which are the picture's: its own border is not read at all.
+    for top, bottom, left, right in ((0, 1, 0, columns), (1, rows, 0, columns), (1, 2, 1, 3), (0, rows, 2, columns)):
+        part = arena[:, 2 * top : 2 * bottom + 2, 2 * left : 2 * right + 2].contiguous()
+        part[:, 0], part[:, :, 0] = math.nan, math.nan
+        wanted = whole[:, top:bottom, left:right]
+        assert same(conv_ops.down_conv(part, slots, weight, bias), wanted), (top, bottom, left, right)
+        out = conv_ops.down_conv(turned(part), slots, weight, bias, transposed=True)
+        assert same(turned(out), wanted), (top, bottom, left, right, "transposed")
+    elsewhere = order(len(slots), spare=9, seed=5)
+    out = conv_ops.down_conv(in_arena(frames, elsewhere, border=1, spare=9), elsewhere, weight, bias)
+    assert torch.equal(out, whole), "other slots"
+
+
+def test_down_conv_has_the_same_bits_with_every_tile_and_without_descriptors():
+    # 40 channels end within a step of 64, 32 and 16; other tiles take some of the 384 at once.
+    channels, out_channels = (40, 96) if INTERPRETED else (40, 384)
+    _, (arena, slots, weight, bias) = down_problem(DOWN_SIZE, channels, out_channels, dtype=DTYPE)
+    whole = conv_ops.down_conv(arena, slots, weight, bias)
+    found = {}
+    for width in (96, 160, 192, 320, 384, 640):
+        kind = LayerKind("down_conv", width, width, (1, 3, 3))
+        for tile in (*tiles.candidates(kind, DEVICE), *tiles._narrow(width, width)):
+            found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
+    settings = [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile in found.values()]
+    assert {tile.step for tile in settings} >= {32, 64}
+    assert {tile.swapped for tile in settings} == {False, True}
+    swapped = next(tile for tile in settings if tile.swapped)
+    tma = conv_kernels.use_descriptors(arena)
+    described = [(tile, tma) for tile in (settings[::5] if INTERPRETED else settings)]
+    for tile, descriptors in [*described, (swapped, tma), (settings[0], False), (swapped, False)]:
+        out = torch.full_like(whole, math.nan)
+        down_kernels.down_conv(
+            arena, slots, weight, bias, out=out, out_slots=None, transposed=False, tile=tile, descriptors=descriptors
+        )
+        assert same(out, whole), (tile, descriptors)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_down_conv_reads_nothing_of_another_position_where_a_step_passes_the_last_channel(descriptors):
+    # 24 channels, steps of 16 or 32. What is not finite spoils the positions that see it, as infinity, not as NaN,
+    # which a product of it with a zero would be.
+    _, (arena, slots, weight, bias) = down_problem((1, 2, 3), 24, 16, dtype=DTYPE)
+    if descriptors and not conv_kernels.use_descriptors(arena):
+        pytest.skip("this GPU has no descriptors")
+    weight = weight.abs() + 0.125
+    for row, column in ((3, 4), (4, 5), (3, 5), (4, 4)):
+        seen = arena.clone()
+        seen[slots.long(), row, column] = math.inf
+        out = arena.new_full((1, 2, 3, 16), math.nan)
+        down_kernels.down_conv(
+            seen, slots, weight, bias, out=out, out_slots=None, transposed=False, descriptors=descriptors,
+            tile=tiles.Tile(64, 16, 0, 32, 4, 2),
+        )  # fmt: skip
+        expected = [
+            2 * h + 1 <= row <= 2 * h + 3 and 2 * w + 1 <= column <= 2 * w + 3 for h in range(2) for w in range(3)
+        ]
+        assert not out.isnan().any()
+        assert out.isinf().flatten(0, 2).all(dim=1).tolist() == expected
+        assert out.isinf().flatten(0, 2).any(dim=1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"slots": torch.zeros(2, dtype=torch.int64)}, "slots"),
+        ({"out_slots": torch.zeros(2, dtype=torch.int32)}, "out_slots must be 1"),
+        ({"out": torch.empty(1, 4, 4, 15, dtype=DTYPE)}, "out must be"),
+        ({"out": torch.empty(1, 4, 4, 16)}, "out must be contiguous"),
+        ({"bias": torch.empty(3, dtype=DTYPE)}, "with 3 biases"),
+        ({"weight": torch.empty(16, 16, 3, 3, dtype=DTYPE)}, "channels_last"),
+        ({"weight": torch.empty(16, 16, 1, 1, dtype=DTYPE)}, r"\[O, C, 3, 3\]"),
+        ({"arena": torch.empty(3, 10, 10, 8, dtype=DTYPE)}, "of 16 channels"),
+        ({"arena": torch.empty(3, 9, 10, 16, dtype=DTYPE)}, "must be even"),
+        ({"arena": torch.empty(3, 10, 2, 16, dtype=DTYPE)}, "no output"),
+    ],
+)
+def test_down_convs_kernel_says_what_it_does_not_take(change, names):
+    _, (arena, slots, weight, bias) = down_problem((1, 4, 4), 16, 16, dtype=DTYPE)
+    out = torch.zeros((1, 4, 4, 16), dtype=DTYPE, device=DEVICE)
+    arguments = {"arena": arena, "slots": slots, "weight": weight, "bias": bias, "out": out, "out_slots": None}
+    arguments |= {name: tensor.to(DEVICE) for name, tensor in change.items()}
+    with pytest.raises(ValueError, match=names):
+        down_kernels.down_conv(**arguments, transposed=False)
 
 
 # gather_taps: every value by itself, so that PyTorch's bits are the kernel's.

@@ -11,18 +11,22 @@ from wan_vae_parallel.ops.pixels import tap_channels
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 CONV = LayerKind("conv", 384, 384, (3, 3, 3))
-KINDS = [
-    LayerKind("conv", channels, out_channels, (3, 3, 3))
-    for channels, out_channels in [(16, 384), (384, 384), (192, 192), (96, 96), (48, 1024), (1024, 1024), (80, 160)]
-] + [
-    LayerKind("conv", 384, 768, (3, 1, 1), 2),
-    LayerKind("upsample_conv", 384, 192, (1, 3, 3)),
-    LayerKind("head_conv", 96, 3, (3, 3, 3)),
-    # Encoders': neighbourhoods of pixels, every other frame.
-    LayerKind("conv", 32, 96, (3, 1, 1)),
-    LayerKind("conv", 112, 160, (3, 1, 1)),
-    LayerKind("conv", 384, 384, (3, 1, 1), time_stride=2),
-]
+KINDS = (
+    [
+        LayerKind("conv", channels, out_channels, (3, 3, 3))
+        for channels, out_channels in [(16, 384), (384, 384), (192, 192), (96, 96), (48, 1024), (1024, 1024), (80, 160)]
+    ]
+    + [
+        LayerKind("conv", 384, 768, (3, 1, 1), 2),
+        LayerKind("upsample_conv", 384, 192, (1, 3, 3)),
+        LayerKind("head_conv", 96, 3, (3, 3, 3)),
+        # Encoders': neighbourhoods of pixels, every other frame.
+        LayerKind("conv", 32, 96, (3, 1, 1)),
+        LayerKind("conv", 112, 160, (3, 1, 1)),
+        LayerKind("conv", 384, 384, (3, 1, 1), time_stride=2),
+    ]
+    + [LayerKind("down_conv", width, width, (1, 3, 3)) for width in (96, 192, 384, 160, 320, 640)]
+)
 LARGE = 720 * 1282
 GPUS = {"H200": (132, 232448), "A100": (108, 166912), "RTX 4090": (128, 101376)}
 

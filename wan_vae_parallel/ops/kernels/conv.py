@@ -29,12 +29,18 @@ from ..dispatch import KERNEL_DTYPES
 from ..layer_kinds import LayerKind
 from . import tiles
 from .launch import Call
+from .products import (
+    TensorDescriptor,
+    check_tensors,
+    describe_weights,
+    dot,
+    frame_of,
+    load_weights,
+    start,
+    store,
+    use_descriptors,
+)
 from .tiles import Tile
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4; the kernels then read through pointers
-    TensorDescriptor = None
 
 _KERNELS = ((3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1))
 _STRIDED_KERNELS = ((3, 1, 1),)
@@ -53,68 +59,6 @@ def _load_positions(source, row, c, rows, C: tl.constexpr, BM: tl.constexpr, BK:
         inside = (m < rows)[:, None] & (k < C)[None, :]
         tile = tl.load(source + m.to(tl.int64)[:, None] * C + k[None, :], mask=inside, other=0.0)
     return tile
-
-
-@triton.jit
-def _load_weights(
-    source, tap, n, c, tap_stride, o_stride,
-    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
-):
-    """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap."""
-    if TMA:
-        tile = source.load([tap, n, c]).reshape(BN, BK)
-    else:
-        o = n + tl.arange(0, BN)
-        k = c + tl.arange(0, BK)
-        inside = (o < O)[:, None] & (k < C)[None, :]
-        tile = tl.load(source + tap * tap_stride + o[:, None] * o_stride + k[None, :], mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def _dot(x, w, acc, SWAP: tl.constexpr):
-    return tl.dot(w, x.T, acc) if SWAP else tl.dot(x, w.T, acc)
-
-
-@triton.jit
-def _spread(positions, channels, SWAP: tl.constexpr):
-    """Both as two axes, in the order of the accumulator's."""
-    if SWAP:
-        positions = positions[None, :]
-        channels = channels[:, None]
-    else:
-        positions = positions[:, None]
-        channels = channels[None, :]
-    return positions, channels
-
-
-@triton.jit
-def _start(
-    acc, n, first, bias, residual, place, stored,
-    CO: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SWAP: tl.constexpr,
-):
-    """What the products are added to. Adding it after them instead took 250 registers more than there are."""
-    place, n = _spread(place, n, SWAP)
-    acc += tl.load(bias + first + n, mask=n < CO, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        stored, _ = _spread(stored, stored, SWAP)
-        acc += tl.load(residual + (place * CO + n), mask=stored & (n < CO), other=0.0).to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _store(values, n, target, place, stored, CO: tl.constexpr, SWAP: tl.constexpr):
-    place, n = _spread(place, n, SWAP)
-    stored, _ = _spread(stored, stored, SWAP)
-    tl.store(target + (place * CO + n), values.to(target.dtype.element_ty), mask=stored & (n < CO))
-
-
-@triton.jit
-def _frame_of(target, slots, frame, rows, columns, CO: tl.constexpr, PAGED: tl.constexpr, BORDER: tl.constexpr):
-    """The target's frame: offsets in it fit int32, which halves the registers that addresses take."""
-    if PAGED:
-        frame = tl.load(slots + frame)
-    return target + frame.to(tl.int64) * ((rows + BORDER) * (columns + BORDER) * CO)
 
 
 @triton.jit
@@ -174,14 +118,14 @@ def _conv_kernel(
     h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
     place = h * (W * SCALE) + w
     if HAS_RESIDUAL:
-        residual = _frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
+        residual = frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
     n0 = n + tl.arange(0, N0)
     acc0 = tl.zeros((N0, BM) if SWAP else (BM, N0), tl.float32)
-    acc0 = _start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+    acc0 = start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
     if N1 > 0:
         n1 = n + N0 + tl.arange(0, N1)
         acc1 = tl.zeros((N1, BM) if SWAP else (BM, N1), tl.float32)
-        acc1 = _start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+        acc1 = start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
 
     for k in range(TAPS * STEPS):
         tap = k // STEPS
@@ -192,11 +136,11 @@ def _conv_kernel(
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
         x = _load_positions(source, row, c, rows, C, BM, BK, TMA)
-        w0 = _load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
-        acc0 = _dot(x, w0, acc0, SWAP)
+        w0 = load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
+        acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = _load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
-            acc1 = _dot(x, w1, acc1, SWAP)
+            w1 = load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
+            acc1 = dot(x, w1, acc1, SWAP)
 
     if HIDE:
         # Hides that these are the numbers from before the loop, which the compiler would keep, in registers that
@@ -205,11 +149,11 @@ def _conv_kernel(
     h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
     H *= SCALE
     W *= SCALE
-    out = _frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
+    out = frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
     place = (h + OUT_BORDER // 2) * (W + OUT_BORDER) + w + OUT_BORDER // 2
-    _store(acc0, n0, out, place, stored, CO, SWAP)
+    store(acc0, n0, out, place, stored, CO, SWAP)
     if N1 > 0:
-        _store(acc1, n1, out, place, stored, CO, SWAP)
+        store(acc1, n1, out, place, stored, CO, SWAP)
 # fmt: on
 
 
@@ -313,13 +257,6 @@ def upsample_conv(
     )  # fmt: skip
 
 
-def use_descriptors(arena: torch.Tensor) -> bool:
-    """Whether tiles of ``arena`` are read through TMA, which wants Hopper and strides of 16 bytes."""
-    if TensorDescriptor is None or arena.shape[3] % 8 or arena.data_ptr() % 16:
-        return False
-    return not arena.is_cuda or torch.cuda.get_device_capability(arena.device) >= (9, 0)
-
-
 def _launch(
     arena: torch.Tensor,
     slots: torch.Tensor,
@@ -338,14 +275,7 @@ def _launch(
     descriptors: bool | None,
 ) -> None:
     channels, out_channels, scale = arena.shape[3], kind.out_channels, kind.scale
-    for name, tensor in (("arena", arena), ("residual", residual), ("out", out), ("weight", weight), ("bias", bias)):
-        if tensor is not None and (not tensor.is_contiguous() or tensor.dtype != arena.dtype):
-            raise ValueError(f"{name} must be contiguous {arena.dtype}, not {tensor.dtype} {tensor.stride()}")
-    for name, indices in (("slots", slots), ("out_slots", out_slots)):
-        if indices is not None and (indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous()):
-            raise ValueError(f"{name} must be a contiguous row of int32, not {indices.dtype} {tuple(indices.shape)}")
-    if arena.dtype not in KERNEL_DTYPES or weight.shape[-1] != channels:
-        raise ValueError(f"the kernel takes bfloat16 or float16 of {weight.shape[-1]} channels, not {arena.dtype}")
+    check_tensors(arena, slots, weight, bias, residual=residual, out=out, out_slots=out_slots)
     tma = use_descriptors(arena) if descriptors is None else descriptors
     geometry = _Geometry(
         kind, tuple(arena.shape), slots.numel(), bias.numel(), kernel, strides, border,
@@ -358,12 +288,8 @@ def _launch(
     weights: list[Any] = [weight, weight]
     if tma:
         taps = math.prod(kernel) * scale**2
-        tap_stride, o_stride = strides
         source = TensorDescriptor(arena, [numbers[2], channels], [channels, 1], [tile.positions, tile.step])
-        weights = [
-            TensorDescriptor(weight, [taps, out_channels, channels], [tap_stride, o_stride, 1], [1, n, tile.step])
-            for n in dict.fromkeys((tile.first, tile.second or tile.first))
-        ]
+        weights = describe_weights(weight, (taps, out_channels, channels), strides, tile)
     call(source, weights[0], weights[-1], slots, bias, residual, out, out_slots, *numbers)
 
 
