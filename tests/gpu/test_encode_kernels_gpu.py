@@ -127,8 +127,8 @@ def test_only_kernels_over_time_have_a_stride():
 
 # down_conv.
 
-# More than a tile's columns, and tiles that end outside; the interpreter's has two tiles of three rows.
-DOWN_SIZE = here((2, 3, 18), gpu=[(2, 21, 45)])[0]
+# Rows of several tiles, the last of which ends outside; for the interpreter of one tile but where there is a small one.
+DOWN_SIZE = here((2, 3, 18), gpu=[(2, 5, 150)])[0]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,9 @@ def test_down_conv_has_the_same_bits_with_every_tile_and_without_descriptors():
     assert {tile.swapped for tile in settings} == {False, True}
     swapped = next(tile for tile in settings if tile.swapped)
     tma = conv_kernels.use_descriptors(arena)
-    described = [(tile, tma) for tile in (settings[::5] if INTERPRETED else settings)]
+    if INTERPRETED:
+        settings = [tiles.Tile(16, 64, 32, 32, 4, 2), *settings[::8]]
+    described = [(tile, tma) for tile in settings]
     for tile, descriptors in [*described, (swapped, tma), (settings[0], False), (swapped, False)]:
         out = torch.full_like(whole, math.nan)
         down_kernels.down_conv(
@@ -428,3 +430,23 @@ def test_pixels_and_averages_of_more_than_2_to_the_31_values():
     last = torch.zeros_like(out[-1:])
     shortcut_ops.add_averaged(x[-2:].clone(), time_factor=2, out=last)
     assert torch.equal(out[-1:], last)
+
+
+def test_down_conv_in_and_out_of_more_than_2_to_the_31_values():
+    channels, rows, columns, count, frames = here((32, 2, 5, 5, 3), gpu=[(96, 510, 509, 24, 90)])[0]
+    _, (small, slots, weight, bias) = down_problem((1, rows, columns), channels, channels, dtype=DTYPE)
+    wanted = conv_ops.down_conv(small, slots, weight, bias)
+    assert wanted.isfinite().all()
+    arena = torch.full((count, *small.shape[1:]), math.nan, dtype=DTYPE, device=DEVICE)
+    arena[-1] = small[slots[0].item()]
+    last = torch.full((frames,), count - 1, dtype=torch.int32, device=DEVICE)
+    if not INTERPRETED:
+        assert (count - 1) * arena[0].numel() > 2**31
+        assert frames * wanted.numel() > 2**31
+    for descriptors in {False, conv_kernels.use_descriptors(arena)}:
+        out = torch.full((frames, rows, columns, channels), math.nan, dtype=DTYPE, device=DEVICE)
+        down_kernels.down_conv(
+            arena, last, weight, bias, out=out, out_slots=None, transposed=False, descriptors=descriptors
+        )
+        assert torch.equal(out[-1:], wanted), f"descriptors {descriptors}"
+        assert torch.equal(out[:1], wanted), f"descriptors {descriptors}"

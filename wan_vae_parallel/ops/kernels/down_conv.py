@@ -2,13 +2,13 @@
 
 T frames, H rows, W columns of the output, C channels in, O channels out, S slots of an arena
 
-Layout  The input is an arena ``[S, 2H + 2, 2W + 2, C]``, contiguous, whose top and left borders are not read; outputs
-        see its rows 2h + 1 to 2h + 3 and columns 2w + 1 to 2w + 3. As both sides are even, it is read as pairs of
-        rows and of columns, ``[S * (H + 1), 2 * (W + 1), 2, C]``: along the second axis lie the pairs of columns of a
-        pair's upper row, then those of its lower one. What a tap reads of neighbouring outputs are then neighbouring
-        pairs, which a TMA descriptor of four axes can load: nothing is computed that is not wanted.
-Tile    16 columns of as many rows as make up its positions, x all O, or a part of O, in two accumulators as in conv.py.
-        At 720p all columns are multiples of 16. Positions outside the frame are computed and not stored.
+Layout  The input is an arena ``[S, 2H + 2, 2W + 2, C]``, contiguous, whose top and left borders are not read; output
+        (h, w) sees its rows 2h + 1 to 2h + 3 and columns 2w + 1 to 2w + 3. As there is an even number of columns, it
+        is read as ``[2, rows, W + 1, C]``: the columns of even number, then those of odd number. What a tap reads of
+        neighbouring outputs then lies side by side, as a TMA descriptor wants it: nothing is computed that is not
+        wanted, but for the ends of rows.
+Tile    Consecutive positions of one row x all O, or a part of O, in two accumulators as in conv.py. A tile of several
+        rows would waste less at their ends, but Triton 3.6 brings such a one to the tensor cores through registers.
 Bits    fp32 accumulation that starts at the bias, then taps in the picture's order and channels ascending within a
         tap; one rounding. No tile, position, T, H, W or split axis changes a bit. Channels are an axis of their own,
         so that a step past the last one reads zeros, not what lies beside it, which might not be finite.
@@ -41,73 +41,56 @@ from .products import (
     store,
     use_descriptors,
 )
-from .tiles import TILE_COLUMNS, Tile
+from .tiles import Tile
 
 # fmt: off
 
 
 @triton.jit
-def _load_pairs(
-    source, slot, h, w, down, right, c, H, W,
-    C: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+def _load_columns(
+    source, row, left, right, c, W,
+    C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):
-    """A tile ``[BM, BK]`` of what a tap, the ``down``-th row and ``right``-th column of three, reads."""
+    """A tile ``[BM, BK]``: what the ``right``-th tap of a row reads for the outputs from column ``left`` on."""
     if TMA:
-        # Of the border and three rows these are the second to the fourth: a lower row, then a pair of rows.
-        pairs = slot * (H + 1) + h + (down + 1) // 2
-        columns = (down + 1) % 2 * (W + 1) + w + (right + 1) // 2
-        tile = source.load([pairs, columns, (right + 1) % 2, c]).reshape(BM, BK)
+        tile = source.load([(right + 1) % 2, row, left + (right + 1) // 2, c]).reshape(BM, BK)
     else:
-        m = tl.arange(0, BM)
+        w = left + tl.arange(0, BM)
         k = c + tl.arange(0, BK)
-        h += m // BW
-        w += m % BW
-        inside = ((h < H) & (w < W))[:, None] & (k < C)[None, :]
-        position = (slot * (2 * H + 2) + 2 * h + 1 + down) * (2 * W + 2) + 2 * w + 1 + right
+        inside = (w < W)[:, None] & (k < C)[None, :]
+        position = row * (2 * W + 2) + 2 * w + 1 + right
         tile = tl.load(source + position.to(tl.int64)[:, None] * C + k[None, :], mask=inside, other=0.0)
     return tile
-
-
-@triton.jit
-def _where(h, w, H, W, BM: tl.constexpr, BW: tl.constexpr):
-    """Row and column of each position of a tile, and whether it is one."""
-    m = tl.arange(0, BM)
-    h += m // BW
-    w += m % BW
-    return h, w, (h < H) & (w < W)
 
 
 @triton.jit(do_not_specialize=["H", "W"])
 def _down_kernel(
     source, weight0, weight1, slots, bias, out, out_slots, H, W,
     C: tl.constexpr, O: tl.constexpr, OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BM: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, HIDE: tl.constexpr,
+    BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
 ):
     PARTS: tl.constexpr = (O + N0 + N1 - 1) // (N0 + N1)
     STEPS: tl.constexpr = (C + BK - 1) // BK
-    BH: tl.constexpr = BM // BW
 
-    # What shares a tile of the input runs side by side, then the tiles beside it, whose columns meet.
+    # What shares a tile of the input runs side by side, then what lies beside it in that row, then the next row.
     pid = tl.program_id(0)
     n = pid % PARTS * (N0 + N1)
     pid = pid // PARTS
-    across = tl.cdiv(W, BW)
-    high = tl.cdiv(H, BH)
-    left = pid % across * BW
-    top = pid // across % high * BH
-    t = pid // (across * high)
-    slot = tl.load(slots + t)
+    across = tl.cdiv(W, BM)
+    left = pid % across * BM
+    h = pid // across % H
+    t = pid // (across * H)
+    row = tl.load(slots + t) * (2 * H + 2) + 2 * h + 1
 
-    h, w, stored = _where(top, left, H, W, BM, BW)
-    place = h * W + w
+    w = left + tl.arange(0, BM)
+    stored = w < W
     n0 = n + tl.arange(0, N0)
     acc0 = tl.zeros((N0, BM) if SWAP else (BM, N0), tl.float32)
-    acc0 = start(acc0, n0, 0, bias, bias, place, stored, O, False, SWAP)
+    acc0 = start(acc0, n0, 0, bias, bias, w, stored, O, False, SWAP)
     if N1 > 0:
         n1 = n + N0 + tl.arange(0, N1)
         acc1 = tl.zeros((N1, BM) if SWAP else (BM, N1), tl.float32)
-        acc1 = start(acc1, n1, 0, bias, bias, place, stored, O, False, SWAP)
+        acc1 = start(acc1, n1, 0, bias, bias, w, stored, O, False, SWAP)
 
     for k in range(9 * STEPS):
         tap = k // STEPS
@@ -115,17 +98,13 @@ def _down_kernel(
         # In the picture's own order, also where its columns are the arena's rows: the same sums.
         down = tap % 3 if TRANSPOSED else tap // 3
         right = tap // 3 if TRANSPOSED else tap % 3
-        x = _load_pairs(source, slot, top, left, down, right, c, H, W, C, BM, BW, BK, TMA)
+        x = _load_columns(source, row + down, left, right, c, W, C, BM, BK, TMA)
         w0 = load_weights(weight0, tap, n, c, C, 9 * C, C, O, N0, BK, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
             w1 = load_weights(weight1, tap, n + N0, c, C, 9 * C, C, O, N1, BK, TMA)
             acc1 = dot(x, w1, acc1, SWAP)
 
-    if HIDE:
-        # As in conv.py: what is known from before the loop must not stay in registers.
-        top = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [top], dtype=tl.int32, is_pure=False, pack=1)
-    h, w, stored = _where(top, left, H, W, BM, BW)
     out = frame_of(out, out_slots, t, H, W, O, OUT_PAGED, OUT_BORDER)
     place = (h + OUT_BORDER // 2) * (W + OUT_BORDER) + w + OUT_BORDER // 2
     store(acc0, n0, out, place, stored, O, SWAP)
@@ -195,9 +174,9 @@ def down_conv(
     weights: list[Any] = [as_matrix, as_matrix]
     if tma:
         count, rows, columns, _ = arena.shape
-        pairs = [count * rows // 2, columns, 2, channels]
-        strides = [2 * columns * channels, 2 * channels, channels, 1]
-        source = TensorDescriptor(arena, pairs, strides, [tile.positions // TILE_COLUMNS, TILE_COLUMNS, 1, tile.step])
+        split = [2, count * rows, columns // 2, channels]
+        strides = [channels, columns * channels, 2 * channels, 1]
+        source = TensorDescriptor(arena, split, strides, [1, 1, tile.positions, tile.step])
         weights = describe_weights(as_matrix, (9, out_channels, channels), (channels, 9 * channels), tile)
     call(source, weights[0], weights[-1], slots, bias, out, out_slots, *numbers)
 
@@ -241,19 +220,17 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, int]]:
     if count * sides[0] * sides[1] >= 2**31 or (rows + 2) * (columns + 2) * out_channels >= 2**31:
         raise ValueError(f"a frame of {wanted[1:]} or an arena {geometry.arena} overflows the kernel's int32")
 
-    across = -(-columns // TILE_COLUMNS)
     kind = LayerKind("down_conv", channels, out_channels, (1, 3, 3))
+    # No tile goes across rows: each is a frame to it.
     tile = geometry.tile or tiles.choose_tile(
-        kind, rows * across * TILE_COLUMNS, frames, dtype=geometry.dtype, device=geometry.device
+        kind, columns, frames * rows, dtype=geometry.dtype, device=geometry.device
     )
-    high = -(-rows // (tile.positions // TILE_COLUMNS))
     parts = -(-out_channels // (tile.first + tile.second))
     call = Call(
         _down_kernel,
-        (across * high * frames * parts,),
+        (-(-columns // tile.positions) * rows * frames * parts,),
         C=channels, O=out_channels, OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
-        BM=tile.positions, BW=TILE_COLUMNS, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped,
-        TMA=geometry.tma, HIDE=geometry.device.type == "cuda",
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return tile, call, (rows, columns)

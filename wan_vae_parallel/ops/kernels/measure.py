@@ -25,7 +25,7 @@ from ..layer_kinds import LayerKind, Measured
 from . import conv, down_conv, head_conv
 from .launch import compile_all
 from .progress import Progress
-from .tiles import TILE_COLUMNS, Tile, candidates, gpu
+from .tiles import Tile, candidates, gpu
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,6 @@ def _rows(kind: LayerKind, tiles: Sequence[Tile], processors: int, itemsize: int
     turn = processors * positions / programs * _FRAMES * elements * itemsize
     turns = min(_TURNS, max(1, math.floor(_MOST_BYTES / turn)))
     of_a_frame = max(1, turns * processors // programs) * positions
-    if kind.op == "down_conv":
-        tile_rows = positions // TILE_COLUMNS
-        return max(1, of_a_frame // _COLUMNS // tile_rows) * tile_rows
+    if kind.op == "down_conv":  # without borders between rows
+        return max(1, of_a_frame // _COLUMNS)
     return max(1, (of_a_frame - _COLUMNS) // (_COLUMNS + kind.kernel[2] - 1) + 1)

@@ -18,8 +18,6 @@ _MAX_CHANNELS = 384
 # Shared memory of a program from which on products read both sides out of it, as on Hopper and the data centre's
 # Blackwell. Other GPUs' products take them from registers, which leaves fewer for accumulators.
 _WIDE_BYTES = 200 * 1024
-# Columns of a tile of `down_conv`, whose positions are these of several rows.
-TILE_COLUMNS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +163,7 @@ def choose_tile(
 
     Args:
         kind: of layer.
-        frame_positions: positions of a frame, borders between rows (or columns that fill a tile) included.
+        frame_positions: positions of a frame, borders between rows included.
         frames: output frames, times the phases of each.
         dtype: what it multiplies.
         device: where it runs.
