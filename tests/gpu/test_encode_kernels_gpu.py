@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.gpu.kernel_tests import (
     DEVICE,
@@ -50,9 +51,9 @@ pytest.importorskip("triton", reason="there are no kernels without Triton")
 # E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import conv as conv_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import down_conv as down_kernels  # noqa: E402
+from wan_vae_parallel.ops.kernels import measure, tiles  # noqa: E402
 from wan_vae_parallel.ops.kernels import pixels as pixels_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import shortcut as shortcut_kernels  # noqa: E402
-from wan_vae_parallel.ops.kernels import tiles  # noqa: E402
 
 
 def same(a, b):
@@ -198,11 +199,13 @@ def test_down_conv_has_the_same_bits_with_every_tile_and_without_descriptors():
     found = {}
     for width in (96, 160, 192, 320, 384, 640):
         kind = LayerKind("down_conv", width, width, (1, 3, 3))
-        for tile in (*tiles.candidates(kind, DEVICE), *tiles._narrow(width, width)):
+        # Other GPUs' too: they run here as well.
+        shipped = [tile for tile, _ in tiles._settings(width, width)]
+        for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(width, width)):
             found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
+    assert {tile.step for tile in found.values()} == {32, 64}
+    assert {tile.swapped for tile in found.values()} == {False, True}
     settings = [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile in found.values()]
-    assert {tile.step for tile in settings} >= {32, 64}
-    assert {tile.swapped for tile in settings} == {False, True}
     swapped = next(tile for tile in settings if tile.swapped)
     tma = conv_kernels.use_descriptors(arena)
     if INTERPRETED:
@@ -262,6 +265,49 @@ def test_down_convs_kernel_says_what_it_does_not_take(change, names):
     arguments |= {name: tensor.to(DEVICE) for name, tensor in change.items()}
     with pytest.raises(ValueError, match=names):
         down_kernels.down_conv(**arguments, transposed=False)
+
+
+# Measuring.
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [LayerKind("conv", 48, 32, TIME, time_stride=2), LayerKind("down_conv", 48, 32, (1, 3, 3))],
+    ids=str,
+)
+def test_what_is_measured_is_the_layer_and_cudnns_is_the_same(monkeypatch, kind):
+    monkeypatch.setattr(conv_ops, "F", F)
+    problem = measure._Problem(kind, 3, 18, DTYPE, DEVICE)
+    problem.cudnn()
+    wanted = problem.out.clone()
+    assert wanted.shape == (measure._FRAMES, 3, 18, 32)
+    assert wanted.isfinite().all()
+    for tile in tiles.candidates(kind, DEVICE):
+        problem.out.fill_(math.nan)
+        problem.ours(tile)
+        assert relative_error(problem.out, wanted.double()) < 1e-2, tile
+
+
+@pytest.mark.parametrize("processors", [132, 46])
+@pytest.mark.parametrize(
+    "kind",
+    [LayerKind("conv", width, width, TIME, time_stride=2) for width in (192, 384, 320, 640)]
+    + [LayerKind("down_conv", width, width, (1, 3, 3)) for width in (96, 192, 384, 160, 320, 640)],
+    ids=str,
+)
+def test_what_is_measured_fits_its_memory_and_fills_a_gpu(kind, processors):
+    found = tiles.candidates(kind, DEVICE)
+    rows = measure._rows(kind, found, processors, 2)
+    # Every two rows take as much as the next two; what two and four take is small.
+    two, four = (measure._Problem(kind, count, measure._COLUMNS, torch.float16, DEVICE) for count in (2, 4))
+    arena, out = (
+        2 * (few.numel() + (many.numel() - few.numel()) // 2 * (rows - 2))
+        for few, many in ((two.arena, four.arena), (two.out, four.out))
+    )
+    side_by_side = 2 if kind.op == "down_conv" else 1  # with their borders, then without
+    assert arena * (1 + side_by_side) + 2 * out <= 450 * 2**20
+    most = max(tile.positions for tile in found)
+    assert measure._FRAMES * rows * measure._COLUMNS >= 0.75 * processors * most
 
 
 # gather_taps: every value by itself, so that PyTorch's bits are the kernel's.
