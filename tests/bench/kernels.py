@@ -9,6 +9,7 @@ Random data. Prints rows for BENCHMARKS.md: ours, then PyTorch's own kernels on 
 """
 
 import argparse
+import functools
 import time
 
 import torch
@@ -18,13 +19,22 @@ from triton.testing import do_bench
 from wan_vae_parallel.architecture import Architecture
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.ops.attention import frame_attention
-from wan_vae_parallel.ops.conv import conv, fold_upsample_weight, head_conv, pointwise_conv, prepare_head, upsample_conv
+from wan_vae_parallel.ops.conv import (
+    conv,
+    down_conv,
+    fold_upsample_weight,
+    head_conv,
+    pointwise_conv,
+    prepare_head,
+    upsample_conv,
+)
 from wan_vae_parallel.ops.dispatch import torch_kernels_only
 from wan_vae_parallel.ops.frames import to_frames
 from wan_vae_parallel.ops.kernels.measure import measure
 from wan_vae_parallel.ops.kernels.tiles import candidates
 from wan_vae_parallel.ops.norm_silu import norm_silu
-from wan_vae_parallel.ops.shortcut import add_duplicated
+from wan_vae_parallel.ops.pixels import Margins, gather_taps, spread_pixel_weight, tap_channels
+from wan_vae_parallel.ops.shortcut import add_averaged, add_duplicated
 
 CUDA = torch.device("cuda", 0)
 # C, O, kernel, H, W, T: where a decode of 720p spends its time, on one device and on one of four, and 480p on four.
@@ -51,6 +61,14 @@ CONVOLUTIONS = [
 SUSTAINED = [(1024, 88, 160, 4), (512, 176, 320, 4), (256, 352, 640, 4)]
 SUSTAINED += [(384, 180, 320, 8), (192, 360, 640, 8), (96, 720, 1280, 4)]
 UPSAMPLINGS = [(384, 192, 180, 320, 4), (192, 96, 360, 640, 4), (384, 192, 90, 160, 8), (1024, 1024, 44, 80, 4)]
+# C, output's H and W, T: where an encode halves rows and columns, or frames.
+DOWNS = [(96, 360, 640, 4), (192, 180, 320, 4), (384, 90, 160, 4), (160, 176, 320, 4), (320, 88, 160, 4)]
+DOWNS += [(640, 44, 80, 4)]
+STRIDED = [(192, 180, 320, 2), (384, 90, 160, 1), (320, 88, 160, 2), (640, 44, 80, 1)]
+# Colours, patch, O of the first convolution, positions' H and W, T.
+PIXELS = [(3, 1, 96, 720, 1280, 4), (3, 2, 160, 352, 640, 4)]
+# C, O, frames that become one, output's H and W, its T.
+AVERAGES = [(160, 160, 1, 176, 320, 4), (160, 320, 2, 88, 160, 2), (320, 640, 2, 44, 80, 1)]
 HEADS = [(96, 3, 720, 1280, 4), (96, 3, 720, 1280, 1), (96, 3, 180, 1280, 4), (256, 12, 352, 640, 4)]
 NORMS = [(96, 720, 1280, 4), (192, 360, 640, 4), (384, 180, 320, 4), (384, 90, 160, 4), (256, 352, 640, 4)]
 ATTENTIONS = [(384, 14400, 14400, 4), (384, 14400, 14400, 1), (384, 3600, 14400, 4), (384, 6240, 6240, 4)]
@@ -134,6 +152,59 @@ class Bench:
                 f"upsampling {channels} to {out_channels}, from {height}x{width}, T {frames}",
                 lambda: upsample_conv(arena, slots, weight, bias, folded=folded),  # noqa: B023 (called at once)
                 flops=flops,
+            )
+
+    def encode(self):
+        for channels, height, width, frames in DOWNS:
+            arena, slots = self.arena(frames, 2 * height, 2 * width, channels, 1)
+            weight = self.random(channels, channels, 3, 3, scale=(9 * channels) ** -0.5)
+            weight, bias = weight.contiguous(memory_format=torch.channels_last), self.random(channels)
+            self.row(
+                f"every other row and column, {channels} channels, to {height}x{width}, T {frames}",
+                lambda: down_conv(arena, slots, weight, bias),  # noqa: B023 (called at once)
+                flops=2 * frames * height * width * channels**2 * 9,
+            )
+        for channels, height, width, frames in STRIDED:
+            problem, _ = self.conv_problem(channels, channels, (3, 1, 1), height, width, 2 * frames - 1)
+            self.row(
+                f"3x1x1 of every other frame, {channels} channels, {height}x{width}, T {frames}",
+                lambda: conv(*problem, time_stride=2),  # noqa: B023 (called at once)
+                flops=2 * frames * height * width * channels**2 * 3,
+            )
+        for colours, patch, out_channels, height, width, frames in PIXELS:
+            channels = colours * patch**2
+            pixels = torch.rand((frames, height * patch, width * patch, colours), device=CUDA)
+            arena, slots = self.arena(frames + 2, height, width, tap_channels(channels), 0)
+            own = slots[2:].clone()  # the two before are past frames
+            for transposed in (False, True):
+                turned = arena.view(frames + 2, width, height, -1) if transposed else arena
+                self.row(
+                    f"pixels, patch {patch}, {height}x{width}, T {frames}{', transposed' if transposed else ''}",
+                    functools.partial(
+                        gather_taps,
+                        pixels,
+                        patch=patch,
+                        margins=Margins(),
+                        transposed=transposed,
+                        arena=turned,
+                        slots=own,
+                    ),
+                    moved=pixels.nbytes + arena[2:].nbytes,
+                )
+            weight = spread_pixel_weight(self.random(out_channels, channels, 3, 3, 3, scale=(27 * channels) ** -0.5))
+            bias = self.random(out_channels)
+            self.row(
+                f"first convolution, {channels} to {out_channels}, {height}x{width}, T {frames}",
+                lambda: conv(arena, slots, weight, bias),  # noqa: B023 (called at once)
+                moved=arena.nbytes + frames * height * width * out_channels * arena.element_size(),
+            )
+        for channels, out_channels, factor, height, width, frames in AVERAGES:
+            x = self.random(frames * factor, 2 * height, 2 * width, channels)
+            out = self.random(frames, height, width, out_channels)
+            self.row(
+                f"averaging shortcut, {channels} to {out_channels}, to {height}x{width}, T {frames}",
+                lambda: add_averaged(x, time_factor=factor, out=out),  # noqa: B023 (called at once)
+                moved=x.nbytes + 2 * out.nbytes,
             )
 
     def head(self):
@@ -233,7 +304,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    names = ["conv", "upsample", "head", "norm", "attention", "rest", "settings", "sustained"]
+    names = ["conv", "upsample", "encode", "head", "norm", "attention", "rest", "settings", "sustained"]
     parser.add_argument("--only", choices=names)
     options = parser.parse_args()
     torch.manual_seed(0)

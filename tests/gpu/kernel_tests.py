@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.ops import plain
-from wan_vae_parallel.ops import attention, conv, frames, norm_silu, shortcut
+from wan_vae_parallel.ops import attention, conv, frames, norm_silu, pixels, shortcut
 
 INTERPRETED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
 MARKS = [
@@ -34,6 +34,7 @@ WIDTHS = [16, 48, 80, 96, 128, 160, 192, 256, 320, 384, 512, 1024]
 
 _on_device = {"device": DEVICE}
 conv_problem = functools.partial(plain.conv_problem, **_on_device)
+down_problem = functools.partial(plain.down_problem, **_on_device)
 upsample_problem = functools.partial(plain.upsample_problem, **_on_device)
 random = functools.partial(plain.random, **_on_device)
 order = functools.partial(plain.order, **_on_device)
@@ -55,7 +56,7 @@ def leave_kernels_alone(monkeypatch):
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     if INTERPRETED:
-        for module in (attention, conv, frames, norm_silu, shortcut):
+        for module in (attention, conv, frames, norm_silu, pixels, shortcut):
             monkeypatch.setattr(module, "kernels_run", lambda _: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
 

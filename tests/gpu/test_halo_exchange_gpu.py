@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="there are no kernels without Trit
 # E402: what follows imports Triton, which may be missing.
 import triton.language as tl  # noqa: E402
 
-from wan_vae_parallel.ops.kernels import exchange_halo as kernels  # noqa: E402
+from wan_vae_parallel.ops.kernels import halo_exchange as kernels  # noqa: E402
 from wan_vae_parallel.parallel.peer_memory import _as_int32  # noqa: E402
 
 RANKS = 3

@@ -42,10 +42,10 @@ def turned(x):
     return x.transpose(1, 2).contiguous()
 
 
-def conv_problem(size, channels, out_channels, kernel=(3, 3, 3), *, dtype=torch.float32, device="cpu"):
+def conv_problem(size, channels, out_channels, kernel=(3, 3, 3), *, time_stride=1, dtype=torch.float32, device="cpu"):
     """Arena, slots in no order, weight, bias: past frames that are not blank, and NaN in the slots not named."""
     frames, rows, columns = size
-    slots = order(frames + kernel[0] - 1, spare=2, device=device)
+    slots = order((frames - 1) * time_stride + kernel[0], spare=2, device=device)
     pictures = random(len(slots), rows, columns, channels, dtype=dtype, device=device)
     arena = in_arena(pictures, slots, border=kernel[1] // 2)
     weight = random_weight(out_channels, channels, *kernel, dtype=dtype, device=device)
@@ -59,6 +59,18 @@ def upsample_problem(size, channels, out_channels, *, dtype=torch.float32, devic
     weight = random_weight(out_channels, channels, 3, 3, dtype=dtype, device=device)
     bias = random(out_channels, dtype=dtype, seed=2, device=device)
     return frames, (in_arena(frames, slots, border=1), slots, weight, bias)
+
+
+def down_problem(size, channels, out_channels, *, dtype=torch.float32, device="cpu"):
+    """Frames of twice ``size`` without a border; and arena, slots, weight, bias, with NaN in the borders not read."""
+    frames, rows, columns = size
+    slots = order(frames, spare=2, device=device)
+    pictures = random(frames, 2 * rows, 2 * columns, channels, dtype=dtype, device=device)
+    arena = in_arena(pictures, slots, border=1)
+    arena[:, 0] = math.nan
+    arena[:, :, 0] = math.nan
+    weight = random_weight(out_channels, channels, 3, 3, dtype=dtype, device=device)
+    return pictures, (arena, slots, weight, random(out_channels, dtype=dtype, seed=2, device=device))
 
 
 def bits(x):
@@ -90,31 +102,37 @@ def errs_at_most_twice_as_much(actual, eager, exact):
     return relative_error(actual, exact) <= 2 * max(relative_error(eager, exact), rounding)
 
 
-def plain_conv(arena, slots, weight, bias, *, halves=1, residual=None):
+def plain_conv(arena, slots, weight, bias, *, halves=1, time_stride=1, residual=None):
     """Tap by tap."""
     seen = arena[slots.long()].double()
     taps = weight.double()
     out_channels, _, *kernel = weight.shape
     frames, rows, columns = (size - taken + 1 for size, taken in zip(seen.shape, kernel, strict=False))
-    total = bias.double().expand(frames, rows, columns, out_channels)
+    total = bias.double().expand(-(-frames // time_stride), rows, columns, out_channels)
     for t, h, w in itertools.product(*map(range, kernel)):
-        total = total + seen[t : t + frames, h : h + rows, w : w + columns] @ taps[:, :, t, h, w].T
+        total = total + seen[t : t + frames : time_stride, h : h + rows, w : w + columns] @ taps[:, :, t, h, w].T
     if halves == 2:
         earlier, later = total.chunk(2, dim=3)
         total = torch.stack([earlier, later], dim=1).flatten(0, 1)
     return total if residual is None else total + residual.double()
 
 
-def eager_conv(arena, slots, weight, bias):
+def eager_conv(arena, slots, weight, bias, *, time_stride=1):
     """What PyTorch makes of ``[N, C, T, H, W]``, as code without pages has it."""
     seen = arena[slots.long()].permute(3, 0, 1, 2)[None].contiguous()
-    return F.conv3d(seen, weight.contiguous(), bias)[0].permute(1, 2, 3, 0)
+    return F.conv3d(seen, weight.contiguous(), bias, stride=(time_stride, 1, 1))[0].permute(1, 2, 3, 0)
 
 
 def plain_upsample_conv(frames, weight, bias):
     """``frames`` ``[T, H, W, C]`` without a border, doubled and convolved as Wan's code does it, in their dtype."""
     doubled = F.interpolate(frames.permute(0, 3, 1, 2).contiguous(), scale_factor=2.0, mode="nearest-exact")
     return F.conv2d(doubled, weight.contiguous(), bias, padding=1).permute(0, 2, 3, 1)
+
+
+def plain_down_conv(frames, weight, bias):
+    """``frames`` ``[T, 2H, 2W, C]`` without a border, padded and convolved as Wan's code does it, in their dtype."""
+    padded = F.pad(frames.permute(0, 3, 1, 2), (0, 1, 0, 1)).contiguous()
+    return F.conv2d(padded, weight.contiguous(), bias, stride=2).permute(0, 2, 3, 1)
 
 
 def plain_norm(x, gamma):
@@ -148,3 +166,24 @@ def plain_duplicated(x, out_channels, time_factor, phases):
     spread = x.permute(3, 0, 1, 2).repeat_interleave(out_channels * time_factor * 4 // channels, dim=0)
     spread = spread.view(out_channels, time_factor, 2, 2, frames, rows, columns)[:, slice(*phases)]
     return spread.permute(4, 1, 5, 2, 6, 3, 0).reshape(-1, 2 * rows, 2 * columns, out_channels)
+
+
+def plain_averaged(x, out_channels, time_factor):
+    """Wan 2.2's AvgDown3D in fp64: blank frames first, then averages in the order (channel, frame, row, column)."""
+    frames, rows, columns, channels = x.shape
+    missing = -frames % time_factor
+    padded = F.pad(x.double().permute(3, 0, 1, 2), (0, 0, 0, 0, missing, 0))
+    parts = padded.reshape(channels, -1, time_factor, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 6, 1, 3, 5)
+    return parts.reshape(out_channels, -1, *parts.shape[4:]).mean(dim=1).permute(1, 2, 3, 0)
+
+
+def plain_taps(pixels, patch, values):
+    """All neighbourhoods of ``pixels`` ``[T, H * p, W * p, C]``, one value after the other, in fp64; then zeros."""
+    frames, rows, columns = pixels.shape[0], pixels.shape[1] // patch, pixels.shape[2] // patch
+    padded = F.pad(2 * pixels.double() - 1, (0, 0, patch, patch, patch, patch))
+    out = torch.zeros((frames, rows, columns, values), dtype=torch.float64, device=pixels.device)
+    places = itertools.product(range(3), range(3), range(pixels.shape[3]), range(patch), range(patch))
+    for k, (down, right, colour, column, row) in enumerate(places):
+        top, left = down * patch + row, right * patch + column
+        out[..., k] = padded[:, top : top + rows * patch : patch, left : left + columns * patch : patch, colour]
+    return out

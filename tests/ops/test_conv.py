@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from tests.ops.plain import (
     changed_alone,
     conv_problem,
+    down_problem,
     eager_conv,
     errs_at_most_twice_as_much,
     inside,
     order,
     plain_conv,
+    plain_down_conv,
     plain_upsample_conv,
     random,
     turned,
@@ -28,6 +30,7 @@ from tests.ops.plain import (
 )
 from wan_vae_parallel.ops.conv import (
     conv,
+    down_conv,
     fold_upsample_weight,
     head_conv,
     pointwise_conv,
@@ -170,6 +173,36 @@ def test_transposed_is_the_same_with_rows_and_columns_in_each_others_place(kerne
     torch.testing.assert_close(turned(out), plain_conv(arena, slots, weight, bias, halves=halves), **FP32)
 
 
+@pytest.mark.parametrize("size", [(3, 4, 5), (1, 1, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_time_stride_makes_one_frame_of_every_two(size, transposed):
+    arena, slots, weight, bias = conv_problem(size, 8, 6, (3, 1, 1), time_stride=2)
+    assert len(slots) == 2 * size[0] + 1
+    out = conv(turned(arena) if transposed else arena, slots, weight, bias, time_stride=2, transposed=transposed)
+    assert out.shape == ((size[0], size[2], size[1], 6) if transposed else (*size, 6))
+    exact = plain_conv(arena, slots, weight, bias, time_stride=2)
+    torch.testing.assert_close(turned(out) if transposed else out, exact, **FP32)
+    # Frame t is the one that frames 2t to 2t + 2 make alone.
+    alone = [plain_conv(arena, slots[2 * t : 2 * t + 3], weight, bias) for t in range(size[0])]
+    torch.testing.assert_close(torch.cat(alone), exact)
+
+
+def test_a_time_stride_leaves_borders_and_other_slots_alone():
+    arena, slots, weight, bias = conv_problem((3, 4, 5), 8, 6, (3, 1, 1), time_stride=2)
+    before = torch.full((5, 6, 7, 6), math.nan)
+    out, out_slots = before.clone(), order(3, spare=2, seed=1)
+    assert conv(arena, slots, weight, bias, out=out, out_slots=out_slots, time_stride=2) is out
+    exact = plain_conv(arena, slots, weight, bias, time_stride=2)
+    torch.testing.assert_close(inside(out, out_slots, 1), exact, **FP32)
+    assert changed_alone(out, before, out_slots, 1)
+
+
+def test_conv_refuses_slots_that_end_between_two_output_frames():
+    arena, slots, weight, bias = conv_problem((3, 4, 5), 8, 6, (3, 1, 1), time_stride=2)
+    with pytest.raises(ValueError, match=r"6 slots.* a stride of 2 frames"):
+        conv(arena, slots[:-1], weight, bias, time_stride=2)
+
+
 def test_conv_leaves_its_inputs_alone():
     arena, slots, weight, bias = conv_problem((2, 3, 5), 8, 8)
     tensors = [arena, slots, weight, bias]
@@ -277,6 +310,75 @@ def test_folded_weights_are_summed_in_fp32_and_rounded_once():
     assert folded.dtype == torch.bfloat16
     assert torch.equal(folded, wide.bfloat16())
     assert not torch.equal(wide.bfloat16().float(), wide)  # there was something to round
+
+
+# down_conv.
+
+
+@by_shape
+def test_down_conv_matches_a_convolution_padded_below_and_on_the_right(size, channels, out_channels):
+    frames, (arena, slots, weight, bias) = down_problem(size, channels, out_channels)
+    out = down_conv(arena, slots, weight, bias)
+    assert out.shape == (*size, out_channels)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, plain_down_conv(frames, weight, bias), **FP32)
+
+
+def test_plain_down_conv_is_a_sum_over_taps():
+    frames, (_, _, weight, bias) = down_problem((2, 3, 5), 4, 6)
+    padded = F.pad(frames.double(), (0, 0, 0, 1, 0, 1))
+    total = bias.double().expand(2, 3, 5, 6)
+    for down, right in itertools.product(range(3), repeat=2):
+        total = total + padded[:, down : down + 6 : 2, right : right + 10 : 2] @ weight[:, :, down, right].double().T
+    torch.testing.assert_close(plain_down_conv(frames, weight, bias), total, **FP32)
+
+
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_down_conv_reads_a_halo_row_below(transposed, weight_format):
+    # A shard's rows 4 to 7 of 10, with the row below; in their bottom border lies what would be padding else.
+    frames, (arena, slots, weight, bias) = down_problem((2, 5, 4), 8, 6)
+    weight = weight.contiguous(memory_format=weight_format)
+    shard = arena[:, 4:10].contiguous()
+    shard[:, 0] = math.nan  # row 3 is not read
+    out = down_conv(turned(shard) if transposed else shard, slots, weight, bias, transposed=transposed)
+    assert out.is_contiguous()
+    whole = plain_down_conv(frames, weight, bias)
+    torch.testing.assert_close(turned(out) if transposed else out, whole[:, 2:4], **FP32)
+
+
+@pytest.mark.parametrize("border", [0, 1])
+def test_down_conv_writes_inside_the_borders_of_its_out_slots_alone(border):
+    frames, (arena, slots, weight, bias) = down_problem((3, 4, 5), 8, 6)
+    before = torch.full((5, 4 + 2 * border, 5 + 2 * border, 6), math.nan)
+    out, out_slots = before.clone(), order(3, spare=2, seed=1)
+    assert down_conv(arena, slots, weight, bias, out=out, out_slots=out_slots) is out
+    torch.testing.assert_close(inside(out, out_slots, border), plain_down_conv(frames, weight, bias), **FP32)
+    assert changed_alone(out, before, out_slots, border)
+    given = torch.full((3, 4, 5, 6), math.nan)
+    assert down_conv(arena, slots, weight, bias, out=given) is given
+    torch.testing.assert_close(given, plain_down_conv(frames, weight, bias), **FP32)
+
+
+def test_down_conv_in_fp64_and_in_bf16():
+    frames, problem = down_problem((2, 3, 5), 8, 6, dtype=torch.float64)
+    torch.testing.assert_close(down_conv(*problem), plain_down_conv(frames, *problem[2:]), **FP64)
+    frames, problem = down_problem((2, 5, 7), 16, 16, dtype=torch.bfloat16)
+    exact = plain_down_conv(*(tensor.double() for tensor in (frames, *problem[2:])))
+    assert errs_at_most_twice_as_much(down_conv(*problem), plain_down_conv(frames, *problem[2:]), exact)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 9, 10, 8), (5, 8, 9, 8), (5, 2, 8, 8), (5, 8, 8, 7)],
+    ids=["odd rows", "odd columns", "no rows", "other channels"],
+)
+def test_down_conv_refuses_arenas_that_it_would_misread(shape):
+    slots = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"down_conv takes a contiguous arena of 8 channels and even rows"):
+        down_conv(random(*shape), slots, random(4, 8, 3, 3), random(4))
+    with pytest.raises(ValueError, match=r"out must be contiguous"):
+        down_conv(random(5, 8, 8, 8), slots, random(4, 8, 3, 3), random(4), out=torch.zeros(3, 3, 3, 5))
 
 
 # head_conv.

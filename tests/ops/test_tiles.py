@@ -7,17 +7,26 @@ import torch
 
 from wan_vae_parallel.ops.kernels import tiles
 from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
+from wan_vae_parallel.ops.pixels import tap_channels
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 CONV = LayerKind("conv", 384, 384, (3, 3, 3))
-KINDS = [
-    LayerKind("conv", channels, out_channels, (3, 3, 3))
-    for channels, out_channels in [(16, 384), (384, 384), (192, 192), (96, 96), (48, 1024), (1024, 1024), (80, 160)]
-] + [
-    LayerKind("conv", 384, 768, (3, 1, 1), 2),
-    LayerKind("upsample_conv", 384, 192, (1, 3, 3)),
-    LayerKind("head_conv", 96, 3, (3, 3, 3)),
-]
+KINDS = (
+    [
+        LayerKind("conv", channels, out_channels, (3, 3, 3))
+        for channels, out_channels in [(16, 384), (384, 384), (192, 192), (96, 96), (48, 1024), (1024, 1024), (80, 160)]
+    ]
+    + [
+        LayerKind("conv", 384, 768, (3, 1, 1), 2),
+        LayerKind("upsample_conv", 384, 192, (1, 3, 3)),
+        LayerKind("head_conv", 96, 3, (3, 3, 3)),
+        # Encoders': neighbourhoods of pixels, every other frame.
+        LayerKind("conv", 32, 96, (3, 1, 1)),
+        LayerKind("conv", 112, 160, (3, 1, 1)),
+        LayerKind("conv", 384, 384, (3, 1, 1), time_stride=2),
+    ]
+    + [LayerKind("down_conv", width, width, (1, 3, 3)) for width in (96, 192, 384, 160, 320, 640)]
+)
 LARGE = 720 * 1282
 GPUS = {"H200": (132, 232448), "A100": (108, 166912), "RTX 4090": (128, 101376)}
 
@@ -51,6 +60,19 @@ def test_with_nothing_measured_the_shipped_speeds_choose():
     few = chosen(CONV, 10 * 20, frames=1)  # smaller programs are done first
     assert (few.positions, few.first + few.second) == (128, 128)
     assert chosen(LayerKind("conv", 96, 96, (3, 3, 3)), LARGE).positions == 256
+
+
+@pytest.mark.parametrize(
+    ("colours", "patch", "out_channels", "step"),
+    [(3, 1, 96, 32), (3, 2, 160, 16), (4, 1, 96, 16)],  # Wan 2.1's, Wan 2.2's, one with transparency
+)
+def test_neighbourhoods_of_pixels_end_with_a_step_and_waste_no_product(colours, patch, out_channels, step):
+    channels = tap_channels(colours * patch**2)
+    kind = LayerKind("conv", channels, out_channels, (3, 1, 1))
+    for tile in tiles.candidates(kind, CPU):
+        assert tile.step == step
+        assert channels % step == 0
+        assert tile.first + tile.second == out_channels
 
 
 def test_measured_speeds_choose_for_their_kind_dtype_and_device_alone():

@@ -3,7 +3,8 @@
 T frames, H rows, W columns, C channels in, O channels out, S slots of an arena
 Layout  an arena is ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, and ``slots`` say in which of its slots the frames
         lie; outputs are contiguous ``[T, H, W, O]``. To torch both are channels_last_3d, as the weights are.
-Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py; else, or if told to, those of torch's own convolutions.
+Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py and down_conv.py; else, or if told to, those of torch's own
+        convolutions.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def down_conv(
     Args:
         arena: ``[S, 2H + 2, 2W + 2, C]``, contiguous, with its borders.
         slots: ``[T]`` int32.
-        weight: ``[O, C, 3, 3]``, for the picture as it stands.
+        weight: ``[O, C, 3, 3]`` in channels_last (without kernels of our own any), for the picture as it stands.
         bias: ``[O]``.
         out: where to write, as in `conv`: ``[T, H, W, O]``, or an arena with ``out_slots``. Made if None.
         out_slots: ``[T]`` int32.

@@ -29,14 +29,21 @@ from ..dispatch import KERNEL_DTYPES
 from ..layer_kinds import LayerKind
 from . import tiles
 from .launch import Call
+from .products import (
+    TensorDescriptor,
+    check_tensors,
+    describe_weights,
+    dot,
+    frame_of,
+    load_weights,
+    start,
+    store,
+    use_descriptors,
+)
 from .tiles import Tile
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4; the kernels then read through pointers
-    TensorDescriptor = None
-
 _KERNELS = ((3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1))
+_STRIDED_KERNELS = ((3, 1, 1),)
 
 # fmt: off
 
@@ -55,68 +62,6 @@ def _load_positions(source, row, c, rows, C: tl.constexpr, BM: tl.constexpr, BK:
 
 
 @triton.jit
-def _load_weights(
-    source, tap, n, c, tap_stride, o_stride,
-    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
-):
-    """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap."""
-    if TMA:
-        tile = source.load([tap, n, c]).reshape(BN, BK)
-    else:
-        o = n + tl.arange(0, BN)
-        k = c + tl.arange(0, BK)
-        inside = (o < O)[:, None] & (k < C)[None, :]
-        tile = tl.load(source + tap * tap_stride + o[:, None] * o_stride + k[None, :], mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def _dot(x, w, acc, SWAP: tl.constexpr):
-    return tl.dot(w, x.T, acc) if SWAP else tl.dot(x, w.T, acc)
-
-
-@triton.jit
-def _spread(positions, channels, SWAP: tl.constexpr):
-    """Both as two axes, in the order of the accumulator's."""
-    if SWAP:
-        positions = positions[None, :]
-        channels = channels[:, None]
-    else:
-        positions = positions[:, None]
-        channels = channels[None, :]
-    return positions, channels
-
-
-@triton.jit
-def _start(
-    acc, n, first, bias, residual, place, stored,
-    CO: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SWAP: tl.constexpr,
-):
-    """What the products are added to. Adding it after them instead took 250 registers more than there are."""
-    place, n = _spread(place, n, SWAP)
-    acc += tl.load(bias + first + n, mask=n < CO, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        stored, _ = _spread(stored, stored, SWAP)
-        acc += tl.load(residual + (place * CO + n), mask=stored & (n < CO), other=0.0).to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _store(values, n, target, place, stored, CO: tl.constexpr, SWAP: tl.constexpr):
-    place, n = _spread(place, n, SWAP)
-    stored, _ = _spread(stored, stored, SWAP)
-    tl.store(target + (place * CO + n), values.to(target.dtype.element_ty), mask=stored & (n < CO))
-
-
-@triton.jit
-def _frame_of(target, slots, frame, rows, columns, CO: tl.constexpr, PAGED: tl.constexpr, BORDER: tl.constexpr):
-    """The target's frame: offsets in it fit int32, which halves the registers that addresses take."""
-    if PAGED:
-        frame = tl.load(slots + frame)
-    return target + frame.to(tl.int64) * ((rows + BORDER) * (columns + BORDER) * CO)
-
-
-@triton.jit
 def _where(p, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr):
     """Row and column in the output of each position of a tile, and whether it is one."""
     m = p + tl.arange(0, BM)
@@ -131,7 +76,7 @@ def _conv_kernel(
     H, W, rows, tap_stride, o_stride,
     C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BORDER: tl.constexpr,
-    SCALE: tl.constexpr, HALVES: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, HIDE: tl.constexpr,
@@ -162,24 +107,25 @@ def _conv_kernel(
     # Read before the loop: in it each would stall the load that waits for it.
     size = (H + BORDER) * pitch
     begin = p + py * pitch + px
-    row0 = tl.load(slots + t) * size + begin
+    first = t * TIME_STRIDE
+    row0 = tl.load(slots + first) * size + begin
     row1 = row0
     row2 = row0
     if KT == 3:
-        row1 = tl.load(slots + t + 1) * size + begin
-        row2 = tl.load(slots + t + 2) * size + begin
+        row1 = tl.load(slots + first + 1) * size + begin
+        row2 = tl.load(slots + first + 2) * size + begin
 
     h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
     place = h * (W * SCALE) + w
     if HAS_RESIDUAL:
-        residual = _frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
+        residual = frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
     n0 = n + tl.arange(0, N0)
     acc0 = tl.zeros((N0, BM) if SWAP else (BM, N0), tl.float32)
-    acc0 = _start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+    acc0 = start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
     if N1 > 0:
         n1 = n + N0 + tl.arange(0, N1)
         acc1 = tl.zeros((N1, BM) if SWAP else (BM, N1), tl.float32)
-        acc1 = _start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+        acc1 = start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
 
     for k in range(TAPS * STEPS):
         tap = k // STEPS
@@ -190,11 +136,11 @@ def _conv_kernel(
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
         x = _load_positions(source, row, c, rows, C, BM, BK, TMA)
-        w0 = _load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
-        acc0 = _dot(x, w0, acc0, SWAP)
+        w0 = load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
+        acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = _load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
-            acc1 = _dot(x, w1, acc1, SWAP)
+            w1 = load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
+            acc1 = dot(x, w1, acc1, SWAP)
 
     if HIDE:
         # Hides that these are the numbers from before the loop, which the compiler would keep, in registers that
@@ -203,23 +149,23 @@ def _conv_kernel(
     h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
     H *= SCALE
     W *= SCALE
-    out = _frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
+    out = frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
     place = (h + OUT_BORDER // 2) * (W + OUT_BORDER) + w + OUT_BORDER // 2
-    _store(acc0, n0, out, place, stored, CO, SWAP)
+    store(acc0, n0, out, place, stored, CO, SWAP)
     if N1 > 0:
-        _store(acc1, n1, out, place, stored, CO, SWAP)
+        store(acc1, n1, out, place, stored, CO, SWAP)
 # fmt: on
 
 
-def takes(arena: torch.Tensor, weight: torch.Tensor, *, scale: int = 1) -> bool:
+def takes(arena: torch.Tensor, weight: torch.Tensor, *, scale: int = 1, time_stride: int = 1) -> bool:
     """Whether `conv` takes this input, given a GPU that runs kernels: bf16 or fp16 and four kinds of kernel.
 
-    With a ``scale`` of 2, whether `upsample_conv` does.
+    With a ``scale`` of 2, whether `upsample_conv` does. With a ``time_stride`` of more than 1 only 3x1x1 kernels.
     """
     return (
         arena.dtype in KERNEL_DTYPES
         and weight.dtype == arena.dtype
-        and tuple(weight.shape[2:]) in _KERNELS
+        and tuple(weight.shape[2:]) in (_KERNELS if time_stride == 1 else _STRIDED_KERNELS)
         and arena.shape[:3].numel() < 2**31
         # Of an output frame, with a border.
         and (arena.shape[1] * scale + 2) * (arena.shape[2] * scale + 2) * weight.shape[0] < 2**31
@@ -236,6 +182,7 @@ def conv(
     out: torch.Tensor,
     out_slots: torch.Tensor | None,
     halves: int,
+    time_stride: int = 1,
     transposed: bool,
     tile: Tile | None = None,
     descriptors: bool | None = None,
@@ -251,6 +198,7 @@ def conv(
         out: contiguous; it may be `residual`'s memory, as each element is read before it is written.
         out_slots: int32, if ``out`` is an arena.
         halves: as there.
+        time_stride: as there; more than 1 with 3x1x1 kernels alone.
         transposed: as there.
         tile: overrides `tiles.choose_tile`, for benchmarks.
         descriptors: overrides whether tiles are read through TMA descriptors, for tests.
@@ -262,7 +210,12 @@ def conv(
     as_matrix = weight.permute(0, 2, 3, 4, 1)
     if not as_matrix.is_contiguous():
         raise ValueError(f"weight must be channels_last_3d, not with strides {weight.stride()}")
-    kind = LayerKind("conv", channels, out_channels, (kernel[0], kernel[1], kernel[2]), halves)
+    kind = LayerKind("conv", channels, out_channels, (kernel[0], kernel[1], kernel[2]), halves, time_stride)
+    if time_stride != 1 and (kind.kernel not in _STRIDED_KERNELS or time_stride < 1):
+        raise ValueError(
+            f"a {'x'.join(map(str, kernel))} kernel takes a stride of 1 frame, not {time_stride}; 3x1x1 kernels take "
+            f"any from 1 on, ops.conv.conv with cudnn=True takes the rest"
+        )
     _launch(
         arena, slots, as_matrix, bias, kind=kind, kernel=kind.kernel,
         strides=(channels, math.prod(kernel) * channels), border=kernel[1] - 1, residual=residual, out=out,
@@ -304,13 +257,6 @@ def upsample_conv(
     )  # fmt: skip
 
 
-def use_descriptors(arena: torch.Tensor) -> bool:
-    """Whether tiles of ``arena`` are read through TMA, which wants Hopper and strides of 16 bytes."""
-    if TensorDescriptor is None or arena.shape[3] % 8 or arena.data_ptr() % 16:
-        return False
-    return not arena.is_cuda or torch.cuda.get_device_capability(arena.device) >= (9, 0)
-
-
 def _launch(
     arena: torch.Tensor,
     slots: torch.Tensor,
@@ -329,14 +275,7 @@ def _launch(
     descriptors: bool | None,
 ) -> None:
     channels, out_channels, scale = arena.shape[3], kind.out_channels, kind.scale
-    for name, tensor in (("arena", arena), ("residual", residual), ("out", out), ("weight", weight), ("bias", bias)):
-        if tensor is not None and (not tensor.is_contiguous() or tensor.dtype != arena.dtype):
-            raise ValueError(f"{name} must be contiguous {arena.dtype}, not {tensor.dtype} {tensor.stride()}")
-    for name, indices in (("slots", slots), ("out_slots", out_slots)):
-        if indices is not None and (indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous()):
-            raise ValueError(f"{name} must be a contiguous row of int32, not {indices.dtype} {tuple(indices.shape)}")
-    if arena.dtype not in KERNEL_DTYPES or weight.shape[-1] != channels:
-        raise ValueError(f"the kernel takes bfloat16 or float16 of {weight.shape[-1]} channels, not {arena.dtype}")
+    check_tensors(arena, slots, weight, bias, residual=residual, out=out, out_slots=out_slots)
     tma = use_descriptors(arena) if descriptors is None else descriptors
     geometry = _Geometry(
         kind, tuple(arena.shape), slots.numel(), bias.numel(), kernel, strides, border,
@@ -349,12 +288,8 @@ def _launch(
     weights: list[Any] = [weight, weight]
     if tma:
         taps = math.prod(kernel) * scale**2
-        tap_stride, o_stride = strides
         source = TensorDescriptor(arena, [numbers[2], channels], [channels, 1], [tile.positions, tile.step])
-        weights = [
-            TensorDescriptor(weight, [taps, out_channels, channels], [tap_stride, o_stride, 1], [1, n, tile.step])
-            for n in dict.fromkeys((tile.first, tile.second or tile.first))
-        ]
+        weights = describe_weights(weight, (taps, out_channels, channels), strides, tile)
     call(source, weights[0], weights[-1], slots, bias, residual, out, out_slots, *numbers)
 
 
@@ -385,7 +320,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
     """The tile, the launch, and the kernel's integers; raises `ValueError` as `conv` does."""
     kind, kernel, scale, halves = geometry.kind, geometry.kernel, geometry.kind.scale, geometry.kind.halves
     rows, columns = geometry.arena[1] - geometry.border, geometry.arena[2] - geometry.border
-    frames = geometry.slots - kernel[0] + 1
+    frames = (geometry.slots - kernel[0]) // kind.time_stride + 1
     own = kind.out_channels // halves
     shape = (frames * halves, rows * scale, columns * scale, own)
     paged = geometry.out_slots is not None
@@ -394,6 +329,11 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
         raise ValueError(f"out_slots must be {shape[0]}, not {geometry.out_slots}")
     if min(rows, columns, frames) < 1 or geometry.biases != kind.out_channels or out_border not in (0, 2):
         raise ValueError(f"no output of {kind.out_channels} channels in arena {geometry.arena}, {geometry.slots} slots")
+    if (geometry.slots - kernel[0]) % kind.time_stride:
+        raise ValueError(
+            f"{geometry.slots} slots end between two output frames, which see {kernel[0]} frames each and are "
+            f"{kind.time_stride} apart; leave out the last or add more"
+        )
     wanted = (geometry.out[0] if paged else shape[0], shape[1] + out_border, shape[2] + out_border, own)
     if geometry.out != wanted or geometry.residual not in (None, shape):
         raise ValueError(f"out must be {wanted} and a residual {shape}, not {geometry.out} and {geometry.residual}")
@@ -411,7 +351,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
         _conv_kernel,
         (-(-in_frame // tile.positions) * frames * parts,),
         C=kind.channels, O=kind.out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=geometry.border,
-        SCALE=scale, HALVES=halves, HAS_RESIDUAL=geometry.residual is not None,
+        SCALE=scale, HALVES=halves, TIME_STRIDE=kind.time_stride, HAS_RESIDUAL=geometry.residual is not None,
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
         HIDE=geometry.device.type == "cuda",

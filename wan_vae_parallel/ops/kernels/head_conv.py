@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .conv import TensorDescriptor, use_descriptors
 from .launch import launch
+from .products import TensorDescriptor, use_descriptors
 from .tiles import Tile, head_tile
 
 # Wider ones gained nothing.

@@ -22,7 +22,7 @@ from ...cancel import check_cancelled
 from ...errors import is_out_of_memory
 from .. import conv as ops
 from ..layer_kinds import LayerKind, Measured
-from . import conv, head_conv
+from . import conv, down_conv, head_conv
 from .launch import compile_all
 from .progress import Progress
 from .tiles import Tile, candidates, gpu
@@ -83,8 +83,11 @@ class _Problem:
         kt, kh, kw = kind.kernel
         channels, out_channels, scale = kind.channels, kind.out_channels, kind.scale
         self.kind = kind
-        self.arena = random(_FRAMES + kt - 1, rows + kh - 1, columns + kw - 1, channels)
-        self.slots = torch.arange(_FRAMES + kt - 1, dtype=torch.int32, device=device)
+        seen = _frames_seen(kind)
+        # `down_conv` reads two rows of three for each of its own, and has two borders all the same.
+        step = 2 if kind.op == "down_conv" else 1
+        self.arena = random(seen, rows * step + kh - 1, columns * step + kw - 1, channels)
+        self.slots = torch.arange(seen, dtype=torch.int32, device=device)
         weight = random(out_channels, channels, *kind.kernel).div_((channels * kt * kh * kw) ** 0.5)
         self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self.bias = random(out_channels)
@@ -101,6 +104,10 @@ class _Problem:
         arena, slots, bias, out = self.arena, self.slots, self.bias, self.out
         if self.kind.op == "upsample_conv":
             conv.upsample_conv(arena, slots, self.folded, bias, out=out, transposed=False, tile=tile)
+        elif self.kind.op == "down_conv":
+            down_conv.down_conv(
+                arena, slots, self.weight.squeeze(2), bias, out=out, out_slots=None, transposed=False, tile=tile
+            )
         elif self.kind.op == "head_conv":
             frames, rows = self.spread_over
             head_conv.head_conv(
@@ -109,7 +116,7 @@ class _Problem:
         else:
             conv.conv(
                 arena, slots, self.weight, bias, residual=None, out=out, out_slots=None, halves=self.kind.halves,
-                transposed=False, tile=tile,
+                time_stride=self.kind.time_stride, transposed=False, tile=tile,
             )  # fmt: skip
 
     def cudnn(self) -> None:
@@ -117,8 +124,13 @@ class _Problem:
         kind, arena, slots, bias = self.kind, self.arena, self.slots, self.bias
         if kind.op == "upsample_conv":
             ops.upsample_conv(arena, slots, self.weight.squeeze(2), bias, folded=None, cudnn=True)
+        elif kind.op == "down_conv":
+            ops.down_conv(arena, slots, self.weight.squeeze(2), bias, out=self.out, cudnn=True)
         else:
-            ops.conv(arena, slots, self.weight, bias, out=self.out, halves=kind.halves, cudnn=True)
+            ops.conv(
+                arena, slots, self.weight, bias, out=self.out, halves=kind.halves, time_stride=kind.time_stride,
+                cudnn=True,
+            )  # fmt: skip
 
 
 def _measured(kind: LayerKind, dtype: torch.dtype, device: torch.device) -> Measured:
@@ -173,6 +185,11 @@ def _runs(call: Callable[[], None], name: str, device: torch.device) -> bool:
     return True
 
 
+def _frames_seen(kind: LayerKind) -> int:
+    """Input frames of all output frames together."""
+    return (_FRAMES - 1) * kind.time_stride + kind.kernel[0]
+
+
 def _rows(kind: LayerKind, tiles: Sequence[Tile], processors: int, itemsize: int) -> int:
     """H, see above."""
     positions = max(tile.positions for tile in tiles)
@@ -183,9 +200,13 @@ def _rows(kind: LayerKind, tiles: Sequence[Tile], processors: int, itemsize: int
         positions, programs = positions * rows, _FRAMES // together
     # The arena, its frames side by side, two of them doubled; our output, cuDNN's, and that in halves.
     doubled = 2 * 4 / _FRAMES if kind.op == "upsample_conv" else 0
-    elements = kind.channels * (2 * (_FRAMES + kind.kernel[0] - 1) / _FRAMES + doubled)
+    elements = kind.channels * (2 * _frames_seen(kind) / _FRAMES + doubled)
+    if kind.op == "down_conv":  # four positions for one; frames side by side, with their borders and without
+        elements = kind.channels * 3 * 4
     elements += (2 + kind.halves // 2) * kind.scale**2 * kind.out_channels
     turn = processors * positions / programs * _FRAMES * elements * itemsize
     turns = min(_TURNS, max(1, math.floor(_MOST_BYTES / turn)))
     of_a_frame = max(1, turns * processors // programs) * positions
+    if kind.op == "down_conv":  # without borders between rows
+        return max(1, of_a_frame // _COLUMNS)
     return max(1, (of_a_frame - _COLUMNS) // (_COLUMNS + kind.kernel[2] - 1) + 1)
