@@ -16,7 +16,7 @@ from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.model.blocks import AttentionBlock
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.model.layers import CausalConv3d, UpsampleConv
-from wan_vae_parallel.model.state import StreamState, Pages, WholePicture
+from wan_vae_parallel.model.state import Pages, StreamState, WholePicture
 from wan_vae_parallel.ops.frames import to_frames
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from wan_vae_parallel.model.state import StreamState, Frames, PageKey, PageNeed, Pages, SlotLists, WholePicture
+from wan_vae_parallel.model.state import Frames, PageKey, PageNeed, Pages, SlotLists, StreamState, WholePicture
 
 KEY = PageKey(scale=2, channels=3, border=1)
 CPU = torch.device("cpu")
