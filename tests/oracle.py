@@ -60,6 +60,23 @@ def oracle_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return frames
 
 
+@torch.no_grad()
+def oracle_latents(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """The mean that the oracle encodes ``[T, H, W, C]`` in [0, 1] to, ``[t, h, w, z]``; checked likewise."""
+    pixels = (video * 2 - 1).permute(3, 0, 1, 2)[None]
+    latents = vae.encode(pixels).latent_dist.mode()[0].permute(1, 2, 3, 0)
+    assert latents.std() > 0.05, "the oracle's latents are nearly constant: any encoder would match them"
+    return latents
+
+
+def random_video(
+    family: str, *, frames: int, rows: int, columns: int, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``[B, T, H, W, 3]`` in [0, 1], seeded, that encode to ``rows`` x ``columns``."""
+    shape = (batch, frames, rows * RATIO[family], columns * RATIO[family], 3)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
 def original_state_dict(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
     """The oracle's weights under the keys that Wan published, found by walking modules, not by renaming keys."""
     named: dict[str, torch.Tensor] = {}
