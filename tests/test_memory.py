@@ -11,13 +11,16 @@ from wan_vae_parallel import memory
 from wan_vae_parallel.architecture import Architecture
 from wan_vae_parallel.memory import (
     decode_memory,
+    encode_memory,
     free_memory,
     gibibytes,
     largest_chunk,
+    largest_encode_chunk,
     largest_frame,
     parameter_count,
 )
 from wan_vae_parallel.model.decoder import WanDecoder
+from wan_vae_parallel.model.encoder import WanEncoder
 
 ARCHITECTURES = [
     Architecture.published("wan2.1"),
@@ -47,9 +50,52 @@ def test_page_elements_are_those_that_a_decode_allocates(architecture, frames, c
     pages = model.pages(
         rows, columns, chunk=chunk, videos=videos, keeps=frames > 1, dtype=torch.bfloat16, device=torch.device("meta")
     )
-    kept, others = memory._page_elements(architecture, (videos, frames, rows, columns), chunk=chunk, gather=False)
+    kept, others = memory._page_elements(
+        model.page_needs(chunk), rows, columns, videos=videos, keeps=frames > 1, gather=False
+    )
     assert kept + others == sum(one.arena.numel() for one in pages.values())
     assert (kept > 0) == (frames > 1)
+
+
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+@pytest.mark.parametrize(("frames", "chunk"), [(9, 1), (9, 3), (1, 1)])
+def test_page_elements_are_those_that_an_encode_allocates(family, frames, chunk):
+    architecture = Architecture.published(family, width=16)
+    with torch.device("meta"):
+        model = WanEncoder(architecture)
+    pages = model.pages(2, 3, chunk=chunk, keeps=frames > 1, dtype=torch.bfloat16, device=torch.device("meta"))
+    kept, others = memory._page_elements(model.page_needs(chunk), 2, 3, videos=1, keeps=frames > 1, gather=False)
+    assert kept + others == sum(one.arena.numel() for one in pages.values())
+    assert (kept > 0) == (frames > 1)
+
+
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+def test_memory_grows_with_what_is_encoded(family):
+    architecture = Architecture.published(family)
+
+    def total(size=(90, 160), chunk=1, image=False, dtype=torch.bfloat16):
+        kernels = dtype == torch.bfloat16
+        return encode_memory(architecture, size, chunk=chunk, image=image, dtype=dtype, kernels=kernels).total
+
+    by_chunk = [total(chunk=chunk) for chunk in (1, 2, 3, 4, 8)]
+    assert by_chunk == sorted(set(by_chunk))
+    assert total(dtype=torch.float32) > total()
+    assert total((60, 104)) < total() < total((136, 240))
+    assert total(image=True) < total()
+
+
+def test_an_encode_of_720p_is_planned_with_what_it_may_take():
+    architecture = Architecture.published("wan2.1")
+    assert encode_memory(architecture, (90, 160), chunk=1, image=False, **BF16).total < 4 * 2**30
+    chunk = largest_encode_chunk(architecture, (90, 160), frames=81, free=80 * 2**30, **BF16)
+    assert chunk == 4
+    assert encode_memory(architecture, (90, 160), chunk=chunk, image=False, **BF16).total < 5.6 * 2**30
+    small = largest_encode_chunk(architecture, (90, 160), frames=81, free=5 * 2**30, **BF16)
+    assert 1 <= small < 4
+    assert largest_encode_chunk(architecture, (90, 160), frames=1, free=80 * 2**30, **BF16) == 1
+    assert largest_encode_chunk(architecture, (2, 2), frames=None, free=80 * 2**30, **BF16) == 64
+    on_cpu = {"dtype": torch.float32, "kernels": False, "device_type": "cpu", "free": 80 * 2**30}
+    assert largest_encode_chunk(architecture, (60, 104), frames=81, **on_cpu) == 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=str)

@@ -372,6 +372,6 @@ def _live_encoder_elements(architecture: Architecture, rows: int, columns: int, 
         # A block's input and result, and what a shortcut waits with: for its other half, too.
         kept = 2 * stage.in_channels if architecture.residual else 0
         live.append(at_scale * (stage.in_channels + stage.channels + kept))
-    # Up to two chunks, and the last frame's copy.
-    waiting = sum(3 * chunk * rows * columns * stage.scale**2 * stage.in_channels for stage in stages[1:])
+    # One frame less than two chunks, and the last one's copy.
+    waiting = sum(2 * chunk * rows * columns * stage.scale**2 * stage.in_channels for stage in stages[1:])
     return max(live) + waiting

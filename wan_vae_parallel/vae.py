@@ -48,7 +48,7 @@ AnyRun = TypeVar("AnyRun", LocalRun | PoolRun | GroupRun, LocalEncodeRun | PoolE
 _IDLE_SECONDS = 600.0
 # What a decode found, for the log.
 _FOUND = {"ready": "warm", "parked": "after giving memory back"}
-_CLOSED_MEANWHILE = "this VAE was closed while it decoded; load it again"
+_CLOSED_MEANWHILE = "this VAE was closed while it worked; load it again"
 _STREAM = "take the frames from decode_stream"
 
 
@@ -510,7 +510,9 @@ class VAE:
     def _check(self, run: DecodeRun | EncodeRun) -> None:
         self._check_open()
         if not run.finite:
-            raise WanVAEError(_why_nan(self.encode_dtype if isinstance(run, EncodeRun) else self.dtype))
+            if isinstance(run, DecodeRun):
+                raise WanVAEError(_why_nan("frames", "latents", self.dtype))
+            raise WanVAEError(_why_nan("latents", "frames", self.encode_dtype))
 
     def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
@@ -529,16 +531,16 @@ class VAE:
                     run.discard(done)
 
 
-def _why_nan(dtype: torch.dtype) -> str:
-    """What NaN in frames computed in ``dtype`` comes of, and what to do."""
+def _why_nan(results: str, inputs: str, dtype: torch.dtype) -> str:
+    """What NaN in ``results`` computed in ``dtype`` comes of, and what to do."""
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float16:
         return (
-            f"the results are NaN: in {name} the activations overflow, or the weights are damaged; try dtype bfloat16 "
-            f"or float32, or fetch the VAE again"
+            f"the {results} are NaN: in {name} the activations overflow, or the weights are damaged; try dtype "
+            f"bfloat16 or float32, or fetch the VAE again"
         )
     # The others reach as far as float32, or farther.
     return (
-        f"the results are NaN, and {name} does not overflow with sound weights and latents: the weights are damaged, "
-        f"or the latents far too large; fetch the VAE again, or look at how the latents were made"
+        f"the {results} are NaN, and {name} does not overflow with sound weights and {inputs}: the weights are "
+        f"damaged, or the {inputs} far too large; fetch the VAE again, or look at how the {inputs} were made"
     )

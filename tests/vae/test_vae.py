@@ -258,7 +258,7 @@ def test_a_closed_vae_says_so(vae, latents):
 
 
 def test_a_vae_that_is_closed_while_it_decodes_says_so(vae, latents):
-    with pytest.raises(wvp.ClosedError, match="this VAE was closed while it decoded; load it again"):
+    with pytest.raises(wvp.ClosedError, match="this VAE was closed while it worked; load it again"):
         vae.decode(latents, on_chunk=lambda *_: vae.close())
     assert issubclass(wvp.ClosedError, wvp.WanVAEError)
 
@@ -320,7 +320,7 @@ def test_errors_call_a_state_dict_by_its_name():
 
 @pytest.mark.parametrize("chunk", [0, -1, "big", True, 1.5, None])
 def test_a_chunk_that_is_none_is_refused(oracle, chunk):
-    with pytest.raises(ValueError, match=r"chunk is .*; it must be 'auto' or a whole number of latent frames"):
+    with pytest.raises(ValueError, match=r"chunk is .*; it must be 'auto' or a whole number of frames"):
         load(oracle, chunk=chunk)
 
 

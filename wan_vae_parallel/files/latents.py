@@ -77,7 +77,7 @@ def denormalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tens
     Raises:
         LatentError: no statistics were published for this number of channels.
     """
-    mean, std = _statistics(latents, architecture)
+    mean, std = _statistics(latents, architecture, "de-normalise them before, and decode them as such")
     return latents * std + mean
 
 
@@ -87,16 +87,16 @@ def normalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor
     Raises:
         LatentError: no statistics were published for this number of channels.
     """
-    mean, std = _statistics(latents, architecture)
+    mean, std = _statistics(latents, architecture, "take them as they are")
     return (latents - mean) / std
 
 
-def _statistics(latents: torch.Tensor, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(latents: torch.Tensor, architecture: Architecture, way_out: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of ``[B, z, T, h, w]``, in at least fp32, for each channel."""
     if architecture.latents_mean is None or architecture.latents_std is None:
         raise LatentError(
             f"normalized latents need a mean and standard deviation, and none are published for "
-            f"{architecture.name} with {architecture.z_dim} channels; use latents that are not normalized"
+            f"{architecture.name} with {architecture.z_dim} channels; {way_out}"
         )
     wide = torch.promote_types(latents.dtype, torch.float32)
     mean = torch.tensor(architecture.latents_mean, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
