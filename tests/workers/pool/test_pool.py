@@ -155,7 +155,7 @@ def test_closing_ends_those_who_wait_before_they_start_anything(path, latents):
         waiting = thread.submit(vae.decode, latents)
         time.sleep(0.2)
         vae.close()
-        with pytest.raises(wvp.ClosedError, match="closed while it decoded"):
+        with pytest.raises(wvp.ClosedError, match="closed while it worked"):
             next(stream)
         with pytest.raises(wvp.ClosedError, match="closed"):
             waiting.result()
