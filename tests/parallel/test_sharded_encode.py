@@ -1,0 +1,56 @@
+"""Encodes on several workers: the latents of one device, however rows are shared out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.oracle import FAMILIES, load, max_error, oracle_latents, oracle_vae, random_video
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def exact(family):
+    return oracle_vae(family).double()
+
+
+SHAPES = [  # rows, columns, frames
+    (5, 2, 9),  # rows, not divisible
+    (2, 7, 5),  # columns
+    (1, 1, 5),  # fewer rows than workers
+    (3, 3, 1),  # an image
+]
+
+
+@pytest.mark.parametrize("workers", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+def test_latents_are_those_of_one_device(family, exact, workers):
+    with load(exact, dtype="float64", chunk=2, devices=",".join(["cpu"] * workers)) as vae:
+        for rows, columns, frames in SHAPES:
+            video = random_video(family, frames=frames, rows=rows, columns=columns, dtype=torch.float64)
+            reference = oracle_latents(exact, video[0]).permute(3, 0, 1, 2)[None]
+            assert max_error(vae.encode(video), reference) <= 1e-9, (rows, columns, frames)
+
+
+def test_the_last_latent_row_is_right_where_rows_do_not_divide(exact, family):
+    # Four shards of pictures whose rows are no multiple of 8 * 4: padding them makes the last rows wrong.
+    video = random_video(family, frames=5, rows=5, columns=4, dtype=torch.float64)
+    reference = oracle_latents(exact, video[0]).permute(3, 0, 1, 2)[None]
+    with load(exact, dtype="float64", devices="cpu,cpu,cpu,cpu") as vae:
+        latents = vae.encode(video)
+    assert max_error(latents[..., -1, :], reference[..., -1, :]) <= 1e-9
+    assert max_error(latents[..., -1], reference[..., -1]) <= 1e-9
+
+
+def test_repeats_are_left_out_on_all_workers_alike(exact, family):
+    video = random_video(family, frames=29, rows=2, columns=1, dtype=torch.float64)
+    video[:, 3:25] = video[:, 3:4]
+    reference = oracle_latents(exact, video[0]).permute(3, 0, 1, 2)[None]
+    with load(exact, dtype="float64", chunk=3, devices="cpu,cpu") as vae:
+        assert max_error(vae.encode(video), reference) <= 1e-9
+        # In a stream it is the same, whatever parts the frames come in.
+        parts = torch.cat(list(vae.encode_stream(video[0].split(5))), dim=2)
+    assert max_error(parts, reference) <= 1e-9
