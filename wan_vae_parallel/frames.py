@@ -118,4 +118,7 @@ def check_range(least: float, most: float) -> None:
             "frames have NaN or infinite values, and so would all latents behind them: look at what made them"
         )
     if least < _LEAST or most > _MOST:
-        say_once(f"frames have values from {least:.3g} to {most:.3g}, and are encoded so; pictures have [0, 1]")
+        # Without the values, which differ from step to step.
+        say_once(
+            f"frames have values below {_LEAST} or above {_MOST}, where pictures have [0, 1]; they are encoded so"
+        )

@@ -1,0 +1,189 @@
+"""Encodes on workers: one set of processes with decodes, and every fault that decodes know."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+import wan_vae_parallel as wvp
+from tests.processes import gone, patience, wait_until
+from tests.workers.pool.common import CLOSE, at, pids
+from wan_vae_parallel.workers.encode_run import PoolEncodeRun
+from wan_vae_parallel.workers.failures import _failure
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return torch.rand((1, 17, 32, 24, 3), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def encoded(path, frames):
+    with wvp.load_vae(path, devices="cpu", chunk=1) as alone:
+        return alone.encode(frames)
+
+
+@pytest.fixture
+def encoder(vae, frames, encoded):
+    """The warm pool; after the test it must encode right, whatever was done to it."""
+    yield vae
+    torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
+
+
+def test_decodes_and_encodes_share_the_processes(encoder, latents, expected, frames, encoded):
+    before = pids(encoder)
+    for _ in range(2):
+        torch.testing.assert_close(encoder.encode(frames), encoded, **CLOSE)
+        torch.testing.assert_close(encoder.decode(latents), expected, **CLOSE)
+    assert pids(encoder) == before
+
+
+def test_weights_are_taken_when_they_are_wanted(path, latents, expected, frames, encoded):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        pool = vae._engine
+        torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
+        assert pool._parts == {"encoder"}
+        torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+        assert pool._parts == {"encoder", "decoder"}
+        before = pids(vae)
+        assert vae.park()
+        assert pool._parts == set()
+        torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
+        assert pool._parts == {"encoder"}
+        assert pids(vae) == before
+
+
+def test_videos_of_a_batch_and_of_other_sizes(encoder, path):
+    videos = [torch.rand(2, 5, 16, 40, 3), torch.rand(1, 1, 8, 8, 3), torch.rand(1, 9, 64, 16, 3)]
+    with wvp.load_vae(path, devices="cpu", chunk=2) as alone:
+        for video in videos:
+            torch.testing.assert_close(encoder.encode(video), alone.encode(video), **CLOSE)
+
+
+def test_a_worker_that_is_killed_is_an_error_and_the_next_encode_starts_new_ones(encoder, frames):
+    before = pids(encoder)
+    with pytest.raises(wvp.WorkerError, match="worker 1 on cpu died with exit code -9"):
+        encoder.encode(frames, on_chunk=at(2, lambda: os.kill(before[1], signal.SIGKILL)))
+    assert all(map(gone, before))
+
+
+def test_a_worker_that_is_stopped_is_an_error_that_names_it(encoder, frames, monkeypatch):
+    monkeypatch.setattr("wan_vae_parallel.workers.pool._SILENCE_SECONDS", 2.0)
+    before = pids(encoder)
+    with pytest.raises(wvp.WorkerError, match=r"worker 0 on cpu is not answering"):
+        encoder.encode(frames, on_chunk=at(2, lambda: os.kill(before[0], signal.SIGSTOP)))
+    assert all(map(gone, before))
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_what_a_callback_raises_ends_the_encode_and_keeps_the_workers(encoder, frames, when):
+    before = pids(encoder)
+
+    def stop():
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        encoder.encode(frames, on_chunk=at(when, stop))
+    assert pids(encoder) == before
+
+
+def test_on_wait_ends_it_within_a_second(encoder, frames):
+    before, began = pids(encoder), []
+
+    def stop():
+        began.append(time.monotonic())
+        raise TimeoutError("cancelled")
+
+    with pytest.raises(TimeoutError, match="cancelled"):
+        encoder.encode(frames, on_wait=stop)
+    assert time.monotonic() - began[0] < patience(1)
+    assert pids(encoder) == before
+
+
+def test_what_a_streams_source_raises_keeps_the_workers(encoder, frames):
+    before = pids(encoder)
+
+    def source():
+        yield frames[0, :9]
+        raise OSError("the file ends here")
+
+    with pytest.raises(OSError, match="the file ends here"):
+        list(encoder.encode_stream(source()))
+    assert pids(encoder) == before
+
+
+def test_frames_with_nan_keep_the_workers(encoder, frames):
+    before, bad = pids(encoder), frames.clone()
+    bad[0, 9, 20, 5, 1] = torch.nan  # in the second one's rows
+    with pytest.raises(wvp.FrameError, match="NaN or infinite"):
+        encoder.encode(bad)
+    assert pids(encoder) == before
+
+
+def test_a_stream_that_is_dropped_frees_the_workers(encoder, frames, latents, expected):
+    stream = encoder.encode_stream(frames[0].split(4))
+    next(stream)
+    with pytest.raises(wvp.WanVAEError, match="open in this very thread"):
+        encoder.decode(latents)
+    stream.close()
+    torch.testing.assert_close(encoder.decode(latents), expected, **CLOSE)
+
+
+def test_threads_wait_for_one_another(encoder, frames, encoded, latents, expected):
+    results = {}
+
+    def work(name, call, given):
+        results[name] = call(given)
+
+    threads = [
+        threading.Thread(target=work, args=("encoded", encoder.encode, frames)),
+        threading.Thread(target=work, args=("decoded", encoder.decode, latents)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(results["encoded"], encoded, **CLOSE)
+    torch.testing.assert_close(results["decoded"], expected, **CLOSE)
+
+
+def test_closing_from_another_thread_ends_it(path, frames):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        workers = []
+
+        def close():
+            workers.extend(pids(vae))
+            threading.Thread(target=vae.close).start()
+            assert wait_until(lambda: all(map(gone, workers)), patience(10))
+
+        with pytest.raises(wvp.ClosedError):
+            vae.encode(frames, on_chunk=at(2, close))
+
+
+def test_out_of_memory_in_a_worker_goes_on_with_a_smaller_chunk_and_the_same_latents(
+    encoder, frames, encoded, monkeypatch, caplog
+):
+    encoder.chunk = 4
+    real, chunks = PoolEncodeRun._open_rings, []
+
+    def open_rings(run, chunk):
+        chunks.append(chunk)
+        if len(chunks) == 1:
+            raise _failure(run._pool.workers[1], "memory", "OutOfMemoryError: CUDA out of memory")
+        return real(run, chunk)
+
+    monkeypatch.setattr(PoolEncodeRun, "_open_rings", open_rings)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(encoder.encode(frames), encoded, **CLOSE)
+    assert chunks == [4, 2]
+    assert "going on with chunk 2, same latents" in caplog.text
+    chunks.clear()
+    encoder.release()
+    with pytest.raises(wvp.OutOfMemoryError, match="it can't begin anew"):
+        list(encoder.encode_stream([frames[0]]))
