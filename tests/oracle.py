@@ -21,12 +21,22 @@ Z_DIM = {"wan2.1": 16, "wan2.2": 48}
 RATIO = {"wan2.1": 8, "wan2.2": 16}
 
 
-def oracle_vae(family: str, *, width: int = 8, z_dim: int | None = None, colours: int = 3, seed: int = 0):
+def oracle_vae(
+    family: str,
+    *,
+    width: int = 8,
+    z_dim: int | None = None,
+    colours: int = 3,
+    seed: int = 0,
+    encoder_width: int = 8,
+):
     """A Wan VAE in fp32 with random weights of a size that keeps the signal's: neither constant nor saturated."""
     settings = {"base_dim": width, "z_dim": z_dim or Z_DIM[family], "in_channels": colours, "out_channels": colours}
     if family == "wan2.2":
-        # The encoder only has to be there: it stays narrow.
-        settings.update(base_dim=8, decoder_base_dim=width, is_residual=True, patch_size=2, scale_factor_spatial=16)
+        # Two widths; Wan 2.1 has one for both.
+        settings.update(
+            base_dim=encoder_width, decoder_base_dim=width, is_residual=True, patch_size=2, scale_factor_spatial=16
+        )
         settings.update(in_channels=4 * colours, out_channels=4 * colours)
     with torch.device("meta"):
         vae = AutoencoderKLWan(**settings)
