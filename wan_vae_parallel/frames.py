@@ -119,6 +119,4 @@ def check_range(least: float, most: float) -> None:
         )
     if least < _LEAST or most > _MOST:
         # Without the values, which differ from step to step.
-        say_once(
-            f"frames have values below {_LEAST} or above {_MOST}, where pictures have [0, 1]; they are encoded so"
-        )
+        say_once(f"frames have values below {_LEAST} or above {_MOST}, where pictures have [0, 1]; they are encoded so")

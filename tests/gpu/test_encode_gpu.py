@@ -11,6 +11,8 @@ import wan_vae_parallel as wvp
 from tests.gpu.device import CUDA, clear
 from tests.oracle import load, max_error, oracle_latents, oracle_vae, random_video
 from wan_vae_parallel.memory import encode_memory
+from wan_vae_parallel.parallel.plan import ShardPlan
+from wan_vae_parallel.parallel.window import PixelWindow
 from wan_vae_parallel.runtime import pieces
 from wan_vae_parallel.runtime.local import LocalEncoder
 
@@ -92,11 +94,8 @@ def test_frames_may_lie_on_the_device(oracle, video, expected):
         assert torch.equal(vae.encode(video.to(CUDA)), expected)
 
 
-def test_the_transposed_video_of_transposed_weights_is_the_transposed_latent(family, oracle, video, expected):
+def test_the_transposed_video_of_transposed_weights_is_the_transposed_latent(oracle, video, expected):
     """What a split along the columns does on each device, in whole."""
-    from wan_vae_parallel.parallel.plan import ShardPlan
-    from wan_vae_parallel.parallel.window import PixelWindow
-
     with load(oracle, dtype="bfloat16", devices="cuda:0") as vae:
         encoder = vae._engine.encoder()
         plan = ShardPlan(transposed=True, bounds=(0, 7), columns=5)

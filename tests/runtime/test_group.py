@@ -70,6 +70,53 @@ def test_the_first_rank_gets_the_frames_of_one_device(ranks, path, rows, columns
     assert names == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
 
 
+def _encode(rank, _world, path, video):
+    with wvp.load_vae(path, chunk=2, group=launch.group()) as vae:
+        latents = vae.encode(video)
+        parts = list(vae.encode_stream(video[0].split(4)))
+        # Those without latents get nothing, as of a decode.
+        decoded = vae.decode(wvp.demo_latents(vae.architecture, frames=2, rows=2, columns=2))
+        return latents, torch.cat(parts, dim=2) if parts else None, decoded.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "members"),
+    [
+        (5, 2, 4),  # rows that don't divide
+        (2, 3, 4),  # columns; a rank without any
+        (3, 2, (1, 3)),  # a group that does not begin at global rank 0
+    ],
+)
+def test_the_first_rank_gets_the_latents_of_one_device(ranks, path, rows, columns, members):
+    video = torch.rand((2, 9, 8 * rows, 8 * columns, 3), generator=torch.Generator().manual_seed(5))
+    video[:, 1:8] = video[:, 1:2]
+    with wvp.load_vae(path, devices="cpu", chunk=2) as vae:
+        expected = vae.encode(video)
+    (latents, parts, decoded), *others = ranks.run(_encode, path, video, members=members)
+    torch.testing.assert_close(latents, expected, **CLOSE)
+    torch.testing.assert_close(parts, expected[:1], **CLOSE)
+    assert decoded == 5
+    for theirs, none, nothing in others:
+        assert theirs.shape == (2, 16, 0, rows, columns)
+        assert (none, nothing) == (None, 0)
+
+
+def _other_frames(rank, _world, path, video, what):
+    if rank == 1:
+        video = video[:, :5] if what == "frames" else video + 0.1
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
+        patch.setattr("wan_vae_parallel.parallel.coordination.WORD_SECONDS", 1)
+        with pytest.raises(wvp.WorkerError) as raised:
+            vae.encode(video)
+        return str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["frames", "pixels"])
+def test_ranks_with_other_frames_say_so_all_of_them(ranks, path, what):
+    for message in ranks.run(_other_frames, path, torch.rand(1, 9, 32, 16, 3), what):
+        assert f"ranks disagree on the {what}" in message
+
+
 def _stop_early_and_decode(rank, _world, path, latents):
     with wvp.load_vae(path, chunk=1, group=launch.group()) as vae:
         seen = 0

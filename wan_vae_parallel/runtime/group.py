@@ -226,8 +226,7 @@ class GroupEncodeRun:
         self._over = True
         # What the encode found, for a log.
         self.found = "ready" if engine.running else "gone"
-        about = {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype")}
-        self._coordinator = engine.meet(call="encode", **about)
+        self._coordinator = engine.meet(call="encode", **source.facts())
         check_same(self._coordinator.gather(lambda: engine.encoder().facts(), WORK_SECONDS))
         if not all(self._coordinator.exchange(engine.encoder().tuned)):
             engine.encoder().tune(self._coordinator)

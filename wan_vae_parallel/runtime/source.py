@@ -5,6 +5,7 @@ B videos, T frames, H x W pixels, C colours
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -12,6 +13,9 @@ import torch
 
 from ..architecture import Architecture
 from .pieces import blocks, whole_groups
+
+# Rows and columns apart of pixels that ranks compare.
+_SAMPLE_STEP = 7
 
 
 class Source(Protocol):
@@ -45,6 +49,10 @@ class Source(Protocol):
         """``[t, H, W, C]`` from the video's beginning on: its first frame, then at most ``most`` at a time."""
         ...
 
+    def facts(self) -> dict[str, str]:
+        """What ranks that encode together must have in common, as far as it is known."""
+        ...
+
 
 class TensorSource:
     """Videos in a tensor.
@@ -66,6 +74,9 @@ class TensorSource:
 
     def blocks(self, video: int, most: int) -> Iterator[torch.Tensor]:
         return blocks(self._frames[video], most)
+
+    def facts(self) -> dict[str, str]:
+        return _facts(self, self._frames)
 
 
 class StreamSource:
@@ -92,9 +103,20 @@ class StreamSource:
     def blocks(self, video: int, most: int) -> Iterator[torch.Tensor]:  # noqa: ARG002 (there is one)
         return whole_groups(self._all(), most)
 
+    def facts(self) -> dict[str, str]:
+        assert self._first is not None, "a stream is read once"
+        return _facts(self, self._first)
+
     def _all(self) -> Iterator[torch.Tensor]:
         first, self._first = self._first, None
         assert first is not None, "a stream is read once"
         yield first
         del first
         yield from self._others
+
+
+def _facts(source: Source, frames: torch.Tensor) -> dict[str, str]:
+    facts = {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype")}
+    sample = frames[..., ::_SAMPLE_STEP, ::_SAMPLE_STEP, :].to("cpu", torch.float32).contiguous()
+    facts["pixels"] = f"{zlib.crc32(sample.numpy().tobytes()):08x}"
+    return facts
