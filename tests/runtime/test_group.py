@@ -70,7 +70,7 @@ def test_the_first_rank_gets_the_frames_of_one_device(ranks, path, rows, columns
     assert names == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
 
 
-def _encode(rank, _world, path, video):
+def _encode(_rank, _world, path, video):
     with wvp.load_vae(path, chunk=2, group=launch.group()) as vae:
         latents = vae.encode(video)
         parts = list(vae.encode_stream(video[0].split(4)))
