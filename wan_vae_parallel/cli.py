@@ -276,7 +276,7 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     with contextlib.ExitStack() as output:
         with _signals.held():
             write = output.enter_context(open_output(options.output, shape=shape, fps=fps))
-        for frames in vae.decode_stream(latents, normalized=options.normalized):
+        for frames in vae.decode_stream(latents, normalized=options.normalized, on_wait=_signals.end_if_stopped):
             with _signals.held():
                 write(frames)
             done += frames.shape[1]

@@ -43,6 +43,7 @@ Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
 DecodeRun = LocalRun | PoolRun | GroupRun
 EncodeRun = LocalEncodeRun | PoolEncodeRun | GroupEncodeRun
+Step = TypeVar("Step")
 AnyRun = TypeVar("AnyRun", LocalRun | PoolRun | GroupRun, LocalEncodeRun | PoolEncodeRun | GroupEncodeRun)
 
 _IDLE_SECONDS = 600.0
@@ -224,13 +225,13 @@ class VAE:
         dtype = torch.promote_types(self.dtype, torch.float32)
         check_host_room(shape, dtype, videos=1, in_python=_STREAM)
 
-        with self._cancellable(on_wait), self._running(self._decode_run(latents, shape), "decoded", shape) as run:
+        with self._running(self._decode_run(latents, shape), "decoded", shape, on_wait) as run:
             with host_room(shape, dtype, in_python=_STREAM):
                 out = torch.empty(shape, dtype=dtype, device="cpu") if run.video is None else run.video
             # The last frames' pages would come into being when the device has nothing to do any more.
             ahead = run.video is None and self.devices[0].type == "cuda"
             with populating(out) if ahead else contextlib.nullcontext():
-                for frames in run:
+                for frames in self._steps(run, on_wait):
                     self._check(run)
                     newest = out[:, done : done + frames.shape[1]]
                     if run.video is None:
@@ -240,11 +241,13 @@ class VAE:
                         on_chunk(done, total, newest)
         return out
 
-    def decode_stream(self, latents: torch.Tensor, normalized: bool = False) -> Iterator[torch.Tensor]:
+    def decode_stream(
+        self, latents: torch.Tensor, normalized: bool = False, on_wait: Callable[[], None] | None = None
+    ) -> Iterator[torch.Tensor]:
         """Like `decode`, but hands out frames as soon as they are final, and holds no whole video.
 
         Closing the iterator, or dropping it, ends the decode and frees its memory. Functions that torch.compile
-        compiles can't iterate it; they can `decode`.
+        compiles can't iterate it; they can `decode`. The arguments are `decode`'s.
 
         Yields:
             ``[B, t, H, W, C]``, the frames that follow those before.
@@ -252,7 +255,7 @@ class VAE:
         Raises:
             LatentError, ClosedError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
         """
-        return self._host_stream(self._checked(latents, normalized))
+        return self._host_stream(self._checked(latents, normalized), on_wait)
 
     def encode(
         self,
@@ -294,8 +297,8 @@ class VAE:
         out = torch.empty(shape, dtype=torch.promote_types(self.encode_dtype, torch.float32), device="cpu")
         total, done, newest_video, place = shape[0] * shape[2], 0, 0, 0
         begin = self._encode_run(TensorSource(frames, self.architecture))
-        with self._cancellable(on_wait), self._running(begin, "encoded", frames.shape) as run:
-            for video, latents in run:
+        with self._running(begin, "encoded", frames.shape, on_wait) as run:
+            for video, latents in self._steps(run, on_wait):
                 self._check(run)
                 place = place if video == newest_video else 0
                 newest_video = video
@@ -309,7 +312,9 @@ class VAE:
                     on_chunk(done, total, newest)
         return out
 
-    def encode_stream(self, frames: Iterable[torch.Tensor], normalized: bool = False) -> Iterator[torch.Tensor]:
+    def encode_stream(
+        self, frames: Iterable[torch.Tensor], normalized: bool = False, on_wait: Callable[[], None] | None = None
+    ) -> Iterator[torch.Tensor]:
         """Like `encode`, for one video whose frames come one after the other; no more than a step's are ever held.
 
         Closing the iterator, or dropping it, ends the encode and frees its memory.
@@ -317,6 +322,7 @@ class VAE:
         Args:
             frames: ``[t, H, W, C]`` each (or ``[1, t, H, W, C]``), of one size, as `encode` takes them.
             normalized: as `encode`'s.
+            on_wait: as `encode`'s.
 
         Yields:
             ``[1, z, t, h, w]``, the latents that follow those before.
@@ -326,9 +332,11 @@ class VAE:
                 again, so that memory that turns out too short in the middle is an error.
         """
         self._check_encoder()
-        return self._encoded(iter(frames), normalized)
+        return self._encoded(iter(frames), normalized, on_wait)
 
-    def _encoded(self, frames: Iterator[torch.Tensor], normalized: bool) -> Iterator[torch.Tensor]:
+    def _encoded(
+        self, frames: Iterator[torch.Tensor], normalized: bool, on_wait: Callable[[], None] | None
+    ) -> Iterator[torch.Tensor]:
         def checked(part: torch.Tensor) -> torch.Tensor:
             return check_part(part, self.architecture).detach()
 
@@ -348,8 +356,8 @@ class VAE:
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))
-        with self._running(begin, "encoded", (1, 0, *first.shape[1:])) as run:
-            for _, latents in run:
+        with self._running(begin, "encoded", (1, 0, *first.shape[1:]), on_wait) as run:
+            for _, latents in self._steps(run, on_wait):
                 self._check(run)
                 own = latents.clone()[None]
                 yield normalize(own, self.architecture) if normalized else own
@@ -449,22 +457,34 @@ class VAE:
     def _encode_run(self, source: Source) -> Callable[[], EncodeRun]:
         return lambda: self._engine.encode(source, self._chunk_number)
 
-    @contextlib.contextmanager
-    def _cancellable(self, on_wait: Callable[[], None] | None) -> Iterator[None]:
+    def _cancellable(self, on_wait: Callable[[], None] | None) -> cancellable:
         def check() -> None:
             self._check_open()
             if on_wait:
                 on_wait()
 
-        with cancellable(check):
-            yield
+        return cancellable(check)
+
+    def _steps(self, run: Iterable[Step], on_wait: Callable[[], None] | None) -> Iterator[Step]:
+        """What ``run`` yields; it can be cancelled while it works, and not while the caller does."""
+        steps = iter(run)
+        while True:
+            with self._cancellable(on_wait):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     @contextlib.contextmanager
-    def _running(self, begin: Callable[[], AnyRun], did: str, shape: Sequence[int]) -> Iterator[AnyRun]:
+    def _running(
+        self, begin: Callable[[], AnyRun], did: str, shape: Sequence[int], on_wait: Callable[[], None] | None
+    ) -> Iterator[AnyRun]:
         """Within it a run goes on; what it did with frames of ``shape`` ``[B, T, H, W, C]`` is logged."""
         started = time.monotonic()
         try:
-            with contextlib.closing(begin()) as run:
+            with self._cancellable(on_wait):
+                run = begin()
+            with contextlib.closing(run):
                 self._check(run)  # it may have waited for others
                 yield run
         except WorkerError as error:
@@ -514,11 +534,11 @@ class VAE:
                 raise WanVAEError(_why_nan("frames", "latents", self.dtype))
             raise WanVAEError(_why_nan("latents", "frames", self.encode_dtype))
 
-    def _host_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _host_stream(self, latents: torch.Tensor, on_wait: Callable[[], None] | None) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
-        with self._running(self._decode_run(latents, shape), "decoded", shape) as run:
+        with self._running(self._decode_run(latents, shape), "decoded", shape, on_wait) as run:
             done = 0
-            for frames in run:
+            for frames in self._steps(run, on_wait):
                 self._check(run)
                 # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
                 # outside it.

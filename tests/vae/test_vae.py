@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import wan_vae_parallel as wvp
 from tests.oracle import decode_at_once, load, oracle_vae, random_latents
+from wan_vae_parallel.cancel import check_cancelled
 from wan_vae_parallel.files.latents import denormalize
 from wan_vae_parallel.memory import decode_memory, parameter_count
 
@@ -406,3 +407,29 @@ def test_sparse_and_meta_latents_are_refused(vae):
     for strange in (torch.zeros(1, 16, 1, 2, 2).to_sparse(), torch.zeros(1, 16, 1, 2, 2, device="meta")):
         with pytest.raises(wvp.LatentError, match="ordinary, dense"):
             vae.decode(strange)
+
+
+@pytest.mark.parametrize("way", ["decode_stream", "encode_stream"])
+def test_a_stream_can_be_cancelled_and_leaves_the_caller_alone(vae, latents, way):
+    given = latents if way == "decode_stream" else torch.rand(3, 4, 16, 16, 3)
+    asked, enough = [], []
+
+    def on_wait():
+        asked.append(True)
+        if enough:
+            raise TimeoutError("cancelled")
+
+    def source():
+        for part in given:
+            check_cancelled()
+            yield part
+
+    stream = getattr(vae, way)(source() if way == "encode_stream" else given, on_wait=on_wait)
+    next(stream)
+    before = len(asked)
+    enough.append(True)
+    check_cancelled()  # between two steps nothing is asked
+    assert len(asked) == before
+    if way == "encode_stream":
+        with pytest.raises(TimeoutError, match="cancelled"):
+            list(stream)
