@@ -1,7 +1,7 @@
-"""Engines for ComfyUI: one for each set of weights, device and dtype, shared by all nodes that ask for the same.
+"""Engines for ComfyUI: one for each set of weights, devices and dtypes, shared by all nodes that ask for the same.
 
-An engine asks ComfyUI's memory manager for room before it decodes, and stands in its list of loaded models, so that
-other models can take the room back; its worker processes stay then. ``/free`` ends them.
+An engine asks ComfyUI's memory manager for room before it decodes or encodes, and stands in its list of loaded models,
+so that other models can take the room back; its worker processes stay then. ``/free`` ends them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 
 from ..wan_vae_parallel import VAE, Architecture
 from ..wan_vae_parallel.devices import available_devices, device_names, parse_devices, parse_dtype
-from ..wan_vae_parallel.errors import DeviceError
+from ..wan_vae_parallel.errors import CheckpointError, DeviceError
 from ..wan_vae_parallel.files.latents import check_latents
+from ..wan_vae_parallel.frames import check_frames
 from ..wan_vae_parallel.memory import check_host_room
 from .progress import ChunkProgress
 
@@ -43,11 +44,14 @@ class Source:
 
     Attributes:
         key: what tells one set of weights from another; it begins with a weak reference if they are a model's.
-        make: makes a VAE of them, given devices, dtype, and one whose worker processes it takes over.
+        name: what to call them in messages.
+        make: makes a VAE of them, given devices, the dtypes to decode and to encode in, and one whose worker processes
+            it takes over.
     """
 
     key: tuple[Hashable, ...]
-    make: Callable[[list[torch.device], torch.dtype, VAE | None], VAE]
+    name: str
+    make: Callable[[list[torch.device], torch.dtype, torch.dtype, VAE | None], VAE]
 
     def superseded(self, by: Source) -> bool:
         """Whether nobody can want these weights any more: their model is gone, or their file is now ``by``'s."""
@@ -71,7 +75,7 @@ class Engine:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """Where it decodes."""
+        """Where it decodes and encodes."""
         return self._vae.devices
 
     @property
@@ -80,12 +84,16 @@ class Engine:
         return self._vae.loaded
 
     def weights_size(self) -> int:
-        """Bytes of the weights on each device."""
+        """Bytes of the weights that are on each device; of the decoder's, while none are."""
         return self._vae.weights_size
 
     def memory_needed(self, shape: Sequence[int]) -> int:
         """Bytes that decoding latents of ``shape`` takes on each device."""
         return self._vae.memory_needed(shape)
+
+    def encode_memory_needed(self, shape: Sequence[int]) -> int:
+        """Bytes that encoding frames of ``shape`` ``[B, T, H, W, C]`` takes on each device."""
+        return self._vae.encode_memory_needed(shape)
 
     @property
     def memory_held(self) -> int:
@@ -97,7 +105,7 @@ class Engine:
         return self._vae.park()
 
     def release(self) -> None:
-        """Gives the devices' memory back, and ends workers, until the next decode."""
+        """Gives the devices' memory back, and ends workers, until they are needed again."""
         self._vae.release()
 
     def decode(self, latents: torch.Tensor, *, normalized: bool, chunk: int) -> torch.Tensor:
@@ -111,7 +119,7 @@ class Engine:
         self._vae.chunk = chunk or "auto"
         # Checked as a whole, then one after the other: a batch takes no more memory than one, and can be cancelled.
         parts = check_latents(latents, self.architecture).split(1)
-        self._make_room(self._vae.memory_needed(parts[0].shape))
+        self._make_room("decoder", self._vae.memory_needed(parts[0].shape))
         if len(parts) > 1:
             # The batch, and the video that is just being decoded.
             shape, dtype = self._vae.output_shape(parts[0].shape), torch.promote_types(self._vae.dtype, torch.float32)
@@ -133,10 +141,37 @@ class Engine:
             del video  # while the next one is decoded, only the batch is there
         return decoded
 
-    def _make_room(self, needed: int) -> None:
+    def encode(self, frames: torch.Tensor, *, chunk: int) -> torch.Tensor:
+        """Encodes to ``[B, z, T', h, w]`` on the host, with progress and cancelling.
+
+        Args:
+            frames: ``[B, T, H, W, C]``, or ``[T, H, W, C]`` for one video.
+            chunk: as `decode`'s: so many latent frames' pictures at once.
+
+        Raises:
+            CheckpointError: the weights have no encoder.
+        """
+        if self.architecture.encoder_width is None:
+            raise CheckpointError(
+                f"{self.source.name} has no encoder, so that this VAE can only decode; encode with the whole Wan VAE"
+            )
+        frames = check_frames(frames, self.architecture)
+        self._vae.chunk = chunk * self.architecture.temporal_ratio or "auto"
+        self._make_room("encoder", self._vae.encode_memory_needed(frames.shape))
+        return self._vae.encode(
+            frames,
+            on_chunk=ChunkProgress(parts=1, previews=False).part(0),
+            on_wait=model_management.throw_exception_if_processing_interrupted,
+        )
+
+    def _make_room(self, part: str, needed: int) -> None:
+        """Has ComfyUI free ``needed`` bytes on each device, less those of ``part``'s weights if they are there."""
+        if part in self._vae.loaded_parts:
+            needed -= self._vae.part_size(part)
         needed += self._vae.memory_to_start
-        extra = needed - self.weights_size()
-        model_management.load_models_gpu([self.patcher], memory_required=extra)
+        # ComfyUI adds what of this model it believes to be missing.
+        missing = self.patcher.model_size() - self.patcher.loaded_size()
+        model_management.load_models_gpu([self.patcher], memory_required=max(0, needed - missing))
         # Only where ComfyUI has something to free: asking how much is free would make this process a CUDA context
         # there, half a gigabyte that nothing gives back.
         held = {loaded.device for loaded in model_management.current_loaded_models}
@@ -182,7 +217,7 @@ class _EnginePatcher(comfy.model_patcher.ModelPatcher):
         return None
 
     def partially_load(self, *_: Any, **__: Any) -> int:
-        return 0  # The engine loads its weights itself when it decodes.
+        return 0  # The engine loads its weights itself when it uses them.
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
         freed = self.loaded_size()
@@ -235,13 +270,16 @@ def _hear_of_free() -> None:
 _hear_of_free()
 
 
-def shared_engine(source: Source, devices: str, dtype: str, put_on: torch.device | None = None) -> Engine:
-    """The engine for ``source`` on the devices and in the dtype asked for, made if there is none.
+def shared_engine(
+    source: Source, devices: str, dtype: str, encode_dtype: str = "auto", put_on: torch.device | None = None
+) -> Engine:
+    """The engine for ``source`` on the devices and in the dtypes asked for, made if there is none.
 
     Args:
         source: the weights.
         devices: as a user wrote it; those that are not there are left out.
         dtype: ``"auto"`` for ComfyUI's own choice.
+        encode_dtype: of encodes; ``"auto"`` for the same.
         put_on: the device that a node has put the VAE on, if one has: ``"auto"`` follows it.
 
     Raises:
@@ -249,7 +287,8 @@ def shared_engine(source: Source, devices: str, dtype: str, put_on: torch.device
     """
     places = _choose_devices(devices, put_on)
     chosen = _choose_dtype(dtype, places[0])
-    key = (source.key, tuple(places), chosen)
+    chosen_to_encode = chosen if encode_dtype == "auto" else parse_dtype(encode_dtype, places[0])
+    key = (source.key, tuple(places), chosen, chosen_to_encode)
     engine = _engines.get(key)
     if engine is None:
         # Of weights that are no more, as when ComfyUI loads a model anew, the worker processes are as good for these.
@@ -257,7 +296,8 @@ def shared_engine(source: Source, devices: str, dtype: str, put_on: torch.device
             (k for k, one in _kept.items() if one.source.superseded(source) and one.devices == tuple(places)), None
         )
         predecessor = _kept.pop(before) if before is not None else None
-        engine = Engine(source.make(places, chosen, predecessor and predecessor._vae), source)
+        made = source.make(places, chosen, chosen_to_encode, predecessor and predecessor._vae)
+        engine = Engine(made, source)
         _engines[key] = engine
     _kept[key] = engine
     _kept.move_to_end(key)
@@ -273,11 +313,11 @@ def _choose_devices(devices: str, put_on: torch.device | None) -> list[torch.dev
     there = [name for name in names if not _elsewhere(name)]
     places = parse_devices(there, forgiving=True) if there else _comfyui_devices(put_on)
     if len(there) < len(names):
-        logger.info("Wan VAE Parallel: devices %s were asked for; decoding on %s", devices, ", ".join(map(str, places)))
+        logger.info("Wan VAE Parallel: devices %s were asked for; using %s", devices, ", ".join(map(str, places)))
     elif put_on is not None and places != [put_on]:
         logger.info(
-            "Wan VAE Parallel: a node has put the VAE on %s, but devices says %s; decoding there. Set devices to auto "
-            "to follow that node",
+            "Wan VAE Parallel: a node has put the VAE on %s, but devices says %s; using these. Set devices to auto to "
+            "follow that node",
             put_on,
             devices,
         )
@@ -299,12 +339,12 @@ def _comfyui_devices(put_on: torch.device | None) -> list[torch.device]:
     """The device that a node has put the VAE on, or else that of ComfyUI's own VAE; all GPUs if it is one of them."""
     device = put_on or torch.device(model_management.vae_device())
     if put_on in available_devices():
-        logger.info("Wan VAE Parallel: decoding on %s, where a node has put the VAE", put_on)
+        logger.info("Wan VAE Parallel: using %s, where a node has put the VAE", put_on)
         return [device]
     if device.type == "cuda" and put_on is None:
         return parse_devices("auto")
     if device not in available_devices():
-        logger.warning("Wan VAE Parallel: %s is not supported; decoding on the CPU", device)
+        logger.warning("Wan VAE Parallel: %s is not supported; using the CPU", device)
     return [torch.device("cpu")]
 
 

@@ -18,10 +18,11 @@ _PREVIEW_SECONDS = 0.25
 
 
 class ChunkProgress:
-    """One bar for the ``parts`` that a decode is done in."""
+    """One bar for the ``parts`` that a decode or an encode is done in; ``previews`` for what shows frames."""
 
-    def __init__(self, *, parts: int) -> None:
+    def __init__(self, *, parts: int, previews: bool = True) -> None:
         self._parts = parts
+        self._previews = previews
         self._bar: comfy.utils.ProgressBar | None = None
         self._next_preview = 0.0
         model_management.throw_exception_if_processing_interrupted()
@@ -29,12 +30,12 @@ class ChunkProgress:
     def part(self, index: int) -> Callable[[int, int, torch.Tensor], None]:
         """What the engine is to call with each chunk of part ``index``."""
 
-        def on_chunk(done: int, total: int, frames: torch.Tensor) -> None:
+        def on_chunk(done: int, total: int, newest: torch.Tensor) -> None:
             if self._bar is None:
                 self._bar = comfy.utils.ProgressBar(self._parts * total)
             preview = None
-            if done < total and time.monotonic() >= self._next_preview:
-                preview = ("JPEG", _preview(frames), args.preview_size)
+            if self._previews and done < total and time.monotonic() >= self._next_preview:
+                preview = ("JPEG", _preview(newest), args.preview_size)
                 self._next_preview = time.monotonic() + _PREVIEW_SECONDS
             self._bar.update_absolute(index * total + done, preview=preview)
             # Without a server there is no hook in the bar that looks.

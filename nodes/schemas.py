@@ -13,18 +13,23 @@ from .vaes import ParallelVAE, apply_parallel, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
 _DEVICES = (
-    "Where to decode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it, or the device that another "
-    "node has put the VAE on; or cpu, cuda:0, or several with commas between them, which then decode one video "
-    "together. Devices that this machine does not have are left out, and the log says which were taken."
+    "Where to decode and encode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it, or the device "
+    "that another node has put the VAE on; or cpu, cuda:0, or several with commas between them, which then work on one "
+    "video together. Devices that this machine does not have are left out, and the log says which were taken."
 )
 _DTYPE = (
-    "What to compute in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "
+    "What to decode and encode in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "
     "float32 is slower and takes twice the memory."
 )
-_CHUNK = (
-    "Latent frames decoded at once: larger is faster, smaller takes less memory, the frames are the same. "
-    "0 chooses from the memory that is free."
+_ENCODE_DTYPE = (
+    "What to encode in, if not in what dtype says. float32 is for those who find that bfloat16 latents change what "
+    "their model makes of them."
 )
+_CHUNK = (
+    "Latent frames decoded at once, or encoded, of four pictures each: larger is faster, smaller takes less memory, "
+    "the result is the same. 0 chooses from the memory that is free."
+)
+_DTYPES = ["auto", "bfloat16", "float16", "float32"]
 
 
 def _given(target: Any, **wanted: Any) -> dict[str, Any]:
@@ -42,20 +47,25 @@ def _advanced(input_class: Any) -> dict[str, Any]:
 def _engine_inputs() -> list[io.Input]:
     return [
         io.String.Input("devices", optional=True, default="auto", tooltip=_DEVICES),
-        io.Combo.Input(
-            "dtype",
-            optional=True,
-            options=["auto", "bfloat16", "float16", "float32"],
-            default="auto",
-            tooltip=_DTYPE,
-            **_advanced(io.Combo.Input),
-        ),
-        io.Int.Input("chunk", optional=True, default=0, min=0, max=4096, tooltip=_CHUNK, **_advanced(io.Int.Input)),
+        _dtype_input("dtype", _DTYPE),
+        _chunk_input(_CHUNK),
+        # The last: the editor keeps values by their order.
+        _dtype_input("encode_dtype", _ENCODE_DTYPE),
     ]
 
 
+def _dtype_input(name: str, tooltip: str) -> io.Input:
+    return io.Combo.Input(
+        name, optional=True, options=_DTYPES, default="auto", tooltip=tooltip, **_advanced(io.Combo.Input)
+    )
+
+
+def _chunk_input(tooltip: str) -> io.Input:
+    return io.Int.Input("chunk", optional=True, default=0, min=0, max=4096, tooltip=tooltip, **_advanced(io.Int.Input))
+
+
 class WanVAEParallelLoader(io.ComfyNode):
-    """Loads a Wan VAE that decodes with this pack's engine."""
+    """Loads a Wan VAE that decodes and encodes with this pack's engine."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -64,8 +74,9 @@ class WanVAEParallelLoader(io.ComfyNode):
             display_name="Load Wan VAE (Parallel)",
             category=_CATEGORY,
             description=(
-                "Loads a Wan 2.1 or 2.2 VAE (ComfyUI's or diffusers' safetensors) that decodes exactly, without tiles, "
-                "in any length. Connect it wherever a VAE goes: VAE Decode, VAE Encode, image-to-video nodes."
+                "Loads a Wan 2.1 or 2.2 VAE (ComfyUI's or diffusers' safetensors) that decodes and encodes exactly, "
+                "without tiles, in any length. Connect it wherever a VAE goes: VAE Decode, VAE Encode, image-to-video "
+                "nodes."
             ),
             inputs=[
                 io.Combo.Input(
@@ -86,19 +97,23 @@ class WanVAEParallelLoader(io.ComfyNode):
         devices: str | None = "auto",
         dtype: str | None = "auto",
         chunk: int | None = 0,
+        encode_dtype: str | None = "auto",
     ) -> tuple[Any, ...]:
         """A file that was replaced is loaded anew. What another node gives is None here, and its file not known."""
         path = folder_paths.get_full_path("vae", vae_name) if vae_name else None
-        return (vae_name, devices, dtype, chunk, _version(path) if path else None)
+        return (vae_name, devices, dtype, chunk, encode_dtype, _version(path) if path else None)
 
     @classmethod
-    def execute(cls, vae_name: str, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> io.NodeOutput:
+    def execute(
+        cls, vae_name: str, devices: str = "auto", dtype: str = "auto", chunk: int = 0, encode_dtype: str = "auto"
+    ) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("vae", vae_name)
-        return io.NodeOutput(load_parallel(path, devices=devices, dtype=dtype, chunk=chunk))
+        vae = load_parallel(path, devices=devices, dtype=dtype, chunk=chunk, encode_dtype=encode_dtype)
+        return io.NodeOutput(vae)
 
 
 class WanVAEParallelApply(io.ComfyNode):
-    """Makes a loaded Wan VAE decode with this pack's engine."""
+    """Makes a loaded Wan VAE decode and encode with this pack's engine."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -107,17 +122,20 @@ class WanVAEParallelApply(io.ComfyNode):
             display_name="Apply Wan VAE Parallel",
             category=_CATEGORY,
             description=(
-                "Takes a Wan VAE that any loader made and returns it decoding exactly, without tiles, in any length. "
-                "Encoding is left as it was."
+                "Takes a Wan VAE that any loader made and returns it decoding and encoding exactly, without tiles, in "
+                "any length."
             ),
             inputs=[io.Vae.Input("vae", tooltip="A Wan 2.1 or 2.2 VAE; its weights are used."), *_engine_inputs()],
-            outputs=[io.Vae.Output(tooltip="The same VAE, decoding with Wan VAE Parallel.")],
+            outputs=[io.Vae.Output(tooltip="The same VAE, working with Wan VAE Parallel.")],
             **_given(io.Schema, search_aliases=["wan vae", "multi gpu vae", "patch vae", "parallel vae"]),
         )
 
     @classmethod
-    def execute(cls, vae: Any, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> io.NodeOutput:
-        return io.NodeOutput(apply_parallel(vae, devices=devices, dtype=dtype, chunk=chunk))
+    def execute(
+        cls, vae: Any, devices: str = "auto", dtype: str = "auto", chunk: int = 0, encode_dtype: str = "auto"
+    ) -> io.NodeOutput:
+        vae = apply_parallel(vae, devices=devices, dtype=dtype, chunk=chunk, encode_dtype=encode_dtype)
+        return io.NodeOutput(vae)
 
 
 class WanVAEParallelDecode(io.ComfyNode):
@@ -160,6 +178,44 @@ class WanVAEParallelDecode(io.ComfyNode):
             vae = apply_parallel(vae)
         frames = vae.decode_latents(latents, normalized=normalized_latents)
         return io.NodeOutput(frames.flatten(0, 1))
+
+
+class WanVAEParallelEncode(io.ComfyNode):
+    """Encodes frames to Wan latents."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelEncode",
+            display_name="Wan VAE Encode (Parallel)",
+            category=_CATEGORY,
+            description=(
+                "Encodes frames to Wan video latents, exactly: no tiles, no seams, any length. "
+                "Takes the place of VAE Encode."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "pixels",
+                    tooltip=(
+                        "The frames of one video. Encoded are one, five, nine and so on of them, and of their sides "
+                        "multiples of 8 pixels (16 with Wan 2.2), the middle; what is beyond that is left out."
+                    ),
+                ),
+                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                _chunk_input(
+                    "Latent frames encoded at once, of four pictures each. 0 does as the VAE's loader was told, which "
+                    "may be to choose."
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latents, as VAE Encode returns them.")],
+            **_given(io.Schema, search_aliases=["vae encode", "wan encode", "encode video", "image to latent"]),
+        )
+
+    @classmethod
+    def execute(cls, pixels: Any, vae: Any, chunk: int = 0) -> io.NodeOutput:
+        if not isinstance(vae, ParallelVAE):
+            vae = apply_parallel(vae)
+        return io.NodeOutput({"samples": vae.encode_pixels(pixels, chunk=chunk)})
 
 
 def _safetensors() -> list[str]:

@@ -1,4 +1,4 @@
-"""Core's VAE object, decoding with our engine.
+"""Core's VAE object, decoding and encoding with our engine.
 
 B videos, T latent frames, z channels, h x w latent rows and columns; frames [B, T', H, W, C]
 """
@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as model_management
@@ -20,7 +21,7 @@ from ..wan_vae_parallel import VAE, load_vae
 from ..wan_vae_parallel.errors import CheckpointError, OutOfMemoryError
 from ..wan_vae_parallel.files.checkpoint import Checkpoint, read_checkpoint
 from .engines import Engine, Source, shared_engine
-from .weights import LoadedWeights, changed_padding, patches_of, unwrapped
+from .weights import SOURCE, LoadedWeights, changed_padding, patches_of, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ _told_of: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 class ParallelVAE:
-    """What is added to a VAE's own class: decoding. All else stays the VAE's, encoding too.
+    """What is added to a VAE's own class: decoding and encoding. All else stays the VAE's.
 
     Attributes:
-        _engine: what decodes.
+        _engine: what decodes and encodes.
         _chunk: latent frames at once; 0 chooses.
-        _asked: devices and dtype, as the node was asked.
+        _asked: devices, dtype and encode_dtype, as the node was asked.
         _home: the device that the VAE's loader put it on; on another one it was put by a node.
         _seen: the state (`_state`) that the engine was chosen for.
         _weights_of: the model that the engine reads its weights from, kept alive; None if they are a file's.
@@ -44,12 +45,14 @@ class ParallelVAE:
 
     _engine: Engine
     _chunk: int
-    _asked: tuple[str, str]
+    _asked: tuple[str, str, str]
     _home: torch.device
     _seen: Any
     _weights_of: torch.nn.Module | None
     first_stage_model: torch.nn.Module | None
     output_device: torch.device
+    not_video: bool
+    vae_encode_crop_pixels: Callable[[torch.Tensor], torch.Tensor]
 
     # What core adds later is for its own models.
     def decode(self, samples_in: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -63,17 +66,50 @@ class ParallelVAE:
 
     def decode_latents(self, samples: torch.Tensor, *, normalized: bool = False) -> torch.Tensor:
         """`decode` with a word on whether mean and deviation are still to be applied."""
-        if _state(self) != self._seen:  # a node has copied this VAE and put it elsewhere, or patched its weights
-            _choose_engine(self, self, *self._asked)
-        _warn_of_changed_padding(self)
+        engine = self._current_engine("decoder")
         try:
-            frames = self._engine.decode(samples, normalized=normalized, chunk=self._chunk)
+            frames = engine.decode(samples, normalized=normalized, chunk=self._chunk)
         except OutOfMemoryError as error:
             raise OutOfMemoryError(error.text) from error  # a graph is no Python
         return frames.to(self.output_device, _output_dtype(self))
 
+    def encode(self, pixel_samples: torch.Tensor, *_: Any, not_video: bool | None = None, **__: Any) -> torch.Tensor:
+        """``[T', H, W, C]``, one video, or ``[B, T', H, W, C]`` to ``[B, z, T, h, w]``; in the place of core's.
+
+        Args:
+            pixel_samples: the frames.
+            not_video: ``[N, H, W, C]`` are N pictures; None for what the VAE's attribute of this name says.
+        """
+        return self.encode_pixels(pixel_samples, not_video=not_video)
+
+    def encode_tiled(
+        self, pixel_samples: torch.Tensor, *_: Any, not_video: bool | None = None, **__: Any
+    ) -> torch.Tensor:
+        """Like `encode`, for the same reason as `decode_tiled`."""
+        _say_once("Wan VAE Parallel: encoding whole frames; tile sizes and overlaps are not needed")
+        return self.encode_pixels(pixel_samples, not_video=not_video)
+
+    def encode_pixels(self, pixels: torch.Tensor, *, chunk: int = 0, not_video: bool | None = None) -> torch.Tensor:
+        """`encode` with so many latent frames' pictures at once; 0 for as many as the VAE was made with."""
+        engine = self._current_engine("encoder")
+        pixels = _cropped(self, pixels)
+        if pixels.dim() == 4:
+            pixels = pixels.unsqueeze(1 if (self.not_video if not_video is None else not_video) else 0)
+        try:
+            latents = engine.encode(pixels, chunk=chunk or self._chunk)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(error.text) from error
+        return latents.to(self.output_device, _output_dtype(self))
+
+    def _current_engine(self, part: str) -> Engine:
+        """The engine for this VAE as it is now, of which it will use ``part``."""
+        if _state(self) != self._seen:  # a node has copied this VAE and put it elsewhere, or patched its weights
+            _choose_engine(self, self, *self._asked)
+        _warn_of_changed_padding(self, part)
+        return self._engine
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copy decodes with the same engine, and so with the weights of the model that it reads.
+        # A copy works with the same engine, and so with the weights of the model that it reads.
         shared = ("_engine", "_weights_of")
         copied = memo[id(self)] = type(self).__new__(type(self))
         for name, value in vars(self).items():
@@ -81,27 +117,21 @@ class ParallelVAE:
         return copied
 
 
-class _DecoderOnly:
-    """Core's VAE has no model for these weights, so it can't encode with them."""
-
-    def encode(self, *_: Any, **__: Any) -> torch.Tensor:
-        raise CheckpointError(
-            "this VAE can only decode: its file has no encoder, or one that ComfyUI has no model for; "
-            "encode with the full Wan VAE"
-        )
-
-    encode_tiled = encode
+class _WithoutModel:
+    """Core's VAE object without a model of core's, which has none for these weights."""
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """Core's nodes that save a VAE ask for its weights."""
-        raise CheckpointError("this VAE was loaded for decoding only, so it can't be saved; copy its file")
+        raise CheckpointError("ComfyUI has no model of its own for this VAE, so it can't be saved; copy its file")
 
     def throw_exception_if_invalid(self) -> None:
         pass
 
 
-def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> Any:
-    """Loads a Wan VAE from ``path`` as core's VAE that decodes with our engine.
+def load_parallel(
+    path: str, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0, encode_dtype: str = "auto"
+) -> Any:
+    """Loads a Wan VAE from ``path`` as core's VAE that decodes and encodes with our engine.
 
     Raises:
         CheckpointError: the file is not a Wan VAE that can be decoded with.
@@ -109,21 +139,27 @@ def load_parallel(path: str, *, devices: str = "auto", dtype: str = "auto", chun
     """
     checkpoint = read_checkpoint(path)
 
-    def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
-        return load_vae(path, places, compute_dtype, predecessor=predecessor)
+    def make(
+        places: list[torch.device], decode_dtype: torch.dtype, encode_dtype: torch.dtype, predecessor: VAE | None
+    ) -> VAE:
+        return load_vae(path, places, decode_dtype, predecessor=predecessor, encode_dtype=encode_dtype)
 
-    source = Source((path, checkpoint.version), make)
+    source = Source((path, checkpoint.version), checkpoint.source, make)
+    asked = (devices, dtype, encode_dtype)
     vae = _core_vae(checkpoint)
     if vae is None:
-        logger.info("Wan VAE Parallel: %s is loaded for decoding only", checkpoint.source)
-        return _parallel(_decoder_only(shared_engine(source, devices, dtype)), devices, dtype, chunk, source=source)
+        if checkpoint.architecture.encoder_width is None:
+            logger.info("Wan VAE Parallel: %s has no encoder and is loaded for decoding only", checkpoint.source)
+        return _parallel(_without_model(shared_engine(source, *asked)), asked, chunk, source=source)
     # Core's nodes that put a VAE on another device load it anew.
     vae.patcher.cached_patcher_init = (_core_patcher, (path,))
-    return _parallel(vae, devices, dtype, chunk, source=source)
+    return _parallel(vae, asked, chunk, source=source)
 
 
-def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0) -> Any:
-    """Returns ``vae``, untouched itself, as one that decodes with our engine and the same weights.
+def apply_parallel(
+    vae: Any, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0, encode_dtype: str = "auto"
+) -> Any:
+    """Returns ``vae``, untouched itself, as one that decodes and encodes with our engine and the same weights.
 
     Raises:
         CheckpointError: it is not a Wan VAE.
@@ -139,20 +175,22 @@ def apply_parallel(vae: Any, *, devices: str = "auto", dtype: str = "auto", chun
             "ComfyUI could make nothing of the connected VAE's file; if it is a Wan VAE, of diffusers or with a "
             "prefix, take it from Load Wan VAE (Parallel)"
         )
-    return _parallel(vae, devices, dtype, chunk)
+    return _parallel(vae, (devices, dtype, encode_dtype), chunk)
 
 
-def _parallel(vae: Any, devices: str, dtype: str, chunk: int, source: Source | None = None) -> Any:
-    """A copy of ``vae`` that decodes with an engine of ``source``, or else of the weights that it has."""
+def _parallel(vae: Any, asked: tuple[str, str, str], chunk: int, source: Source | None = None) -> Any:
+    """A copy of ``vae`` that works with an engine of ``source``, or else of the weights that it has."""
     parallel = copy.copy(vae)
     # Whatever class the VAE is of, another pack's too, it stays one: ours only goes in front.
     parallel.__class__ = _parallel_class(next(c for c in type(vae).__mro__ if not issubclass(c, ParallelVAE)))
     parallel._chunk = chunk
-    _choose_engine(parallel, vae, devices, dtype, source)
+    _choose_engine(parallel, vae, *asked, source=source)
     return parallel
 
 
-def _choose_engine(parallel: Any, vae: Any, devices: str, dtype: str, source: Source | None = None) -> None:
+def _choose_engine(
+    parallel: Any, vae: Any, devices: str, dtype: str, encode_dtype: str, source: Source | None = None
+) -> None:
     """Gives ``parallel`` the engine that suits ``vae``, of which it is a copy, where and as it is now."""
     state = _state(vae)
     home, weights_of = _home(vae), None
@@ -161,10 +199,11 @@ def _choose_engine(parallel: Any, vae: Any, devices: str, dtype: str, source: So
     elif source is None:
         weights_of = unwrapped(vae.first_stage_model)
         source = _source_of(weights_of, vae.patcher)
-    engine = shared_engine(source, devices, dtype, put_on=None if state[0] == home else state[0])
+    asked = (devices, dtype, encode_dtype)
+    engine = shared_engine(source, *asked, put_on=None if state[0] == home else state[0])
     if weights_of is not None:
-        _engines_of.setdefault(weights_of, {})[source.key, engine.devices, dtype] = engine
-    parallel._engine, parallel._asked, parallel._weights_of = engine, (devices, dtype), weights_of
+        _engines_of.setdefault(weights_of, {})[source.key, engine.devices, dtype, encode_dtype] = engine
+    parallel._engine, parallel._asked, parallel._weights_of = engine, asked, weights_of
     parallel._home, parallel._seen = home, state
 
 
@@ -172,10 +211,29 @@ def _source_of(model: torch.nn.Module, patcher: Any) -> Source:
     # Not the model itself: the engine must not keep it alive beyond its VAE.
     weights = LoadedWeights(model, patcher)
 
-    def make(places: list[torch.device], compute_dtype: torch.dtype, predecessor: VAE | None) -> VAE:
-        return VAE(weights, devices=places, dtype=compute_dtype, chunk="auto", predecessor=predecessor)
+    def make(
+        places: list[torch.device], decode_dtype: torch.dtype, encode_dtype: torch.dtype, predecessor: VAE | None
+    ) -> VAE:
+        return VAE(
+            weights, devices=places, dtype=decode_dtype, chunk="auto", predecessor=predecessor,
+            encode_dtype=encode_dtype,
+        )  # fmt: skip
 
-    return Source((weakref.ref(model), patches_of(patcher)), make)
+    return Source((weakref.ref(model), patches_of(patcher)), SOURCE, make)
+
+
+def _cropped(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """``pixels`` as core's encode takes them: cut to multiples of the ratio, with as many channels as the model has.
+
+    Core does that with each axis but the first and the last, of videos ``[B, T, H, W, C]`` with the time as well.
+    """
+    cropped = vae.vae_encode_crop_pixels(pixels)
+    if cropped.numel() == 0:
+        return pixels  # the engine takes short videos, and has words for small pictures
+    if cropped.shape[1:-1] != pixels.shape[1:-1]:
+        before, after = ("x".join(map(str, reversed(p.shape[1:-1]))) for p in (pixels, cropped))
+        _say_once(f"Wan VAE Parallel: frames of {before} are cut to {after}, the middle of them, as ComfyUI's VAE does")
+    return cropped
 
 
 def _state(vae: Any) -> tuple[torch.device, Any]:
@@ -192,20 +250,20 @@ def _home(vae: Any) -> torch.device:
 
 
 def _output_dtype(vae: Any) -> torch.dtype:
-    """The dtype of the frames that core's decode returns: float32, before a core that lets users choose."""
+    """The dtype of what core's VAE returns: float32, before a core that lets users choose."""
     chosen = getattr(vae, "vae_output_dtype", None)
     return chosen() if chosen else torch.float32
 
 
-def _warn_of_changed_padding(vae: ParallelVAE) -> None:
+def _warn_of_changed_padding(vae: ParallelVAE, part: str) -> None:
     model = unwrapped(vae.first_stage_model)
-    if model is None or model in _told_of or not (changed := changed_padding(model)):
+    if model is None or model in _told_of or not (changed := changed_padding(model, part)):
         return
     _told_of.add(model)
     logger.warning(
         "Wan VAE Parallel: another node has changed how this VAE pads at the frame's edges (%s), as for frames that "
-        "tile. This pack pads with zeros, as published, so the frames will not tile; for that, connect a VAE that "
-        "was not made parallel to VAE Decode",
+        "tile. This pack pads with zeros, as published, so the frames will not tile; for that, use a VAE that was "
+        "not made parallel",
         changed,
     )
 
@@ -218,9 +276,8 @@ def _parallel_class(base: type) -> type:
 def _core_vae(checkpoint: Checkpoint) -> Any:
     """Core's own VAE of the same weights, or None where core has no model for them."""
     architecture = checkpoint.architecture
-    encoder = checkpoint.encoder.get("encoder.conv1.weight")
     published = (256, 160, 48) if architecture.residual else (architecture.width, architecture.width, 16)
-    if encoder is None or (architecture.width, encoder.shape[0], architecture.z_dim) != published:
+    if (architecture.width, architecture.encoder_width, architecture.z_dim) != published:
         return None
     vae = comfy.sd.VAE(sd={**checkpoint.decoder, **checkpoint.encoder})
     vae.throw_exception_if_invalid()
@@ -233,14 +290,14 @@ def _core_patcher(path: str, *_: Any, **__: Any) -> Any:
 
 
 @functools.cache
-def _decoder_only_class() -> type:
-    return type("DecoderOnlyVAE", (_DecoderOnly, comfy.sd.VAE), {})
+def _without_model_class() -> type:
+    return type("VAEWithoutModel", (_WithoutModel, comfy.sd.VAE), {})
 
 
-def _decoder_only(engine: Engine) -> Any:
+def _without_model(engine: Engine) -> Any:
     """A VAE object without core's model, with the attributes that core's nodes read."""
     architecture = engine.architecture
-    cls = _decoder_only_class()
+    cls = _without_model_class()
     vae = cls.__new__(cls)
     spatial, temporal = architecture.spatial_ratio, architecture.temporal_ratio
     vae.first_stage_model = None
@@ -252,7 +309,10 @@ def _decoder_only(engine: Engine) -> Any:
     vae.process_input = lambda image: image * 2.0 - 1.0
     vae.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
     vae.memory_used_decode = lambda shape, _: engine.memory_needed(shape)
-    vae.memory_used_encode = lambda *_: 0
+    # Core has pixels' channels in front: [B, C, T, H, W].
+    vae.memory_used_encode = lambda shape, _: (
+        engine.encode_memory_needed((shape[0], *shape[2:], shape[1])) if architecture.encoder_width else 0
+    )
     vae.size = engine.weights_size()
     vae.latent_channels, vae.latent_dim = architecture.z_dim, 3
     vae.output_channels = architecture.output_channels

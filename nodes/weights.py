@@ -12,7 +12,8 @@ import torch
 from ..wan_vae_parallel.errors import CheckpointError
 from ..wan_vae_parallel.files.checkpoint import Checkpoint, checkpoint_from_state_dict
 
-_SOURCE = "the connected VAE"
+# What messages call them.
+SOURCE = "the connected VAE"
 _MOST_NAMED = 3
 # Modules of these packages are what ComfyUI's own VAE is made of.
 _USUAL = ("comfy", "torch")
@@ -60,22 +61,22 @@ class LoadedWeights:
             raise CheckpointError("the VAE that was connected is no longer loaded; queue the graph again")
         if self._functions:
             raise CheckpointError(
-                f"another node changes weights of {_SOURCE} while they are used ({_listed(self._functions)}); connect "
+                f"another node changes weights of {SOURCE} while they are used ({_listed(self._functions)}); connect "
                 f"the VAE as its loader gives it, before that node"
             )
         tensors = self._tensors(model)
         try:
-            return checkpoint_from_state_dict(tensors, source=_SOURCE)
+            return checkpoint_from_state_dict(tensors, source=SOURCE)
         except CheckpointError as error:
             foreign = _foreign_modules(model)
             if not foreign:
                 raise
             try:
-                return checkpoint_from_state_dict(_without_holders(tensors, foreign), source=_SOURCE)
+                return checkpoint_from_state_dict(_without_holders(tensors, foreign), source=SOURCE)
             except CheckpointError:
                 named = [f"{name or 'all of it'} is a {type(m).__qualname__}" for name, m in foreign.items()]
                 raise CheckpointError(
-                    f"another node has replaced modules of {_SOURCE}: {_listed(named)}, so its weights can't be read "
+                    f"another node has replaced modules of {SOURCE}: {_listed(named)}, so its weights can't be read "
                     f"({error}); connect the VAE as its loader gives it, before that node"
                 ) from error
 
@@ -104,11 +105,15 @@ class LoadedWeights:
         return tensors
 
 
-def changed_padding(model: torch.nn.Module) -> str:
-    """What other nodes have changed in how the decoder's convolutions pad, for a message; empty if nothing."""
+def changed_padding(model: torch.nn.Module, part: str) -> str:
+    """What other nodes have changed in how the convolutions of ``part`` pad, for a message; empty if nothing.
+
+    Args:
+        model: what core's VAE calls its first stage model.
+        part: ``"decoder"`` or ``"encoder"``; one alone, since this is looked up at each decode and encode.
+    """
     changed = []
-    # The decoder alone: this is looked up at each decode.
-    for name, module in getattr(model, "decoder", model).named_modules(prefix="decoder"):
+    for name, module in getattr(model, part, model).named_modules(prefix=part):
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             if module.padding_mode != "zeros":
                 changed.append(f"{name} has padding_mode {module.padding_mode}")

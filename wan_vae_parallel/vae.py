@@ -24,7 +24,17 @@ from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
 from .files.latents import check_fits, check_latents, denormalize, normalize
 from .files.weights import FileWeights, SameWeights
 from .frames import check_frames, check_part
-from .memory import UNLIMITED, check_host_room, decode_memory, host_room, largest_chunk, parameter_count
+from .memory import (
+    UNLIMITED,
+    check_host_room,
+    decode_memory,
+    encode_memory,
+    encoder_parameter_count,
+    host_room,
+    largest_chunk,
+    largest_encode_chunk,
+    parameter_count,
+)
 from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.encode_run import LocalEncodeRun
@@ -403,6 +413,41 @@ class VAE:
         )
         return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, kernels=kernels).total
 
+    def encode_memory_needed(self, shape: Sequence[int]) -> int:
+        """Bytes that encoding frames of ``shape`` ``[B, T, H, W, C]`` takes on each device, weights included.
+
+        Videos are encoded one after the other, so that B does not matter. Otherwise as `memory_needed`.
+
+        Raises:
+            CheckpointError: the VAE has no encoder.
+        """
+        self._check_encoder()
+        frames = self.architecture.encoded_frames(shape[1])
+        rows, columns = self.latent_shape(shape)[3:]
+        size = (rows, columns)
+        if len(self.device_names) > 1:
+            plan = plan_shards(rows, columns, len(self.device_names))
+            size = (min(plan.tallest + 1, plan.rows), plan.columns)
+        kernels = kernels_expected(self.devices[0], self.encode_dtype)
+        chunk = self._chunk_number or largest_encode_chunk(
+            self.architecture,
+            size,
+            frames=frames,
+            dtype=self.encode_dtype,
+            free=UNLIMITED,
+            kernels=kernels,
+            device_type=self.devices[0].type,
+        )
+        needed = encode_memory(
+            self.architecture,
+            size,
+            chunk=min(chunk, max(1, frames - 1)),
+            image=frames == 1,
+            dtype=self.encode_dtype,
+            kernels=kernels,
+        )
+        return needed.total
+
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
         self._engine.close()
@@ -434,8 +479,21 @@ class VAE:
 
     @property
     def weights_size(self) -> int:
-        """Bytes of the weights on each device."""
-        return parameter_count(self.architecture) * self.dtype.itemsize
+        """Bytes of the weights that are on each device now; while none are, of the decoder's."""
+        return sum(map(self.part_size, self.loaded_parts or ("decoder",)))
+
+    def part_size(self, part: str) -> int:
+        """Bytes of the weights of ``"decoder"`` or ``"encoder"`` on each device; 0 of an encoder that is not there."""
+        if part == "decoder":
+            return parameter_count(self.architecture) * self.dtype.itemsize
+        if self.architecture.encoder_width is None:
+            return 0
+        return encoder_parameter_count(self.architecture) * self.encode_dtype.itemsize
+
+    @property
+    def loaded_parts(self) -> frozenset[str]:
+        """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the devices now."""
+        return self._engine.parts
 
     @property
     def loaded(self) -> bool:

@@ -282,7 +282,7 @@ def test_a_workflow_made_with_four_gpus_runs_here_and_says_where(server, send):
         "save": save("four", "decode"),
     }
     server.run(graph).check()
-    assert "cuda:0,cuda:1,cuda:2,cuda:3 were asked for; decoding on cpu" in server.log()
+    assert "cuda:0,cuda:1,cuda:2,cuda:3 were asked for; using cpu" in server.log()
 
 
 @pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes

@@ -157,9 +157,9 @@ def test_a_device_that_a_node_chose_is_followed_if_devices_is_auto(server, graph
         }
     ).check()
     log = server.log()
-    assert "decoding on cpu, where a node has put the VAE" in log
-    assert "cuda:1 is not supported; decoding on the CPU" in log
-    assert "a node has put the VAE on cuda:1, but devices says cpu; decoding there" in log
+    assert "using cpu, where a node has put the VAE" in log
+    assert "cuda:1 is not supported; using the CPU" in log
+    assert "a node has put the VAE on cuda:1, but devices says cpu; using these" in log
 
 
 @pytest.mark.parametrize("name", ["wan21.safetensors", "wan22.safetensors"])  # with core's model, and without
@@ -200,7 +200,7 @@ def test_cores_device_selector_moves_our_loaders_vae(server, received, send, nam
         }
     ).check()
     log = server.log()[before:]
-    assert "cuda:1 is not supported; decoding on the CPU" in log  # as there is none here
+    assert "cuda:1 is not supported; using the CPU" in log  # as there is none here
     assert "cannot retarget" not in log
     for frames in ("selected", "applied"):
         assert torch.equal(received(frames), received("expected"))

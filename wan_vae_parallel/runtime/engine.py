@@ -49,7 +49,13 @@ class LocalEngine:
     @property
     def running(self) -> bool:
         """Whether the weights are on the device now."""
-        return self._decoder is not None or self._encoder is not None
+        return bool(self.parts)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the device now."""
+        models = {"decoder": self._decoder, "encoder": self._encoder}
+        return frozenset(name for name, model in models.items() if model is not None)
 
     def run(
         self,

@@ -135,6 +135,11 @@ class WorkerPool:
         return self.stage in ("loading", "ready")
 
     @property
+    def parts(self) -> frozenset[str]:
+        """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the devices now, or on their way there."""
+        return frozenset(self._parts) | ({self._given} if self._given else set())
+
+    @property
     def ours(self) -> bool:
         """Whether the workers are this process's, and not those of the one that it was forked from."""
         return os.getpid() == self._process
