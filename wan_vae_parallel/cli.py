@@ -1,4 +1,4 @@
-"""The shell's way in: ``demo``, ``decode``, ``info`` and ``bench``."""
+"""The shell's way in: ``demo``, ``decode``, ``encode``, ``info`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
 from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
 from .files.checkpoint import describe_checkpoint
-from .files.latents import check_latents, read_latents, save_latents
+from .files.frames_in import is_tensor, open_frames, read_frames, resized
+from .files.latents import check_latent_output, check_latents, read_latents, save_latents
 from .files.pictures import contact_sheet
 from .files.video import check_output, open_output, output_files
 from .files.whole import check_writable, replacing
@@ -94,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # So that a polite kill unwinds too, and takes half-written files along.
     _signals.listen()
     try:
-        if launched() and options.run is not _decode:
-            raise ArgumentError("torchrun's processes decode together; run demo, info and bench without it")
+        if launched() and options.run not in (_decode, _encode):
+            raise ArgumentError("torchrun's processes decode or encode together; run demo, info and bench without it")
         options.run(options)
     except WanVAEError as error:
         if _signals.stopped:  # ffmpeg may hear of a Ctrl-C first
@@ -119,7 +120,7 @@ def _say_stopped() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="wan-vae-parallel", description="Decode Wan video latents exactly: no tiles, no seams, any length."
+        prog="wan-vae-parallel", description="Decode and encode Wan videos exactly: no tiles, no seams, any length."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -142,6 +143,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_engine_options(decode)
     decode.set_defaults(run=_decode)
+
+    encode = commands.add_parser("encode", help="encode a video, pictures or a tensor to latents")
+    encode.add_argument(
+        "frames",
+        type=Path,
+        metavar="VIDEO|PICTURES|SAFETENSORS",
+        help="a video; frames/%%04d.png, a folder of pictures or one picture; or a tensor frames [B, T, H, W, C]",
+    )
+    encode.add_argument("--vae", type=Path, required=True, help="the Wan VAE's safetensors file, with its encoder")
+    encode.add_argument("-o", "--output", type=Path, required=True, help="out.latent (ComfyUI's) or out.safetensors")
+    encode.add_argument("--size", type=_size, help="stretch frames to it, bicubic, as 832x480; default: as they are")
+    encode.add_argument("--frames", type=_positive, dest="most", help="the first so many; default: all")
+    encode.add_argument(
+        "--normalized", action="store_true", help="latents as the diffusion model wants them (WanVideoWrapper)"
+    )
+    _add_engine_options(encode, of="frames (of the video, at full resolution)")
+    encode.set_defaults(run=_encode)
 
     measure = commands.add_parser("bench", help="measure decodes on this machine: a table, a JSON file and a plot")
     measure.add_argument("--vae", type=Path, help="a Wan VAE's file; default: random weights")
@@ -169,13 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_engine_options(parser: argparse.ArgumentParser, of: str = "latent frames") -> None:
     parser.add_argument(
         "--devices", default="auto", help="auto, cpu, cuda:0 or cuda:0,cuda:1,...; default: %(default)s"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
     parser.add_argument(
-        "--chunk", type=_chunk, default="auto", help="latent frames at once: memory against speed; default: auto"
+        "--chunk", type=_chunk, default="auto", help=f"{of} at once: memory against speed; default: auto"
     )
 
 
@@ -286,6 +304,81 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     bar.close()
     files = output_files(options.output, shape)
     print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
+
+
+def _encode(options: argparse.Namespace) -> None:
+    with torchrun_group(options.devices) if launched() else contextlib.nullcontext() as group:
+        first = group is None or dist.get_rank(group) == 0
+        if first:
+            check_latent_output(options.output)
+        else:
+            logging.getLogger().setLevel(logging.WARNING)
+        with load_vae(
+            options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
+        ) as vae:
+            if options.size:
+                _latent_size(vae.architecture, options.size)
+            if is_tensor(options.frames):
+                latents, taken = _encode_tensor(vae, options, shown=first)
+            else:
+                latents, taken = _encode_stream(vae, options, shown=first)
+            if first:
+                with _signals.held():
+                    save_latents(options.output, latents)
+                left = taken - vae.architecture.encoded_frames(taken)
+                print(
+                    f"written: {options.output}, {latents.shape[2]} latent frames of {taken} frames"
+                    + (f", of which the last {left} make no whole latent frame" if left else "")
+                )
+
+
+def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
+    """Latents of frames that are all in memory, and how many frames a video has."""
+    frames = read_frames(options.frames, colours=vae.architecture.output_channels)
+    frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
+    if options.size:
+        frames = resized(frames, options.size)
+    bar, count = _Progress(shown=shown), vae.architecture.frame_count
+
+    def show(done: int, total: int, _: torch.Tensor) -> None:
+        _signals.end_if_stopped()
+        bar.show(count(done), count(total))
+
+    latents = vae.encode(frames, normalized=options.normalized, on_chunk=show)
+    bar.close()
+    return latents, frames.shape[1]
+
+
+def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
+    """The same of frames that are read one after the other, of which only a step's are ever in memory."""
+    bar, taken, made = _Progress(shown=shown), 0, 0
+    parts = []
+    with contextlib.ExitStack() as stack:
+        with _signals.held():
+            source = stack.enter_context(
+                open_frames(
+                    options.frames,
+                    colours=vae.architecture.output_channels,
+                    most=options.most,
+                    any_size=options.size is not None,
+                )
+            )
+
+        def frames() -> Iterator[torch.Tensor]:
+            nonlocal taken
+            for frame in source:
+                _signals.end_if_stopped()
+                taken += 1
+                yield resized(frame, options.size) if options.size else frame
+
+        for latents in vae.encode_stream(frames(), normalized=options.normalized):
+            parts.append(latents)
+            made += latents.shape[2]
+            bar.show(vae.architecture.frame_count(made), source.expected)
+        with _signals.held():
+            stack.close()
+    bar.close()
+    return torch.cat(parts, dim=2) if parts else torch.empty(0), taken
 
 
 def _make_folder(folder: Path) -> None:
@@ -400,16 +493,18 @@ def _name(dtype: torch.dtype) -> str:
 class _Progress:
     """A bar on a terminal, nothing in a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
         # There is none in a process whose parent closed it.
-        self._shown = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
 
-    def show(self, done: int, total: int) -> None:
-        if self._shown:
-            filled = _BAR * done // total
-            print(
-                f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {done}/{total} frames", end="", file=sys.stderr, flush=True
-            )
+    def show(self, done: int, total: int | None) -> None:
+        """Frames that are done, of so many if that is known; a video's file may be a few off."""
+        if not self._shown:
+            return
+        total = None if total is None else max(done, total)
+        filled = _BAR * done // total if total else 0
+        count = f"{done}/{total}" if total else str(done)
+        print(f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {count} frames", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._shown:
