@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.processes import MARK, children, patience, strays, wait_until
+from wan_vae_parallel import memory
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.files.latents import read_latents, save_latents
 from wan_vae_parallel.files.video import open_output
@@ -193,13 +194,42 @@ def test_encode_says_what_is_wrong_and_leaves_nothing(files, shown, tmp_path, ca
 def test_info_tells_what_the_file_is_and_what_it_takes(files, capsys):
     folder = files[0]
     assert (
-        main(["info", str(folder / "vae.safetensors"), "--size", "832x480", "--frames", "81", "--devices", "cpu"]) == 0
+        main(["info", str(folder / "vae.safetensors"), "--size", "832x480", "--frames", "80", "--devices", "cpu"]) == 0
     )
     out = capsys.readouterr().out
     for words in ("Wan 2.1, width 8, 16 latent channels", "million parameters, float32, with encoder", "original"):
         assert words in out
-    assert "832x480, 81 frames" in out
-    assert "with chunk 1" in out
+    # Rounded up, and down: the fewest that are enough, and all that make whole latent frames.
+    for words in ("decode 832x480, 81 frames: ", "encode 832x480, 77 frames: "):
+        (line,) = [line for line in out.splitlines() if line.startswith(words)]
+        assert "with chunk 1" in line
+    architecture = wvp.Architecture.published("wan2.1", width=8)
+    count = memory.encoder_parameter_count(architecture)
+    assert re.search(rf"^encoder: +{count / 1e6:.1f} million parameters, width 8$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("devices", "rows"), [("cpu", 60), ("cpu,cpu", 53)])
+def test_info_tells_the_memory_that_an_encode_plans_with(files, capsys, devices, rows):
+    # 104 columns by two: 52, and one of the neighbour's; 60 rows then are columns.
+    arguments = ["info", str(files[0] / "vae.safetensors"), "--size", "832x480", "--chunk", "3", "--devices", devices]
+    assert main(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("encode ")]
+    size = (rows, 104) if devices == "cpu" else (rows, 60)
+    for chunk in (3, 1):
+        needed = memory.encode_memory(
+            wvp.Architecture.published("wan2.1", width=8), size, chunk=chunk, image=False, dtype=torch.float32,
+            kernels=False,
+        )  # fmt: skip
+        assert f"{memory.gibibytes(needed.total)} {'a device with chunk 3' if chunk == 3 else 'with chunk 1'}" in line
+
+
+def test_info_of_a_decoder_alone_says_that_it_can_not_encode(files, tmp_path, capsys):
+    tensors = load_file(files[0] / "vae.safetensors")
+    save_file({k: v for k, v in tensors.items() if k.startswith(("decoder", "conv2"))}, tmp_path / "d.safetensors")
+    assert main(["info", str(tmp_path / "d.safetensors"), "--devices", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^encoder: +none: it can only decode$", out, re.MULTILINE)
+    assert "encode 1280x720" not in out
 
 
 @pytest.mark.parametrize(

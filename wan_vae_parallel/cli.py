@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,18 @@ from .files.latents import check_latent_output, check_latents, read_latents, sav
 from .files.pictures import contact_sheet
 from .files.video import check_output, open_output, output_files
 from .files.whole import check_writable, replacing
-from .memory import decode_memory, free_memory, gibibytes, largest_chunk
+from .memory import (
+    DeviceMemory,
+    decode_memory,
+    encode_memory,
+    encoder_parameter_count,
+    free_memory,
+    gibibytes,
+    largest_chunk,
+    largest_encode_chunk,
+)
 from .ops.dispatch import kernels_expected
-from .parallel.plan import describe_plan, plan_shards
+from .parallel.plan import ShardPlan, describe_plan, plan_shards
 from .torchrun import launched, torchrun_group
 from .vae import VAE, load_vae
 
@@ -178,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-bench"), help="folder to write to")
     measure.set_defaults(run=_bench)
 
-    info = commands.add_parser("info", help="tell what a checkpoint is and what decoding with it takes")
+    info = commands.add_parser("info", help="tell what a checkpoint is and what decoding and encoding with it take")
     info.add_argument("vae", type=Path, metavar="FILE", help="the Wan VAE's safetensors file")
     info.add_argument("--size", type=_size, default=(1280, 720), help="of the frames; default: 1280x720")
     info.add_argument("--frames", type=_positive, default=81, help="default: %(default)s")
@@ -454,36 +463,77 @@ def _info(options: argparse.Namespace) -> None:
     dtype = parse_dtype(options.dtype, devices[0])
     rows, columns = _latent_size(architecture, options.size)
     plan = plan_shards(rows, columns, len(devices))
-    latent_frames = architecture.latent_frames(options.frames)
-    # A shard holds its neighbours' rows too.
-    tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
-    size = (1, latent_frames, tallest, plan.columns)
     free = min(free_memory(device) for device in devices)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
-    chunk = options.chunk
-    if chunk == "auto":
-        chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
-    needed = decode_memory(architecture, size, chunk=chunk, **given)
-    least = decode_memory(architecture, size, chunk=1, **given)
-    frames = architecture.frame_count(latent_frames)
+    of_size = f"{options.size[0]}x{options.size[1]}"
+    frames = architecture.frame_count(architecture.latent_frames(options.frames))
     host = frames * options.size[0] * options.size[1] * architecture.output_channels * 4
-    encoder = "with encoder" if checkpoint.encoder else "without encoder"
     lines = {
         "file": options.vae,
         "architecture": f"{architecture.name}, width {architecture.width}, {architecture.z_dim} latent channels, "
         f"{architecture.output_channels} colours",
-        "decoder": f"{checkpoint.parameters / 1e6:.1f} million parameters, {_name(checkpoint.dtype)}, {encoder}",
+        "decoder": f"{checkpoint.parameters / 1e6:.1f} million parameters, {_name(checkpoint.dtype)}, "
+        f"{'with' if checkpoint.encoder else 'without'} encoder",
+        "encoder": "none: it can only decode",
         "key layout": checkpoint.layout,
         "devices": f"{', '.join(map(str, devices))} in {_name(dtype)}, {gibibytes(free)} free",
         "shards": describe_plan(plan, devices),
-        f"{options.size[0]}x{options.size[1]}, {frames} frames": f"{gibibytes(needed.total)} a device "
-        f"with chunk {chunk} (weights {gibibytes(needed.weights)}, feature caches {gibibytes(needed.caches)}, "
-        f"step {gibibytes(needed.step)}); {gibibytes(least.total)} with chunk 1",
-        "frames on host": gibibytes(host),
+        f"decode {of_size}, {frames} frames": _decode_needs(architecture, plan, devices, dtype, free, options),
     }
+    if checkpoint.encoder:
+        parameters = encoder_parameter_count(architecture)
+        lines["encoder"] = f"{parameters / 1e6:.1f} million parameters, width {architecture.encoder_width}"
+        label = f"encode {of_size}, {architecture.encoded_frames(options.frames)} frames"
+        lines[label] = _encode_needs(architecture, plan, devices, dtype, free, options)
+    lines["frames on host"] = gibibytes(host)
     longest = max(len(label) for label in lines) + 1
     for label, text in lines.items():
         print(f"{label + ':':{longest}} {text}")
+
+
+def _decode_needs(
+    architecture: Architecture,
+    plan: ShardPlan,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    free: int,
+    options: argparse.Namespace,
+) -> str:
+    """What a decode takes on the device with the most rows."""
+    # A shard holds its neighbours' rows too.
+    tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
+    size = (1, architecture.latent_frames(options.frames), tallest, plan.columns)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
+    return _needs(lambda chunk: decode_memory(architecture, size, chunk=chunk, **given), chunk)
+
+
+def _encode_needs(
+    architecture: Architecture,
+    plan: ShardPlan,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    free: int,
+    options: argparse.Namespace,
+) -> str:
+    """The same of an encode, as runtime/shard.py and runtime/encode_run.py plan it."""
+    size = (plan.tallest + (plan.shards > 1), plan.columns)  # a row of the lower neighbour
+    frames = architecture.encoded_frames(options.frames)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = largest_encode_chunk(architecture, size, frames=frames, free=free, device_type=devices[0].type, **given)
+    chunk = min(chunk, max(1, frames - 1))
+    return _needs(lambda chunk: encode_memory(architecture, size, chunk=chunk, image=frames == 1, **given), chunk)
+
+
+def _needs(memory: Callable[[int], DeviceMemory], chunk: int) -> str:
+    needed, least = memory(chunk), memory(1)
+    return (
+        f"{gibibytes(needed.total)} a device with chunk {chunk} (weights {gibibytes(needed.weights)}, feature caches "
+        f"{gibibytes(needed.caches)}, step {gibibytes(needed.step)}); {gibibytes(least.total)} with chunk 1"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
