@@ -26,7 +26,7 @@ from . import bench
 from .architecture import Architecture
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
-from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
+from .errors import ArgumentError, CheckpointError, OutOfMemoryError, OutputError, WanVAEError
 from .files.checkpoint import describe_checkpoint
 from .files.frames_in import is_tensor, open_frames, read_frames, resized
 from .files.latents import check_latent_output, check_latents, read_latents, save_latents
@@ -170,10 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(encode, of="frames (of the video, at full resolution)")
     encode.set_defaults(run=_encode)
 
-    measure = commands.add_parser("bench", help="measure decodes on this machine: a table, a JSON file and a plot")
+    measure = commands.add_parser("bench", help="measure decodes and encodes here: a table, a JSON file and a plot")
     measure.add_argument("--vae", type=Path, help="a Wan VAE's file; default: random weights")
     measure.add_argument(
         "--architecture", choices=sorted(_FPS), default="wan2.1", help="without --vae; default: %(default)s"
+    )
+    measure.add_argument(
+        "--direction", choices=[*bench.DIRECTIONS, "both"], default="both", help="default: %(default)s"
     )
     measure.add_argument("--width", type=_positive, help="of random weights; default: the published one")
     measure.add_argument("--sizes", type=_sizes, default="1280x720,832x480", help="of the frames; default: %(default)s")
@@ -181,9 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--devices", default="auto", help="1, 2, 4... and all of them are measured; default: auto")
     measure.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
     measure.add_argument(
-        "--chunk", type=_chunk, default="auto", help="ours: latent frames at once; default: %(default)s"
+        "--chunk", type=_chunk, default="auto", help="ours: (latent) frames at once; default: %(default)s"
     )
-    measure.add_argument("--repeats", type=_positive, default=3, help="decodes after a first one; default: %(default)s")
+    measure.add_argument("--repeats", type=_positive, default=3, help="calls after a first one; default: %(default)s")
     measure.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-bench"), help="folder to write to")
     measure.set_defaults(run=_bench)
 
@@ -406,6 +409,12 @@ def _bench(options: argparse.Namespace) -> None:
         weights = bench.random_weights(architecture)
     for size in options.sizes:
         _latent_size(architecture, size)
+    directions = bench.DIRECTIONS if options.direction == "both" else (options.direction,)
+    if architecture.encoder_width is None and "encode" in directions:
+        if options.direction == "encode":
+            raise CheckpointError(f"{options.vae} has no encoder; take the whole VAE's file, or measure decodes")
+        directions = ("decode",)
+        print(f"{options.vae} has no encoder; only decodes are measured", file=sys.stderr)
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])
     folder: Path = options.output
@@ -426,6 +435,7 @@ def _bench(options: argparse.Namespace) -> None:
         "dtype": _name(dtype),
         "repeats": options.repeats,
         "chunk": options.chunk,
+        "directions": directions,
     }
     for row in bench.measure(
         architecture=architecture,
@@ -436,6 +446,7 @@ def _bench(options: argparse.Namespace) -> None:
         dtype=dtype,
         repeats=options.repeats,
         chunk=options.chunk,
+        directions=directions,
     ):
         if not rows:
             plot.unlink(missing_ok=True)  # an older run's would lie beside this one's figures
@@ -444,7 +455,7 @@ def _bench(options: argparse.Namespace) -> None:
         with _signals.held():
             bench.save_json(figures, rows, facts, settings)
         result = row.failed if row.seconds is None else f"{row.seconds:.3f} s"
-        print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
+        print(f"{row.direction} {row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
     print(bench.table(rows))
     print(f"figures: {figures}")
     if all(row.seconds is None for row in rows):
