@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
-from tests.processes import patience
+from tests.processes import MARK, children, patience, strays, wait_until
+from wan_vae_parallel import memory
 from wan_vae_parallel.cli import main
-from wan_vae_parallel.files.latents import save_latents
+from wan_vae_parallel.files.latents import read_latents, save_latents
+from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.vae import VAE
 
 
@@ -77,16 +79,157 @@ def test_decode_to_a_video_says_what_it_wrote(files, tmp_path, capsys, caplog):
     assert f"written: {tmp_path / 'out.mp4'}" in printed.out
 
 
+@pytest.fixture(scope="module")
+def shown(files, tmp_path_factory):
+    """The same frames as files of every kind, those that must be encoded exactly, and their latents."""
+    _, _, frames = files
+    folder = tmp_path_factory.mktemp("frames")
+    for name in ("v.mp4", "p/%04d.png", "f.safetensors"):
+        with open_output(folder / name, shape=frames.shape, fps=16.0) as write:
+            write(frames)
+    with wvp.load_vae(files[0] / "vae.safetensors", devices="cpu") as vae:
+        rounded = (frames * 255).round() / 255
+        return folder, vae.encode(frames), vae.encode(rounded)
+
+
+def encode(files, source, output, *options):
+    arguments = ["encode", source, "--vae", files[0] / "vae.safetensors", "-o", output, "--devices", "cpu", *options]
+    return main([str(argument) for argument in arguments])
+
+
+def test_encode_of_a_tensor_and_of_pictures_is_vae_encodes(files, shown, tmp_path, capsys):
+    folder, exact, rounded = shown
+    for source, expected in (("f.safetensors", exact), ("p/%04d.png", rounded), ("p", rounded)):
+        assert encode(files, folder / source, tmp_path / "out.latent") == 0
+        torch.testing.assert_close(read_latents(tmp_path / "out.latent"), expected)
+        assert f"written: {tmp_path / 'out.latent'}, 3 latent frames of 9 frames\n" in capsys.readouterr().out
+    # ComfyUI's SaveLatent writes these two.
+    assert set(load_file(tmp_path / "out.latent")) == {"latent_tensor", "latent_format_version_0"}
+
+
+def test_encode_of_a_video_is_near_the_tensors(files, shown, tmp_path):
+    folder, exact, _ = shown
+    assert encode(files, folder / "v.mp4", tmp_path / "out.safetensors", "--chunk", "2") == 0
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert set(tensors) == {"latents"}
+    assert tensors["latents"].shape == exact.shape
+    assert (tensors["latents"] - exact).abs().mean() < 0.1 * exact.std()
+
+
+def test_encode_takes_the_first_frames_at_another_size_normalized(files, shown, tmp_path, capsys):
+    folder, _, _ = shown
+    options = ["--frames", "6", "--size", "32x16"]
+    results = []
+    for source in ("v.mp4", "p", "f.safetensors"):
+        assert encode(files, folder / source, tmp_path / "o.latent", *options) == 0
+        assert "2 latent frames of 6 frames, of which the last 1 make no whole latent frame" in capsys.readouterr().out
+        results.append(read_latents(tmp_path / "o.latent"))
+        assert results[-1].shape == (1, 16, 2, 2, 4)
+    assert (results[1] - results[2]).abs().max() < 0.1 * results[2].std()
+    assert encode(files, folder / "p", tmp_path / "n.latent", *options, "--normalized") == 0
+    architecture = wvp.Architecture.published("wan2.1")
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (architecture.latents_mean, architecture.latents_std))
+    torch.testing.assert_close(read_latents(tmp_path / "n.latent") * std + mean, results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_encode_of_one_picture_makes_one_latent_frame(files, shown, tmp_path):
+    folder, _, rounded = shown
+    assert encode(files, folder / "p" / "0000.png", tmp_path / "o.latent") == 0
+    torch.testing.assert_close(read_latents(tmp_path / "o.latent"), rounded[:, :, :1])
+
+
+def test_encode_of_a_batch_of_videos(files, shown, tmp_path):
+    folder, exact, _ = shown
+    frames = load_file(folder / "f.safetensors")["frames"]
+    save_file({"frames": torch.cat([frames, frames.flip(1)])}, tmp_path / "batch.safetensors")
+    assert encode(files, tmp_path / "batch.safetensors", tmp_path / "o.latent") == 0
+    latents = read_latents(tmp_path / "o.latent")
+    assert latents.shape == (2, *exact.shape[1:])
+    torch.testing.assert_close(latents[:1], exact)
+
+
+def test_encode_shows_how_far_it_is_on_a_terminal(files, shown, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for source in ("v.mp4", "p", "f.safetensors"):
+        assert encode(files, shown[0] / source, tmp_path / "o.latent", "--chunk", "1") == 0
+        printed = capsys.readouterr().err
+        assert "] 1/9 frames" in printed
+        assert "] 5/9 frames" in printed
+        assert "\r[" + 32 * "#" + "] 9/9 frames\n" in printed
+
+
+def test_encode_says_what_is_wrong_and_leaves_nothing(files, shown, tmp_path, capsys):
+    folder = shown[0]
+    (tmp_path / "cut.mkv").write_bytes(b"")
+    with open_output(tmp_path / "whole.mkv", shape=(1, 9, 32, 48, 3), fps=16.0) as write:
+        write(torch.rand(1, 9, 32, 48, 3))
+    content = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) * 3 // 4])
+    decoder = {k: v for k, v in load_file(files[0] / "vae.safetensors").items() if k.startswith(("decoder", "conv2"))}
+    save_file(decoder, tmp_path / "decoder.safetensors")
+    save_file({"frames": torch.rand(1, 4, 32, 3)}, tmp_path / "flat.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    wrong = [
+        ([folder / "none.mp4"], "none.mp4 does not exist; name a video"),
+        ([tmp_path / "cut.mkv"], "cut short behind frame"),
+        ([tmp_path / "flat.safetensors"], "32x4 are smaller than a latent voxel of Wan 2.1"),
+        ([files[0] / "video.latent"], "has latents in it"),
+        ([files[0] / "vae.safetensors"], "it must have one named frames"),
+        ([folder / "p", "--size", "50x32"], "multiple of 8 pixels a side, not 50x32"),
+        ([folder / "p", "--vae", tmp_path / "decoder.safetensors"], "have no encoder, so it can only decode"),
+        ([folder / "v.mp4", "--vae", tmp_path / "decoder.safetensors"], "have no encoder"),
+        ([folder / "p", "-o", tmp_path / "o.mp4"], "o.mp4 is no kind of file that latents are written to"),
+        ([folder / "p", "-o", tmp_path / "none" / "o.latent"], "there is no folder"),
+    ]
+    for (source, *options), words in wrong:
+        assert encode(files, source, tmp_path / "o.latent", *options) == 1, words
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ")
+        assert words in printed
+        assert printed.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not children()
+
+
 def test_info_tells_what_the_file_is_and_what_it_takes(files, capsys):
     folder = files[0]
     assert (
-        main(["info", str(folder / "vae.safetensors"), "--size", "832x480", "--frames", "81", "--devices", "cpu"]) == 0
+        main(["info", str(folder / "vae.safetensors"), "--size", "832x480", "--frames", "80", "--devices", "cpu"]) == 0
     )
     out = capsys.readouterr().out
     for words in ("Wan 2.1, width 8, 16 latent channels", "million parameters, float32, with encoder", "original"):
         assert words in out
-    assert "832x480, 81 frames" in out
-    assert "with chunk 1" in out
+    # Rounded up, and down: the fewest that are enough, and all that make whole latent frames.
+    for words in ("decode 832x480, 81 frames: ", "encode 832x480, 77 frames: "):
+        (line,) = [line for line in out.splitlines() if line.startswith(words)]
+        assert "with chunk 1" in line
+    architecture = wvp.Architecture.published("wan2.1", width=8)
+    count = memory.encoder_parameter_count(architecture)
+    assert re.search(rf"^encoder: +{count / 1e6:.1f} million parameters, width 8$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("devices", "rows"), [("cpu", 60), ("cpu,cpu", 53)])
+def test_info_tells_the_memory_that_an_encode_plans_with(files, capsys, devices, rows):
+    # 104 columns by two: 52, and one of the neighbour's; 60 rows then are columns.
+    arguments = ["info", str(files[0] / "vae.safetensors"), "--size", "832x480", "--chunk", "3", "--devices", devices]
+    assert main(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("encode ")]
+    size = (rows, 104) if devices == "cpu" else (rows, 60)
+    for chunk in (3, 1):
+        needed = memory.encode_memory(
+            wvp.Architecture.published("wan2.1", width=8), size, chunk=chunk, image=False, dtype=torch.float32,
+            kernels=False,
+        )  # fmt: skip
+        assert f"{memory.gibibytes(needed.total)} {'a device with chunk 3' if chunk == 3 else 'with chunk 1'}" in line
+
+
+def test_info_of_a_decoder_alone_says_that_it_can_not_encode(files, tmp_path, capsys):
+    tensors = load_file(files[0] / "vae.safetensors")
+    save_file({k: v for k, v in tensors.items() if k.startswith(("decoder", "conv2"))}, tmp_path / "d.safetensors")
+    assert main(["info", str(tmp_path / "d.safetensors"), "--devices", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^encoder: +none: it can only decode$", out, re.MULTILINE)
+    assert "encode 1280x720" not in out
 
 
 @pytest.mark.parametrize(
@@ -167,6 +310,26 @@ def test_a_polite_kill_leaves_nothing_half_written(files, tmp_path):
     assert process.returncode == 130
     assert "nothing was left half-written" in errors
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_polite_kill_of_an_encode_leaves_no_file_and_no_ffmpeg(files, tmp_path):
+    with open_output(tmp_path / "v.mp4", shape=(1, 161, 96, 96, 3), fps=16.0) as write:
+        write(torch.rand(1, 161, 1, 1, 3).expand(1, 161, 96, 96, 3))
+    mark = f"encode of {os.getpid()}"
+    arguments = ["encode", tmp_path / "v.mp4", "--vae", files[0] / "vae.safetensors", "-o", tmp_path / "o.latent"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wan_vae_parallel", *map(str, arguments), "--devices", "cpu"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, MARK: mark},
+    )  # fmt: skip
+    wait_until(lambda: len(strays(mark)) > 1 or process.poll() is not None, patience(60))  # itself, and ffmpeg
+    time.sleep(1)
+    process.terminate()
+    _, errors = process.communicate(timeout=patience(60))
+    assert process.returncode == 130, errors
+    assert "nothing was left half-written" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    wait_until(lambda: not strays(mark), 10)
+    assert not strays(mark)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The shell's way in: ``demo``, ``decode``, ``info`` and ``bench``."""
+"""The shell's way in: ``demo``, ``decode``, ``encode``, ``info`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,25 @@ from . import bench
 from .architecture import Architecture
 from .demo import demo_latents, save_demo_checkpoint
 from .devices import DTYPES, parse_devices, parse_dtype
-from .errors import ArgumentError, OutOfMemoryError, OutputError, WanVAEError
+from .errors import ArgumentError, CheckpointError, OutOfMemoryError, OutputError, WanVAEError
 from .files.checkpoint import describe_checkpoint
-from .files.latents import check_latents, read_latents, save_latents
+from .files.frames_in import is_tensor, open_frames, read_frames, resized
+from .files.latents import check_latent_output, check_latents, read_latents, save_latents
 from .files.pictures import contact_sheet
 from .files.video import check_output, open_output, output_files
 from .files.whole import check_writable, replacing
-from .memory import decode_memory, free_memory, gibibytes, largest_chunk
+from .memory import (
+    DeviceMemory,
+    decode_memory,
+    encode_memory,
+    encoder_parameter_count,
+    free_memory,
+    gibibytes,
+    largest_chunk,
+    largest_encode_chunk,
+)
 from .ops.dispatch import kernels_expected
-from .parallel.plan import describe_plan, plan_shards
+from .parallel.plan import ShardPlan, describe_plan, plan_shards
 from .torchrun import launched, torchrun_group
 from .vae import VAE, load_vae
 
@@ -94,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # So that a polite kill unwinds too, and takes half-written files along.
     _signals.listen()
     try:
-        if launched() and options.run is not _decode:
-            raise ArgumentError("torchrun's processes decode together; run demo, info and bench without it")
+        if launched() and options.run not in (_decode, _encode):
+            raise ArgumentError("torchrun's processes decode or encode together; run demo, info and bench without it")
         options.run(options)
     except WanVAEError as error:
         if _signals.stopped:  # ffmpeg may hear of a Ctrl-C first
@@ -119,7 +129,7 @@ def _say_stopped() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="wan-vae-parallel", description="Decode Wan video latents exactly: no tiles, no seams, any length."
+        prog="wan-vae-parallel", description="Decode and encode Wan videos exactly: no tiles, no seams, any length."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -143,10 +153,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(decode)
     decode.set_defaults(run=_decode)
 
-    measure = commands.add_parser("bench", help="measure decodes on this machine: a table, a JSON file and a plot")
+    encode = commands.add_parser("encode", help="encode a video, pictures or a tensor to latents")
+    encode.add_argument(
+        "frames",
+        type=Path,
+        metavar="VIDEO|PICTURES|SAFETENSORS",
+        help="a video; frames/%%04d.png, a folder of pictures or one picture; or a tensor frames [B, T, H, W, C]",
+    )
+    encode.add_argument("--vae", type=Path, required=True, help="the Wan VAE's safetensors file, with its encoder")
+    encode.add_argument("-o", "--output", type=Path, required=True, help="out.latent (ComfyUI's) or out.safetensors")
+    encode.add_argument("--size", type=_size, help="stretch frames to it, bicubic, as 832x480; default: as they are")
+    encode.add_argument("--frames", type=_positive, dest="most", help="the first so many; default: all")
+    encode.add_argument(
+        "--normalized", action="store_true", help="latents as the diffusion model wants them (WanVideoWrapper)"
+    )
+    _add_engine_options(encode, of="frames (of the video, at full resolution)")
+    encode.set_defaults(run=_encode)
+
+    measure = commands.add_parser("bench", help="measure decodes and encodes here: a table, a JSON file and a plot")
     measure.add_argument("--vae", type=Path, help="a Wan VAE's file; default: random weights")
     measure.add_argument(
         "--architecture", choices=sorted(_FPS), default="wan2.1", help="without --vae; default: %(default)s"
+    )
+    measure.add_argument(
+        "--direction", choices=[*bench.DIRECTIONS, "both"], default="both", help="default: %(default)s"
     )
     measure.add_argument("--width", type=_positive, help="of random weights; default: the published one")
     measure.add_argument("--sizes", type=_sizes, default="1280x720,832x480", help="of the frames; default: %(default)s")
@@ -154,13 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--devices", default="auto", help="1, 2, 4... and all of them are measured; default: auto")
     measure.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
     measure.add_argument(
-        "--chunk", type=_chunk, default="auto", help="ours: latent frames at once; default: %(default)s"
+        "--chunk", type=_chunk, default="auto", help="ours: (latent) frames at once; default: %(default)s"
     )
-    measure.add_argument("--repeats", type=_positive, default=3, help="decodes after a first one; default: %(default)s")
+    measure.add_argument("--repeats", type=_positive, default=3, help="calls after a first one; default: %(default)s")
     measure.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-bench"), help="folder to write to")
     measure.set_defaults(run=_bench)
 
-    info = commands.add_parser("info", help="tell what a checkpoint is and what decoding with it takes")
+    info = commands.add_parser("info", help="tell what a checkpoint is and what decoding and encoding with it take")
     info.add_argument("vae", type=Path, metavar="FILE", help="the Wan VAE's safetensors file")
     info.add_argument("--size", type=_size, default=(1280, 720), help="of the frames; default: 1280x720")
     info.add_argument("--frames", type=_positive, default=81, help="default: %(default)s")
@@ -169,13 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_engine_options(parser: argparse.ArgumentParser, of: str = "latent frames") -> None:
     parser.add_argument(
         "--devices", default="auto", help="auto, cpu, cuda:0 or cuda:0,cuda:1,...; default: %(default)s"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
     parser.add_argument(
-        "--chunk", type=_chunk, default="auto", help="latent frames at once: memory against speed; default: auto"
+        "--chunk", type=_chunk, default="auto", help=f"{of} at once: memory against speed; default: auto"
     )
 
 
@@ -288,6 +318,81 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))
 
 
+def _encode(options: argparse.Namespace) -> None:
+    with torchrun_group(options.devices) if launched() else contextlib.nullcontext() as group:
+        first = group is None or dist.get_rank(group) == 0
+        if first:
+            check_latent_output(options.output)
+        else:
+            logging.getLogger().setLevel(logging.WARNING)
+        with load_vae(
+            options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
+        ) as vae:
+            if options.size:
+                _latent_size(vae.architecture, options.size)
+            if is_tensor(options.frames):
+                latents, taken = _encode_tensor(vae, options, shown=first)
+            else:
+                latents, taken = _encode_stream(vae, options, shown=first)
+            if first:
+                with _signals.held():
+                    save_latents(options.output, latents)
+                left = taken - vae.architecture.encoded_frames(taken)
+                print(
+                    f"written: {options.output}, {latents.shape[2]} latent frames of {taken} frames"
+                    + (f", of which the last {left} make no whole latent frame" if left else "")
+                )
+
+
+def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
+    """Latents of frames that are all in memory, and how many frames a video has."""
+    frames = read_frames(options.frames, colours=vae.architecture.output_channels)
+    frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
+    if options.size:
+        frames = resized(frames, options.size)
+    bar, count = _Progress(shown=shown), vae.architecture.frame_count
+
+    def show(done: int, total: int, _: torch.Tensor) -> None:
+        _signals.end_if_stopped()
+        bar.show(count(done), count(total))
+
+    latents = vae.encode(frames, normalized=options.normalized, on_chunk=show)
+    bar.close()
+    return latents, frames.shape[1]
+
+
+def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
+    """The same of frames that are read one after the other, of which only a step's are ever in memory."""
+    bar, taken, made = _Progress(shown=shown), 0, 0
+    parts = []
+    with contextlib.ExitStack() as stack:
+        with _signals.held():
+            source = stack.enter_context(
+                open_frames(
+                    options.frames,
+                    colours=vae.architecture.output_channels,
+                    most=options.most,
+                    any_size=options.size is not None,
+                )
+            )
+
+        def frames() -> Iterator[torch.Tensor]:
+            nonlocal taken
+            for frame in source:
+                _signals.end_if_stopped()
+                taken += 1
+                yield resized(frame, options.size) if options.size else frame
+
+        for latents in vae.encode_stream(frames(), normalized=options.normalized):
+            parts.append(latents)
+            made += latents.shape[2]
+            bar.show(vae.architecture.frame_count(made), source.expected)
+        with _signals.held():
+            stack.close()
+    bar.close()
+    return torch.cat(parts, dim=2) if parts else torch.empty(0), taken
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,6 +409,12 @@ def _bench(options: argparse.Namespace) -> None:
         weights = bench.random_weights(architecture)
     for size in options.sizes:
         _latent_size(architecture, size)
+    directions = bench.DIRECTIONS if options.direction == "both" else (options.direction,)
+    if architecture.encoder_width is None and "encode" in directions:
+        if options.direction == "encode":
+            raise CheckpointError(f"{options.vae} has no encoder; take the whole VAE's file, or measure decodes")
+        directions = ("decode",)
+        print(f"{options.vae} has no encoder; only decodes are measured", file=sys.stderr)
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])
     folder: Path = options.output
@@ -324,6 +435,7 @@ def _bench(options: argparse.Namespace) -> None:
         "dtype": _name(dtype),
         "repeats": options.repeats,
         "chunk": options.chunk,
+        "directions": directions,
     }
     for row in bench.measure(
         architecture=architecture,
@@ -334,6 +446,7 @@ def _bench(options: argparse.Namespace) -> None:
         dtype=dtype,
         repeats=options.repeats,
         chunk=options.chunk,
+        directions=directions,
     ):
         if not rows:
             plot.unlink(missing_ok=True)  # an older run's would lie beside this one's figures
@@ -342,7 +455,7 @@ def _bench(options: argparse.Namespace) -> None:
         with _signals.held():
             bench.save_json(figures, rows, facts, settings)
         result = row.failed if row.seconds is None else f"{row.seconds:.3f} s"
-        print(f"{row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
+        print(f"{row.direction} {row.size}, {row.what} on {', '.join(row.devices)}: {result}", file=sys.stderr)
     print(bench.table(rows))
     print(f"figures: {figures}")
     if all(row.seconds is None for row in rows):
@@ -361,36 +474,77 @@ def _info(options: argparse.Namespace) -> None:
     dtype = parse_dtype(options.dtype, devices[0])
     rows, columns = _latent_size(architecture, options.size)
     plan = plan_shards(rows, columns, len(devices))
-    latent_frames = architecture.latent_frames(options.frames)
-    # A shard holds its neighbours' rows too.
-    tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
-    size = (1, latent_frames, tallest, plan.columns)
     free = min(free_memory(device) for device in devices)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
-    chunk = options.chunk
-    if chunk == "auto":
-        chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
-    needed = decode_memory(architecture, size, chunk=chunk, **given)
-    least = decode_memory(architecture, size, chunk=1, **given)
-    frames = architecture.frame_count(latent_frames)
+    of_size = f"{options.size[0]}x{options.size[1]}"
+    frames = architecture.frame_count(architecture.latent_frames(options.frames))
     host = frames * options.size[0] * options.size[1] * architecture.output_channels * 4
-    encoder = "with encoder" if checkpoint.encoder else "without encoder"
     lines = {
         "file": options.vae,
         "architecture": f"{architecture.name}, width {architecture.width}, {architecture.z_dim} latent channels, "
         f"{architecture.output_channels} colours",
-        "decoder": f"{checkpoint.parameters / 1e6:.1f} million parameters, {_name(checkpoint.dtype)}, {encoder}",
+        "decoder": f"{checkpoint.parameters / 1e6:.1f} million parameters, {_name(checkpoint.dtype)}, "
+        f"{'with' if checkpoint.encoder else 'without'} encoder",
+        "encoder": "none: it can only decode",
         "key layout": checkpoint.layout,
         "devices": f"{', '.join(map(str, devices))} in {_name(dtype)}, {gibibytes(free)} free",
         "shards": describe_plan(plan, devices),
-        f"{options.size[0]}x{options.size[1]}, {frames} frames": f"{gibibytes(needed.total)} a device "
-        f"with chunk {chunk} (weights {gibibytes(needed.weights)}, feature caches {gibibytes(needed.caches)}, "
-        f"step {gibibytes(needed.step)}); {gibibytes(least.total)} with chunk 1",
-        "frames on host": gibibytes(host),
+        f"decode {of_size}, {frames} frames": _decode_needs(architecture, plan, devices, dtype, free, options),
     }
+    if checkpoint.encoder:
+        parameters = encoder_parameter_count(architecture)
+        lines["encoder"] = f"{parameters / 1e6:.1f} million parameters, width {architecture.encoder_width}"
+        label = f"encode {of_size}, {architecture.encoded_frames(options.frames)} frames"
+        lines[label] = _encode_needs(architecture, plan, devices, dtype, free, options)
+    lines["frames on host"] = gibibytes(host)
     longest = max(len(label) for label in lines) + 1
     for label, text in lines.items():
         print(f"{label + ':':{longest}} {text}")
+
+
+def _decode_needs(
+    architecture: Architecture,
+    plan: ShardPlan,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    free: int,
+    options: argparse.Namespace,
+) -> str:
+    """What a decode takes on the device with the most rows."""
+    # A shard holds its neighbours' rows too.
+    tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
+    size = (1, architecture.latent_frames(options.frames), tallest, plan.columns)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
+    return _needs(lambda chunk: decode_memory(architecture, size, chunk=chunk, **given), chunk)
+
+
+def _encode_needs(
+    architecture: Architecture,
+    plan: ShardPlan,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    free: int,
+    options: argparse.Namespace,
+) -> str:
+    """The same of an encode, as runtime/shard.py and runtime/encode_run.py plan it."""
+    size = (plan.tallest + (plan.shards > 1), plan.columns)  # a row of the lower neighbour
+    frames = architecture.encoded_frames(options.frames)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    chunk = options.chunk
+    if chunk == "auto":
+        chunk = largest_encode_chunk(architecture, size, frames=frames, free=free, device_type=devices[0].type, **given)
+    chunk = min(chunk, max(1, frames - 1))
+    return _needs(lambda chunk: encode_memory(architecture, size, chunk=chunk, image=frames == 1, **given), chunk)
+
+
+def _needs(memory: Callable[[int], DeviceMemory], chunk: int) -> str:
+    needed, least = memory(chunk), memory(1)
+    return (
+        f"{gibibytes(needed.total)} a device with chunk {chunk} (weights {gibibytes(needed.weights)}, feature caches "
+        f"{gibibytes(needed.caches)}, step {gibibytes(needed.step)}); {gibibytes(least.total)} with chunk 1"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -400,16 +554,18 @@ def _name(dtype: torch.dtype) -> str:
 class _Progress:
     """A bar on a terminal, nothing in a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
         # There is none in a process whose parent closed it.
-        self._shown = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
 
-    def show(self, done: int, total: int) -> None:
-        if self._shown:
-            filled = _BAR * done // total
-            print(
-                f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {done}/{total} frames", end="", file=sys.stderr, flush=True
-            )
+    def show(self, done: int, total: int | None) -> None:
+        """Frames that are done, of so many if that is known; a video's file may be a few off."""
+        if not self._shown:
+            return
+        total = None if total is None else max(done, total)
+        filled = _BAR * done // total if total else 0
+        count = f"{done}/{total}" if total else str(done)
+        print(f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {count} frames", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._shown:

@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from safetensors import SafetensorError
 
 from wan_vae_parallel import OutputError
 from wan_vae_parallel.files.whole import check_writable, replacing
@@ -143,3 +144,14 @@ def test_files_have_the_usual_mode(tmp_path):
     with replacing(tmp_path / "ours") as temporary:
         temporary.touch(mode=0o600)  # as safetensors makes them
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_disk_that_fills_up_under_safetensors_is_an_output_error(tmp_path):
+    # Its library has an error of its own for it.
+    def write_until_full():
+        with replacing(tmp_path / "frames.bin"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OutputError, match=r"frames\.bin could not be written \(.*No space left.*\); free some room"):
+        write_until_full()
+    assert not list(tmp_path.iterdir())

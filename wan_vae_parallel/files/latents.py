@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from ..architecture import Architecture
-from ..errors import LatentError
+from ..errors import LatentError, OutputError
 from .tensor_file import TensorFile
-from .whole import replacing
+from .whole import check_writable, replacing
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What latents are written to: ComfyUI's own kind, or one plain tensor.
+LATENT_SUFFIXES = (".latent", ".safetensors")
 # The tensors in the files of ComfyUI's SaveLatent.
 _COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
 
@@ -155,11 +157,31 @@ def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     )
 
 
+def check_latent_output(path: str | Path, *, needed: int = 0) -> None:
+    """Makes sure that `save_latents` can write ``needed`` bytes to ``path``, before anything is encoded.
+
+    Raises:
+        OutputError: an unknown kind of file, a folder that is missing or read-only, or a full disk.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in LATENT_SUFFIXES:
+        raise OutputError(
+            f"{path} is no kind of file that latents are written to; name a {' or '.join(LATENT_SUFFIXES)}"
+        )
+    check_writable(path, needed=needed)
+
+
 def save_latents(path: str | Path, latents: torch.Tensor) -> None:
-    """Writes latents as ComfyUI's SaveLatent does, for its LoadLatent and `read_latents`.
+    """Writes latents for `read_latents`, all of them or no file.
+
+    A ``.safetensors`` gets one tensor ``latents``; any other file is what ComfyUI's SaveLatent writes, for its
+    LoadLatent.
 
     Raises:
         OutputError: the file can't be written.
     """
-    with replacing(path) as temporary:
-        save_file({_COMFYUI_LATENT: latents.contiguous(), _COMFYUI_VERSION: torch.empty(0)}, temporary)
+    tensors = {_COMFYUI_LATENT: latents.contiguous(), _COMFYUI_VERSION: torch.empty(0)}
+    if Path(path).suffix.lower() == ".safetensors":
+        tensors = {"latents": tensors[_COMFYUI_LATENT]}
+    with replacing(path, needed=latents.numel() * latents.element_size()) as temporary:
+        save_file(tensors, temporary)

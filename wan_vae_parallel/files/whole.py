@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import OutputError
 from ..memory import gibibytes
 
@@ -36,7 +38,7 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
             yield temporary
             readable_as_usual(temporary)
             temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # which its library raises of a full disk
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{path} could not be written ({error}); free some room or choose another place") from error

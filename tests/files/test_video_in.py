@@ -1,0 +1,122 @@
+"""Videos that are read for an encode: which frames come, what is said of damaged ones, that no process stays."""
+
+from __future__ import annotations
+
+import subprocess
+
+import imageio_ffmpeg
+import pytest
+import torch
+
+from tests.processes import children
+from wan_vae_parallel import FrameError
+from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel.files.video_in import VideoInput
+
+ROWS, COLUMNS = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
+FRAMES = torch.stack(
+    [torch.stack([(ROWS + t / 34) / 2, (COLUMNS + t / 34) / 2, ROWS * COLUMNS], dim=-1) for t in range(17)]
+)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One video in several containers, and sound alone."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name in ("v.mp4", "v.mkv", "an odd: name%d.mov"):
+        with open_output(folder / name, shape=FRAMES.shape, fps=16.0) as write:
+            write(FRAMES)
+    sound = ["-f", "lavfi", "-i", "sine=d=0.1", str(folder / "sound.wav")]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *sound], check=True)
+    return folder
+
+
+def read(path, **options):
+    with VideoInput(path, colours=options.pop("colours", 3), **options) as video:
+        return torch.cat(list(video))
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "an odd: name%d.mov"])
+def test_all_frames_come_once_in_order_and_their_number_is_known_early(folder, name):
+    with VideoInput(folder / name, colours=3) as video:
+        frames = iter(video)
+        first = next(frames)
+        assert video.expected == 17
+        got = torch.cat([first, *frames])
+    assert got.dtype == torch.float32
+    assert got.shape == FRAMES.shape[1:]
+    assert (got - FRAMES[0]).abs().mean() < 0.02
+    distance = (got[:, None] - FRAMES[0][None]).abs().mean(dim=(2, 3, 4))
+    assert distance.argmin(dim=1).tolist() == list(range(17))
+    # Each value is one of 8 bits.
+    assert torch.equal((got * 255).round() / 255, got)
+
+
+def test_the_first_frames_alone(folder):
+    whole = read(folder / "v.mp4")
+    assert torch.equal(read(folder / "v.mp4", most=5), whole[:5])
+    assert torch.equal(read(folder / "v.mp4", most=99), whole)
+    with VideoInput(folder / "v.mp4", colours=3, most=5) as video:
+        next(iter(video))
+        assert video.expected == 5
+
+
+def test_a_vae_with_alpha_gets_opaque_frames(folder):
+    frames = read(folder / "v.mp4", colours=4, most=2)
+    assert torch.equal(frames[..., :3], read(folder / "v.mp4", most=2))
+    assert (frames[..., 3] == 1).all()
+    with pytest.raises(FrameError, match="have 7 colours"):
+        read(folder / "v.mp4", colours=7)
+
+
+def test_no_process_stays_wherever_reading_ends(folder):
+    before = children()
+    with VideoInput(folder / "v.mp4", colours=3):
+        pass
+    with VideoInput(folder / "v.mp4", colours=3) as video:
+        next(iter(video))
+    with pytest.raises(RuntimeError, match="elsewhere"), VideoInput(folder / "v.mp4", colours=3):
+        raise RuntimeError("elsewhere")
+    assert children() == before
+
+
+def cut(source, target, share):
+    content = source.read_bytes()
+    target.write_bytes(content[: int(len(content) * share)])
+    return target
+
+
+@pytest.mark.parametrize(("name", "reason"), [("v.mp4", "partial file|Invalid NAL"), ("v.mkv", "ended prematurely")])
+def test_a_video_that_is_cut_short_is_an_error_behind_the_frames_that_it_has(folder, tmp_path, name, reason):
+    path = cut(folder / name, tmp_path / name, 0.8)
+    before = children()
+    with pytest.raises(FrameError, match=rf"cut short behind frame \d+ \(ffmpeg: .*({reason}).*\); .* --frames"):
+        read(path)
+    assert children() == before
+    # What is whole may be had.
+    assert read(path, most=2).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sound.wav", "has no video stream"),
+        ("text.mp4", r"can't be read as a video \(ffmpeg: .*\); name a video, pictures or a .safetensors"),
+        ("empty.mp4", "can't be read as a video"),
+        ("head.mp4", "can't be read as a video"),
+    ],
+)
+def test_what_is_no_video_is_told_in_a_line(folder, name, words):
+    (folder / "text.mp4").write_text("no video\n" * 100)
+    (folder / "empty.mp4").touch()
+    cut(folder / "v.mp4", folder / "head.mp4", 0.01)
+    with pytest.raises(FrameError, match=words) as raised:
+        read(folder / name)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_an_ffmpeg_that_does_not_start_is_told(folder, monkeypatch):
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "/nowhere/ffmpeg")
+    with pytest.raises(FrameError, match="ffmpeg does not start"):
+        read(folder / "v.mp4")

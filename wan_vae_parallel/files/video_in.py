@@ -1,0 +1,168 @@
+"""Videos into frames, one after the other, through ffmpeg.
+
+H x W pixels, C colours; frames [1, H, W, C] in [0, 1]
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, cast
+
+import torch
+
+from ..errors import FrameError
+
+# Pixel formats by their number of colours; whatever a video has, ffmpeg makes 8-bit RGB of it.
+_FORMATS = {3: "rgb24", 4: "rgba"}
+# "[h264 @ 0x5581] [error] text": who says it, how grave it is, what.
+_GRAVE = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
+# What an ffmpeg says that had to end: the cause is in the lines before.
+_CONSEQUENCES = re.compile(r"Error opening (in|out)put file|Error parsing options|Failed to set value|Decoding error")
+_NO_VIDEO = "matches no streams"
+_LONGEST = 200
+
+
+class VideoInput:
+    """A video's frames as they come, each once and in order, whatever times the file gives them.
+
+    A context manager with an ffmpeg process, which reads as far ahead as a pipe holds; the process ends with it.
+    Iterate it once. Colours are those that ffmpeg converts to 8-bit RGB; rotation that the file asks for is applied.
+
+    Args:
+        path: of the file.
+        colours: C, 3 or 4; a video without alpha is opaque.
+        most: frames to read, the first ones; None for all.
+
+    Raises:
+        FrameError: ffmpeg can't be started.
+    """
+
+    def __init__(self, path: Path, *, colours: int, most: int | None = None) -> None:
+        if colours not in _FORMATS:
+            raise FrameError(f"{path} is a video, and this VAE's frames have {colours} colours; name a .safetensors")
+        self._path = path
+        self._colours = colours
+        self._most = most
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        try:
+            self._process = self._start()
+        except BaseException:
+            self._said.close()
+            raise
+
+    def __enter__(self) -> VideoInput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, wherever it is."""
+        self._process.kill()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._process.wait()
+        self._said.close()
+
+    @property
+    def expected(self) -> int | None:
+        """How many frames there will be, by what the file tells of its length; None if it does not."""
+        text = self._text()
+        length = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", text)
+        rate = re.search(r" Video: .*?([\d.]+) fps", text)
+        if not length or not rate:
+            return self._most
+        hours, minutes, seconds = map(float, length.groups())
+        frames = max(1, round((3600 * hours + 60 * minutes + seconds) * float(rate[1])))
+        return min(frames, self._most or frames)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields ``[1, H, W, C]``, float32.
+
+        Raises:
+            FrameError: there is no video in the file, it is damaged or cut short.
+        """
+        done = 0
+        while (self._most is None or done < self._most) and (frame := self._next(done)) is not None:
+            done += 1
+            yield frame
+        if done != self._most:  # what comes behind those that were asked for does not matter
+            code = self._process.wait()
+            reason = self._reason()
+            if code or reason or not done:
+                raise self._failed(done, reason or f"ffmpeg ended with code {code}")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
+
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info",
+            # Whatever the name looks like, it is a file's; "V": no cover pictures.
+            "-i", f"file:{self._path}", "-map", "0:V:0", "-fps_mode", "passthrough",
+            *(["-frames:v", str(self._most)] if self._most else []),
+            # Pictures that tell their own size.
+            "-c:v", "pam", "-pix_fmt", _FORMATS[self._colours], "-f", "image2pipe", "-",
+        ]  # fmt: skip
+        try:
+            # In a session of its own: a Ctrl-C is this process's to act upon.
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._said, start_new_session=True
+            )
+        except OSError as error:
+            raise FrameError(f"{self._path} can't be read, as ffmpeg does not start ({error})") from error
+
+    def _next(self, done: int) -> torch.Tensor | None:
+        """The next frame, ``done`` being there; None at the end."""
+        stream = self._process.stdout
+        assert stream
+        header = {}
+        for line in stream:
+            if line == b"ENDHDR\n":
+                break
+            name, _, value = line.decode("ascii", "replace").strip().partition(" ")
+            header[name] = value
+        if not header:
+            return None
+        try:
+            shape = 1, int(header["HEIGHT"]), int(header["WIDTH"]), self._colours
+            values = bytearray(math.prod(shape))
+            if cast(io.BufferedReader, stream).readinto(values) != len(values):
+                raise ValueError("end of the stream")
+        except (KeyError, ValueError) as error:
+            self._process.wait()
+            raise self._failed(done, self._reason() or "ffmpeg ended in the middle of a frame") from error
+        return torch.frombuffer(values, dtype=torch.uint8).view(shape).float().div_(255)
+
+    def _text(self) -> str:
+        """What ffmpeg has said so far."""
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace")
+
+    def _reason(self) -> str:
+        """What ffmpeg complains of, in a line; empty if it does not."""
+        grave = [found[1].strip() for line in self._text().splitlines() if (found := _GRAVE.match(line))]
+        causes = [text for text in grave if not _CONSEQUENCES.match(text)] or grave
+        return "; ".join(dict.fromkeys(causes[:2]))[:_LONGEST]
+
+    def _failed(self, done: int, reason: str) -> FrameError:
+        if _NO_VIDEO in reason:
+            return FrameError(
+                f"{self._path} has no video stream that ffmpeg can find; name a file with a video, or fetch it again"
+            )
+        if not done:
+            return FrameError(
+                f"{self._path} can't be read as a video (ffmpeg: {reason}); name a video, pictures or a .safetensors"
+            )
+        return FrameError(
+            f"{self._path} is damaged or cut short behind frame {done} (ffmpeg: {reason}); fetch or export it again, "
+            f"or take the frames before with --frames"
+        )
