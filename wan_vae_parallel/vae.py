@@ -6,60 +6,25 @@ B videos, T latent frames, h x w latent rows and columns, z latent channels; H x
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .architecture import Architecture
-from .cancel import cancellable
-from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, CheckpointError, ClosedError, FrameError, WanVAEError, WorkerError
+from .errors import ClosedError, FrameError
 from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
 from .files.latents import check_fits, check_latents, denormalize, normalize
-from .files.weights import FileWeights, SameWeights
+from .files.weights import FileWeights
 from .frames import check_frames, check_part
-from .memory import (
-    UNLIMITED,
-    check_host_room,
-    decode_memory,
-    encode_memory,
-    encoder_parameter_count,
-    host_room,
-    largest_chunk,
-    largest_encode_chunk,
-    parameter_count,
-)
-from .ops.dispatch import kernels_expected
-from .parallel.plan import plan_shards
-from .runtime.encode_run import LocalEncodeRun
-from .runtime.engine import LocalEngine, LocalRun
-from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
+from .memory import check_host_room, host_room
 from .runtime.source import Source, StreamSource, TensorSource
-from .workers.encode_run import PoolEncodeRun
-from .workers.pool import WORKER_BYTES, WorkerPool
+from .session import IDLE_SECONDS, Chunk, DecodeRun, Devices, EncodeRun, Session
 from .workers.run import PoolRun
 from .workers.shared_memory import populating
 
-logger = logging.getLogger(__name__)
-
 OnChunk = Callable[[int, int, torch.Tensor], None]
-Devices = str | torch.device | Sequence[str | torch.device]
-Chunk = int | Literal["auto"]
-DecodeRun = LocalRun | PoolRun | GroupRun
-EncodeRun = LocalEncodeRun | PoolEncodeRun | GroupEncodeRun
-Step = TypeVar("Step")
-AnyRun = TypeVar("AnyRun", LocalRun | PoolRun | GroupRun, LocalEncodeRun | PoolEncodeRun | GroupEncodeRun)
 
-_IDLE_SECONDS = 600.0
-# What a decode found, for the log.
-_FOUND = {"ready": "warm", "parked": "after giving memory back"}
-_CLOSED_MEANWHILE = "this VAE was closed while it worked; load it again"
 _STREAM = "take the frames from decode_stream"
 
 
@@ -68,7 +33,7 @@ def load_vae(
     devices: Devices = "auto",
     dtype: str | torch.dtype = "auto",
     chunk: Chunk = "auto",
-    idle_seconds: float = _IDLE_SECONDS,
+    idle_seconds: float = IDLE_SECONDS,
     group: dist.ProcessGroup | None = None,
     predecessor: VAE | None = None,
     encode_dtype: str | torch.dtype = "auto",
@@ -111,7 +76,7 @@ def vae_from_state_dict(
     chunk: Chunk = "auto",
     *,
     name: str = "the state dict",
-    idle_seconds: float = _IDLE_SECONDS,
+    idle_seconds: float = IDLE_SECONDS,
     encode_dtype: str | torch.dtype = "auto",
 ) -> VAE:
     """Like `load_vae`, from tensors that are loaded already; ``name`` is what errors call them.
@@ -126,7 +91,7 @@ def vae_from_state_dict(
     return VAE(weights, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, encode_dtype=encode_dtype)
 
 
-class VAE:
+class VAE(Session):
     """A Wan VAE, ready to decode and encode; make it with `load_vae`.
 
     A context manager: leaving it closes it. Several threads may decode and encode with it; on several devices they
@@ -138,65 +103,6 @@ class VAE:
         dtype: what it decodes in.
         encode_dtype: what it encodes in.
     """
-
-    def __init__(
-        self,
-        weights: Callable[[], Checkpoint],
-        *,
-        devices: Devices,
-        dtype: str | torch.dtype,
-        chunk: Chunk,
-        idle_seconds: float = _IDLE_SECONDS,
-        group: dist.ProcessGroup | None = None,
-        predecessor: VAE | None = None,
-        encode_dtype: str | torch.dtype = "auto",
-    ) -> None:
-        self.devices = tuple(parse_devices(devices) if group is None else [parse_rank_device(devices, group)])
-        self.dtype = parse_dtype(dtype, self.devices[0])
-        same = isinstance(encode_dtype, str) and encode_dtype.strip().lower() == "auto"
-        self.encode_dtype = self.dtype if same else parse_dtype(encode_dtype, self.devices[0])
-        self.chunk = chunk
-        if not isinstance(idle_seconds, (int, float)) or isinstance(idle_seconds, bool) or not idle_seconds >= 0:
-            raise ArgumentError(
-                f"idle_seconds is {idle_seconds!r}; it must be a number of seconds from 0 on, or math.inf for never"
-            )
-        self._closed = False
-        # The engine gets these and not the VAE: a VAE that is dropped takes its workers along.
-        unchanged = SameWeights(weights)
-        self.architecture: Architecture = unchanged.architecture
-        self._engine: LocalEngine | WorkerPool | GroupEngine
-        self._group = group
-        if group is not None:
-            self._engine = GroupEngine(unchanged, self.devices[0], self.dtype, self.encode_dtype, group)
-        elif len(self.devices) == 1:
-            self._engine = LocalEngine(unchanged, self.devices[0], self.dtype, self.encode_dtype)
-        else:
-            self._engine = WorkerPool(unchanged, self.devices, self.dtype, self.encode_dtype, idle_seconds=idle_seconds)
-            try:
-                if predecessor is not None and isinstance(predecessor._engine, WorkerPool):
-                    self._engine.take_over(predecessor._engine)
-                self._engine.prepare()
-            except WorkerError as error:
-                logger.debug("%s", error)  # a decode will try again, and say so
-
-    @property
-    def chunk(self) -> Chunk:
-        """Frames that a layer works on at once, or ``"auto"``; setting it takes effect at the next call."""
-        return self._chunk
-
-    @chunk.setter
-    def chunk(self, chunk: Chunk) -> None:
-        if chunk != "auto" and (isinstance(chunk, (bool, str)) or not hasattr(chunk, "__index__") or int(chunk) < 1):
-            raise ArgumentError(f"chunk is {chunk!r}; it must be 'auto' or a whole number of frames, at least 1")
-        self._chunk: Chunk = chunk
-
-    def __enter__(self) -> VAE:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def decode(
         self,
@@ -354,6 +260,7 @@ class VAE:
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
         first = checked(first)
+        shape = [1, *first.shape]  # so far
 
         def others() -> Iterator[torch.Tensor]:
             for part in frames:
@@ -363,10 +270,11 @@ class VAE:
                         f"frames of a video must have one size: these have {tuple(part.shape[1:])}, and those before "
                         f"{tuple(first.shape[1:])}"
                     )
+                shape[1] += len(part)
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))
-        with self._running(begin, "encoded", (1, 0, *first.shape[1:]), on_wait) as run:
+        with self._running(begin, "encoded", shape, on_wait) as run:
             for _, latents in self._steps(run, on_wait):
                 self._check(run)
                 own = latents.clone()[None]
@@ -387,186 +295,11 @@ class VAE:
             (batch, self.architecture.frame_count(frames), height, width, self.architecture.output_channels)
         )
 
-    @property
-    def device_names(self) -> tuple[str, ...]:
-        """Names of all devices that work together; of a group's, with their hosts."""
-        return self._engine.names if isinstance(self._engine, GroupEngine) else tuple(map(str, self.devices))
-
-    def memory_needed(self, shape: Sequence[int]) -> int:
-        """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on each device, weights included.
-
-        It is what free devices would be used with; ``chunk="auto"`` makes do with less where there is less.
-        """
-        batch, _, frames, rows, columns = shape
-        size = (batch, frames, rows, columns)
-        if len(self.device_names) > 1:
-            plan = plan_shards(rows, columns, len(self.device_names))
-            size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.dtype)
-        chunk = self._chunk_number or largest_chunk(
-            self.architecture,
-            size,
-            dtype=self.dtype,
-            free=UNLIMITED,
-            kernels=kernels,
-            device_type=self.devices[0].type,
-        )
-        return decode_memory(self.architecture, size, chunk=chunk, dtype=self.dtype, kernels=kernels).total
-
-    def encode_memory_needed(self, shape: Sequence[int]) -> int:
-        """Bytes that encoding frames of ``shape`` ``[B, T, H, W, C]`` takes on each device, weights included.
-
-        Videos are encoded one after the other, so that B does not matter. Otherwise as `memory_needed`.
-
-        Raises:
-            CheckpointError: the VAE has no encoder.
-        """
-        self._check_encoder()
-        frames = self.architecture.encoded_frames(shape[1])
-        rows, columns = self.latent_shape(shape)[3:]
-        size = (rows, columns)
-        if len(self.device_names) > 1:
-            plan = plan_shards(rows, columns, len(self.device_names))
-            size = (min(plan.tallest + 1, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.encode_dtype)
-        chunk = self._chunk_number or largest_encode_chunk(
-            self.architecture,
-            size,
-            frames=frames,
-            dtype=self.encode_dtype,
-            free=UNLIMITED,
-            kernels=kernels,
-            device_type=self.devices[0].type,
-        )
-        needed = encode_memory(
-            self.architecture,
-            size,
-            chunk=min(chunk, max(1, frames - 1)),
-            image=frames == 1,
-            dtype=self.encode_dtype,
-            kernels=kernels,
-        )
-        return needed.total
-
-    def release(self) -> None:
-        """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
-        self._engine.close()
-
-    def park(self) -> bool:
-        """Gives the devices' memory back and keeps workers' processes, so that the next decode needs not start them.
-
-        On one device it does what `release` does.
-
-        Returns:
-            Whether the memory is back; workers keep it for a decode that is under way in another thread.
-        """
-        if isinstance(self._engine, WorkerPool):
-            return self._engine.park()
-        self._engine.close()
-        return True
-
-    @property
-    def memory_held(self) -> int:
-        """Bytes on each device that `park` would give back."""
-        if isinstance(self._engine, WorkerPool) and self._engine.stage != "loading":
-            return self._engine.held
-        return self.weights_size if self._engine.running else 0
-
-    @property
-    def memory_to_start(self) -> int:
-        """Bytes that worker processes will take on each device beside what `memory_needed` tells."""
-        return WORKER_BYTES if isinstance(self._engine, WorkerPool) and self._engine.stage != "ready" else 0
-
-    @property
-    def weights_size(self) -> int:
-        """Bytes of the weights that are on each device now; while none are, of the decoder's."""
-        return sum(map(self.part_size, self.loaded_parts or ("decoder",)))
-
-    def part_size(self, part: str) -> int:
-        """Bytes of the weights of ``"decoder"`` or ``"encoder"`` on each device; 0 of an encoder that is not there."""
-        if part == "decoder":
-            return parameter_count(self.architecture) * self.dtype.itemsize
-        if self.architecture.encoder_width is None:
-            return 0
-        return encoder_parameter_count(self.architecture) * self.encode_dtype.itemsize
-
-    @property
-    def loaded_parts(self) -> frozenset[str]:
-        """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the devices now."""
-        return self._engine.parts
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights are on the devices now."""
-        return self._engine.running
-
-    def close(self) -> None:
-        """Gives everything back; decoding is an error afterwards. Frames that were decoded stay."""
-        self._closed = True  # before workers end: who waited for them must not start new ones
-        self.release()
-
-    @property
-    def _chunk_number(self) -> int:
-        return 0 if self._chunk == "auto" else int(self._chunk)
-
     def _decode_run(self, latents: torch.Tensor, shape: torch.Size) -> Callable[[], DecodeRun]:
         return lambda: self._engine.run(latents, shape, self._chunk_number)
 
     def _encode_run(self, source: Source) -> Callable[[], EncodeRun]:
         return lambda: self._engine.encode(source, self._chunk_number)
-
-    def _cancellable(self, on_wait: Callable[[], None] | None) -> cancellable:
-        def check() -> None:
-            self._check_open()
-            if on_wait:
-                on_wait()
-
-        return cancellable(check)
-
-    def _steps(self, run: Iterable[Step], on_wait: Callable[[], None] | None) -> Iterator[Step]:
-        """What ``run`` yields; it can be cancelled while it works, and not while the caller does."""
-        steps = iter(run)
-        while True:
-            with self._cancellable(on_wait):
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
-
-    @contextlib.contextmanager
-    def _running(
-        self, begin: Callable[[], AnyRun], did: str, shape: Sequence[int], on_wait: Callable[[], None] | None
-    ) -> Iterator[AnyRun]:
-        """Within it a run goes on; what it did with frames of ``shape`` ``[B, T, H, W, C]`` is logged."""
-        started = time.monotonic()
-        try:
-            with self._cancellable(on_wait):
-                run = begin()
-            with contextlib.closing(run):
-                self._check(run)  # it may have waited for others
-                yield run
-        except WorkerError as error:
-            if self._closed:  # which has ended the workers
-                raise ClosedError(_CLOSED_MEANWHILE) from error
-            raise
-        finally:
-            if self._closed:  # meanwhile, by another thread or a callback
-                self._engine.close()
-        if self._group is None or dist.get_rank(self._group) == 0:
-            batch = f"{shape[0]} times " if shape[0] > 1 else ""
-            dtype = self.encode_dtype if did == "encoded" else self.dtype
-            logger.info(
-                "%s %s%d frames of %dx%d on %s, in %s, chunk %d, in %.2f s (%s)",
-                did, batch, shape[1], shape[3], shape[2], run.where, str(dtype).removeprefix("torch."), run.chunk,
-                time.monotonic() - started, _FOUND.get(run.found, "first"),
-            )  # fmt: skip
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a VAE holds devices and processes, so it can't be copied or pickled; load it where it is used")
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(_CLOSED_MEANWHILE)
 
     def _checked(self, latents: torch.Tensor, normalized: bool) -> torch.Tensor:
         if self._closed:
@@ -576,21 +309,6 @@ class VAE:
             latents = denormalize(latents, self.architecture)
         check_fits(latents, self.dtype)
         return latents
-
-    def _check_encoder(self) -> None:
-        if self._closed:
-            raise ClosedError("this VAE is closed; load it again")
-        if self.architecture.encoder_width is None:
-            raise CheckpointError(
-                "this VAE's weights have no encoder, so it can only decode; take the whole VAE's file to encode"
-            )
-
-    def _check(self, run: DecodeRun | EncodeRun) -> None:
-        self._check_open()
-        if not run.finite:
-            if isinstance(run, DecodeRun):
-                raise WanVAEError(_why_nan("frames", "latents", self.dtype))
-            raise WanVAEError(_why_nan("latents", "frames", self.encode_dtype))
 
     def _host_stream(self, latents: torch.Tensor, on_wait: Callable[[], None] | None) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
@@ -607,18 +325,3 @@ class VAE:
                 done += frames.shape[1]
                 if isinstance(run, PoolRun):
                     run.discard(done)
-
-
-def _why_nan(results: str, inputs: str, dtype: torch.dtype) -> str:
-    """What NaN in ``results`` computed in ``dtype`` comes of, and what to do."""
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.float16:
-        return (
-            f"the {results} are NaN: in {name} the activations overflow, or the weights are damaged; try dtype "
-            f"bfloat16 or float32, or fetch the VAE again"
-        )
-    # The others reach as far as float32, or farther.
-    return (
-        f"the {results} are NaN, and {name} does not overflow with sound weights and {inputs}: the weights are "
-        f"damaged, or the {inputs} far too large; fetch the VAE again, or look at how the {inputs} were made"
-    )
