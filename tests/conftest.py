@@ -6,6 +6,10 @@ import gc
 import os
 import time
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is loaded, and for processes that tests start: several tests at a time share the processor.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 import wan_vae_parallel as wvp

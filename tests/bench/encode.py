@@ -173,7 +173,8 @@ def main() -> None:
                     _, still = from_host(vae, picture, options.repeats)
                 share = flop / seconds / most / world
                 print(
-                    f"| {size} | {world} | {seconds:.3f} s ({first / seconds:.2f}x, {share:.0%} of the ceiling) | {host:.3f} s from and to the host ({host / seconds:.2f} of on-device) | "
+                    f"| {size} | {world} | {seconds:.3f} s ({first / seconds:.2f}x, {share:.0%} of the ceiling) | "
+                    f"{host:.3f} s from and to the host ({host / seconds:.2f} of on-device) | "
                     f"{still:.3f} s a picture and equal frames | {cold:.1f} s cold | {peak:.2f} GiB | chunk {chunk} |",
                     flush=True,
                 )
