@@ -59,11 +59,13 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
         kind = "meta" if frames.is_meta else str(frames.layout)
         raise FrameError(f"frames are a {kind} tensor; they must be an ordinary, dense one")
     colours = architecture.output_channels
-    if frames.shape[4] < colours:
+    if frames.shape[4] not in (colours, colours + 1):
         raise FrameError(
-            f"frames {shape} have {frames.shape[4]} channels, and this {architecture.name} VAE takes {colours}; the "
-            f"channels come last"
+            f"frames {shape} have {frames.shape[4]} channels, and this {architecture.name} VAE takes {colours}, or "
+            f"one more, alpha, which it leaves out; the channels come last"
         )
+    if frames.shape[4] > colours:
+        say_once(f"frames have {colours + 1} channels: the last, alpha, is left out, as this VAE has {colours} colours")
     ratio = architecture.spatial_ratio
     height, width = frames.shape[2:4]
     if min(height, width) < ratio:
@@ -95,13 +97,20 @@ def check_part(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor
         if len(frames) != 1:
             raise FrameError(f"a stream has the frames of one video, not of {len(frames)}; encode the others as such")
         frames = frames[0]
+    if isinstance(frames, torch.Tensor) and frames.dim() != 4:
+        raise FrameError(
+            f"a part of a stream has {frames.dim()} axes {tuple(frames.shape)}; it must have four, [t, H, W, C]: give "
+            f"a single picture as frame[None]"
+        )
     return _usable(frames, architecture)[0]
 
 
 def check_values(frames: torch.Tensor) -> None:
     """Raises `FrameError` unless ``frames`` are of a float dtype."""
     if frames.dtype not in _DTYPES:
-        advice = ": divide by 255 (frames.float() / 255)" if frames.dtype == torch.uint8 else ""
+        whole = not (frames.is_floating_point() or frames.is_complex() or frames.dtype == torch.bool)
+        most = torch.iinfo(frames.dtype).max if whole else 1
+        advice = f": divide by the largest value, as frames.float() / {most}" if whole else ": convert them"
         raise FrameError(
             f"frames are {str(frames.dtype).removeprefix('torch.')}; they must be floating point in [0, 1]{advice}"
         )

@@ -250,7 +250,9 @@ def check_host_room(shape: Sequence[int], dtype: torch.dtype, *, videos: int, in
 
 
 @contextlib.contextmanager
-def host_room(shape: Sequence[int], dtype: torch.dtype, *, in_python: str = "") -> Iterator[None]:
+def host_room(
+    shape: Sequence[int], dtype: torch.dtype, *, in_python: str = "", doing: str = "decode"
+) -> Iterator[None]:
     """Within it memory of the host is taken for frames ``[B, T, H, W, C]``; raises `OutOfMemoryError` if it has none.
 
     It may be short of what it said that it had, as where a limit holds for this process alone.
@@ -261,13 +263,15 @@ def host_room(shape: Sequence[int], dtype: torch.dtype, *, in_python: str = "") 
         if not is_out_of_memory(error):
             raise
         needed = math.prod(shape) * dtype.itemsize
-        raise _no_host_room(shape, needed, "this process gets no more", 1, in_python) from error
+        raise _no_host_room(shape, needed, "this process gets no more", 1, in_python, doing) from error
 
 
-def _no_host_room(shape: Sequence[int], needed: int, why: str, videos: int, in_python: str) -> OutOfMemoryError:
+def _no_host_room(
+    shape: Sequence[int], needed: int, why: str, videos: int, in_python: str, doing: str = "decode"
+) -> OutOfMemoryError:
     return OutOfMemoryError(
         f"{videos * shape[0] * shape[1]} frames of {shape[3]}x{shape[2]} take {gibibytes(needed)} of the computer's "
-        f"own memory (RAM), where {why}; free some of it, or decode fewer or smaller frames at once",
+        f"own memory (RAM), where {why}; free some of it, or {doing} fewer or smaller frames at once",
         in_python,
     )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from .errors import ClosedError, FrameError
 from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
-from .files.latents import check_fits, check_latents, denormalize, normalize
+from .files.latents import check_fits, check_latents, check_normalizable, denormalize, normalize
 from .files.weights import FileWeights
 from .frames import check_frames, check_part
 from .memory import check_host_room, host_room
@@ -199,6 +199,7 @@ class VAE(Session):
 
         Raises:
             FrameError: the frames don't belong to this VAE, or hold NaN.
+            LatentError: ``normalized``, and no statistics were published for such latents.
             CheckpointError: the VAE has no encoder.
             ClosedError: the VAE is closed, or is closed meanwhile.
             OutOfMemoryError: not even one frame at a time fits; the message says what would.
@@ -210,7 +211,11 @@ class VAE(Session):
         shape = self.latent_shape(frames.shape)
         if self._group is not None and dist.get_rank(self._group):
             shape = torch.Size((*shape[:2], 0, *shape[3:]))
-        out = torch.empty(shape, dtype=torch.promote_types(self.encode_dtype, torch.float32), device="cpu")
+        if normalized:
+            check_normalizable(self.architecture)
+        wide = torch.promote_types(self.encode_dtype, torch.float32)
+        with host_room(shape, wide, doing="encode"):
+            out = torch.empty(shape, dtype=wide, device="cpu")
         total, done, newest_video, place = shape[0] * shape[2], 0, 0, 0
         begin = self._encode_run(TensorSource(frames, self.architecture))
         with self._running(begin, "encoded", frames.shape, on_wait) as run:
@@ -248,32 +253,40 @@ class VAE(Session):
                 again, so that memory that turns out too short in the middle is an error.
         """
         self._check_encoder()
+        if normalized:
+            check_normalizable(self.architecture)
+        if not isinstance(frames, Iterable):
+            raise FrameError(f"frames are a {type(frames).__name__}; they must be an iterable of tensors [t, H, W, C]")
         return self._encoded(iter(frames), normalized, on_wait)
 
     def _encoded(
         self, frames: Iterator[torch.Tensor], normalized: bool, on_wait: Callable[[], None] | None
     ) -> Iterator[torch.Tensor]:
-        def checked(part: torch.Tensor) -> torch.Tensor:
-            return check_part(part, self.architecture).detach()
+        def parts() -> Iterator[torch.Tensor]:
+            for part in frames:
+                if isinstance(part, torch.Tensor) and part.dim() in (4, 5) and not part.shape[part.dim() - 4]:
+                    continue  # of no frames
+                yield check_part(part, self.architecture).detach()
 
-        first = next(frames, None)
+        given = parts()
+        first = next(given, None)
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
-        first = checked(first)
+        size, dtype = first.shape[1:], first.dtype
         shape = [1, *first.shape]  # so far
 
         def others() -> Iterator[torch.Tensor]:
-            for part in frames:
-                part = checked(part)
-                if part.shape[1:] != first.shape[1:]:
+            for part in given:
+                if part.shape[1:] != size or part.dtype != dtype:
                     raise FrameError(
-                        f"frames of a video must have one size: these have {tuple(part.shape[1:])}, and those before "
-                        f"{tuple(first.shape[1:])}"
+                        f"frames of a video must have one size and dtype: these are {tuple(part.shape[1:])} in "
+                        f"{part.dtype}, and those before {tuple(size)} in {dtype}"
                     )
                 shape[1] += len(part)
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))
+        del first
         with self._running(begin, "encoded", shape, on_wait) as run:
             for _, latents in self._steps(run, on_wait):
                 self._check(run)

@@ -114,7 +114,48 @@ def _other_frames(rank, _world, path, video, what):
 @pytest.mark.parametrize("what", ["frames", "pixels"])
 def test_ranks_with_other_frames_say_so_all_of_them(ranks, path, what):
     for message in ranks.run(_other_frames, path, torch.rand(1, 9, 32, 16, 3), what):
-        assert f"ranks disagree on the {what}" in message
+        assert "ranks disagree on the frames" in message
+
+
+def _encodes_after(rank, _world, path, video, what):
+    """What goes wrong with an encode, and whether the group encodes afterwards."""
+    with wvp.load_vae(path, chunk=1, group=launch.group()) as vae:
+        expected = vae.encode(video)
+        bad = video.clone()
+        bad[0, 5, 30, 3, 0] = torch.nan  # in the last rank's rows
+        reason = ""
+        if what == "stop":
+            try:
+                vae.encode(torch.cat([video, video]), on_chunk=_raise if rank == 0 else None)
+            except KeyError as error:
+                reason = str(error)
+        else:
+            given = {"nan": bad[0].split(2), "size": [video[0, :5], video[0, :5, :16]], "source": _ends(video[0])}[what]
+            with pytest.raises((wvp.FrameError, OSError)) as raised:
+                list(vae.encode_stream(given))
+            reason = str(raised.value)
+        again = vae.encode(video)
+        return reason, torch.equal(again, expected)
+
+
+def _raise(*_):
+    raise KeyError("enough")
+
+
+def _ends(frames):
+    yield frames[:5]
+    raise OSError("the file ends here")
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("stop", "enough"), ("nan", "NaN or infinite"), ("size", "one size and dtype"), ("source", "the file ends here")],
+)
+def test_an_encode_that_ends_early_leaves_the_group_usable(ranks, path, what, reason):
+    answers = ranks.run(_encodes_after, path, torch.rand(1, 9, 32, 8, 3), what)
+    assert all(well for _, well in answers)
+    for rank, (text, _) in enumerate(answers):
+        assert reason in text or (what == "stop" and rank)
 
 
 def _stop_early_and_decode(rank, _world, path, latents):

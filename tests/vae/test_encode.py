@@ -144,11 +144,12 @@ def test_what_a_streams_source_raises_reaches_the_caller(vae, video, latents):
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (torch.zeros(1, 5, 16, 16, 3, dtype=torch.uint8), r"frames are uint8; .*frames.float\(\) / 255"),
+        (torch.zeros(1, 5, 16, 16, 3, dtype=torch.uint8), r"frames are uint8; .*frames\.float\(\) / 255"),
         (torch.zeros(1, 5, 16, 16, 3, dtype=torch.int64), "frames are int64; they must be floating point"),
         (torch.zeros(5, 16, 16), "have 3 axes"),
         (torch.zeros(0, 16, 16, 3), "are empty"),
         (torch.zeros(1, 5, 16, 16, 2), "have 2 channels, and this Wan 2.1 VAE takes 3"),
+        (torch.zeros(1, 3, 81, 48, 83), "have 83 channels.*channels come last"),
         (torch.zeros(1, 3, 5, 16, 16), None),  # as torch has pictures: sixteen channels, of which three are taken
         (torch.zeros(5, 7, 16, 3), "frames of 16x7 are smaller than a latent voxel of Wan 2.1, which has 8x8 pixels"),
         ([[0.0]], "frames are a list"),
@@ -183,7 +184,7 @@ def test_values_far_outside_are_encoded_and_said_once(vae, video, caplog):
 
 
 def test_frames_of_other_sizes_in_a_stream_are_refused(vae):
-    with pytest.raises(wvp.FrameError, match="must have one size"):
+    with pytest.raises(wvp.FrameError, match="must have one size and dtype"):
         list(vae.encode_stream([torch.rand(1, 16, 16, 3), torch.rand(1, 16, 24, 3)]))
 
 

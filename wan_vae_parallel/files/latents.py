@@ -93,6 +93,11 @@ def normalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor
     return (latents - mean) / std
 
 
+def check_normalizable(architecture: Architecture) -> None:
+    """Raises `LatentError` where `normalize` would."""
+    normalize(torch.zeros(1, architecture.z_dim, 1, 1, 1), architecture)
+
+
 def _statistics(latents: torch.Tensor, architecture: Architecture, way_out: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of ``[B, z, T, h, w]``, in at least fp32, for each channel."""
     if architecture.latents_mean is None or architecture.latents_std is None:

@@ -112,10 +112,15 @@ class Line:
         return bool(self._waiting) and self._waiting[0][2] > 2 * self._depth
 
     def ready(self, most: int) -> int:
-        """How many frames there are for the stage to compute, counted up to ``most``."""
+        """How many frames there are for the stage to compute, counted up to ``most``.
+
+        Those in front of a known one count as so many: there will not be more of them.
+        """
         found = 0
         for _, _, count in self._waiting:
-            found += count <= 2 * self._depth
+            if count > 2 * self._depth:
+                return most if found else 0
+            found += 1
             if found == most:
                 break
         return found
@@ -186,7 +191,7 @@ class Join:
     def begin(self, frame: Frames, source: torch.Tensor, state: StreamState) -> torch.Tensor:
         """The video's first frame, which makes one alone: ``[1, H, W, C]``."""
         alone = frame.arena[frame.slots[0]].clone()[None]
-        self._newest, self._source = frame, (source, 0)
+        self._newest, self._source = frame, (source, 0) if self._shortcut else None
         self._conv.begin(frame, state)
         if self._shortcut:
             add_averaged(source, time_factor=2, transposed=state.transposed, out=alone)
@@ -209,8 +214,9 @@ class Join:
             place, before = None, self._newest
             if count == 0:
                 place = self._newest = next(places)
-                assert source is not None, "frames come with what they were made of"
-                self._source = source, index
+                if self._shortcut:
+                    assert source is not None, "frames come with what they were made of"
+                    self._source = source, index
                 index += 1
             if self._first_half is None:
                 self._first_half = place, self._source

@@ -54,8 +54,9 @@ class _Buffer:
     """Page-locked memory for steps of at most as many frames as ``batch`` has."""
 
     def __init__(self, batch: torch.Tensor) -> None:
-        self._memory = torch.empty(batch.numel(), dtype=batch.dtype, device="cpu", pin_memory=True)
-        self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+        with torch.inference_mode(False):  # they may be written to in another mode than they were made in
+            self._memory = torch.empty(batch.numel(), dtype=batch.dtype, device="cpu", pin_memory=True)
+            self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         self._copied = torch.cuda.Event()
         self._frames = self._memory
 

@@ -14,6 +14,7 @@ import torch
 from ..errors import OutOfMemoryError, is_out_of_memory
 from ..frames import check_range
 from ..memory import encode_memory, free_memory, gibibytes, give_back_host_memory, largest_encode_chunk
+from ..model.encoder import Piece
 from ..parallel.plan import plan_shards
 from ..parallel.window import PixelWindow
 from .device_to_host import latents_to_host
@@ -58,6 +59,8 @@ class LocalEncodeRun:
         self.found = "ready" if engine.running else "gone"
         self.where = str(engine.device)
         self.chunk = chunk
+        # Whether the source is asked for frames.
+        self._asking = False
         self._latents = self._all()
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -87,7 +90,7 @@ class LocalEncodeRun:
             skip, self.chunk = sent, chunk
             try:
                 steps = engine.encoder().stream(
-                    pieces(source.blocks(video, chunk)), window, chunk, image=source.frames == 1
+                    self._pieces(video, chunk), window, chunk, image=source.frames == 1, pixels=source.dtype
                 )
                 for latents, self.finite, least, most in latents_to_host(steps, engine.device):
                     check_range(least, most)
@@ -100,8 +103,8 @@ class LocalEncodeRun:
                         yield fresh
                 return
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+                if self._asking or not is_out_of_memory(error):
+                    raise  # a source's own want of memory is its own
                 reason = str(error).splitlines()[0]
             # Out of the handler, the error's traceback no longer holds the step's tensors.
             engine.free_cached()
@@ -115,6 +118,16 @@ class LocalEncodeRun:
                 )
                 said = True
             chunk //= 2
+
+    def _pieces(self, video: int, chunk: int) -> Iterator[Piece]:
+        found = pieces(self._source.blocks(video, chunk))
+        while True:
+            self._asking = True
+            piece = next(found, None)
+            self._asking = False
+            if piece is None:
+                return
+            yield piece
 
     def _first_chunk(self, size: tuple[int, int]) -> int:
         engine, frames = self._engine, self._source.frames

@@ -10,6 +10,7 @@ ends the group: ranks that wait for frames can't be told, and the process's end 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 import zlib
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from ..errors import OutOfMemoryError, WanVAEError
 from ..files.checkpoint import Checkpoint
 from ..frames import check_range
+from ..model.encoder import Piece
 from ..parallel.coordination import WORD_SECONDS, WORK_SECONDS, Coordinator, check_same
 from ..parallel.edges import connect
 from ..parallel.plan import describe_plan, plan_shards
@@ -32,6 +34,9 @@ from .source import Source
 from .steps import Latents
 
 logger = logging.getLogger(__name__)
+
+# Rows and columns apart of pixels that ranks compare.
+_SAMPLE_STEP = 7
 
 
 class GroupEngine:
@@ -253,14 +258,25 @@ class GroupEncodeRun:
         """Yields the video's number and ``[z, t, h, w]`` on the first rank's host; nothing on the others."""
         if self._over:
             raise WanVAEError("this encode is over; begin another one")
+        refused: Exception | None = None
         with self._engine.exchanging(self._coordinator):
-            for video in range(self._source.videos):
-                for latents, finite, least, most in latents_to_host(self._whole(video), self._engine.device):
-                    self.finite = finite
-                    check_range(least, most)
-                    if latents is not None:
-                        yield video, latents
+            try:
+                for video in range(self._source.videos):
+                    for latents, finite, least, most in latents_to_host(self._whole(video), self._engine.device):
+                        words = self._coordinator.exchange([finite, least, most])
+                        self.finite = all(word[0] for word in words)
+                        for _, *bounds in words:
+                            _refuse(functools.partial(check_range, *bounds))
+                        if latents is not None:
+                            yield video, latents
+            except _Over:
+                pass  # the first rank's caller wants no more
+            except _Refused as error:
+                # On all ranks at the same step, before they exchange bytes: the group can go on to other things.
+                refused = error.reason
         self._over = True
+        if refused is not None:
+            raise refused
 
     def close(self) -> None:
         """Ends the encode where it is, on all ranks if the first one says so, and frees its memory."""
@@ -284,22 +300,68 @@ class GroupEncodeRun:
     def _whole(self, video: int) -> Iterator[Latents]:
         """The whole picture's latents on the first rank; on others steps without any."""
         engine, plan, source = self._engine, self._plan, self._source
-        shards: Iterator[Latents] = iter(())
-        if self._working:
-            parts = pieces(source.blocks(video, self.chunk))
-            shards = engine.encoder().steps(parts, plan, engine.group, self.chunk, image=source.frames == 1)
-        # The first rank says before each step whether there is one: those without rows know no other end.
-        more = True
-        while self._coordinator.from_first(more):
-            shard = next(shards, None)
-            more = shard is not None
-            if shard is None:
-                continue
+        if not self._working:
+            for _ in self._pieces(video):
+                yield Latents(None, None)
+            yield Latents(None, None)
+            return
+        shards = engine.encoder().steps(
+            self._pieces(video), plan, engine.group, self.chunk, image=source.frames == 1, pixels=source.dtype
+        )
+        for shard in shards:
             means = shard.means
             if means is not None:
                 whole = to_first_rank(means.permute(1, 2, 3, 0)[None], plan, engine.group, 1)
                 means = None if whole is None else whole[0].permute(3, 0, 1, 2).contiguous()
             yield Latents(means, shard.pixel_range)
+
+    def _pieces(self, video: int) -> Iterator[Piece]:
+        """The video's pieces, of which all ranks have seen that they are the same."""
+        coordinator = self._coordinator
+        found = pieces(self._source.blocks(video, self.chunk))
+        while True:
+            # The first rank says before each piece whether there is to be one.
+            if not coordinator.from_first(True):
+                raise _Over
+            piece: Piece | None = None
+
+            def take() -> dict[str, str]:
+                nonlocal piece
+                piece = next(found, None)
+                return {"frames": "none" if piece is None else f"{piece.counts} {_sampled(piece.frames)}"}
+
+            _refuse(lambda: check_same(coordinator.gather(take, WORK_SECONDS)))
+            if piece is None:
+                return
+            yield piece
+
+
+class _Over(Exception):
+    """The first rank wants no more."""
+
+
+class _Refused(Exception):
+    """Carries what all ranks refuse at the same step."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _refuse(check: Callable[[], None]) -> None:
+    """Calls ``check``, whose errors are those of all ranks."""
+    try:
+        check()
+    except Exception as error:
+        raise _Refused(error) from error
+
+
+def _sampled(frames: torch.Tensor | None) -> str:
+    """A short text that differs where frames do."""
+    if frames is None:
+        return ""
+    sample = frames[:, ::_SAMPLE_STEP, ::_SAMPLE_STEP].to("cpu", torch.float32).contiguous()
+    return f"{zlib.crc32(sample.numpy().tobytes()):08x}"
 
 
 def _described(latents: torch.Tensor) -> str:

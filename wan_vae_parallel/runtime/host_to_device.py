@@ -26,35 +26,43 @@ def to_device(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
     """
     buffers: list[_Buffer] = []
     turn = 0
+    # Of its own, so that a copy does not wait for what the device computes.
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for piece in pieces:
         frames = piece.frames
         if frames is None:
             yield piece
-        elif device.type != "cuda" or frames.is_cuda:
+        elif stream is None or frames.is_cuda:
             yield Piece(frames.to(device).contiguous(), piece.counts)
         else:
             if len(buffers) < 2:
-                buffers.append(_Buffer())
+                buffers.append(_Buffer(stream))
             buffer = buffers[turn % len(buffers)]
             turn += 1
             yield Piece(buffer.send(frames, device), piece.counts)
 
 
 class _Buffer:
-    """Page-locked memory for one piece on its way."""
+    """Page-locked memory for one piece on its way, in a stream for copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._memory: torch.Tensor | None = None
         self._sent = torch.cuda.Event()
 
     def send(self, frames: torch.Tensor, device: torch.device) -> torch.Tensor:
         """``frames`` on the device; the host goes on, and may change them, when the copy is on its way."""
         if self._memory is None or self._memory.numel() < frames.numel() or self._memory.dtype != frames.dtype:
-            self._memory = torch.empty(frames.numel(), dtype=frames.dtype, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):  # it may be written to in another mode than it was made in
+                self._memory = torch.empty(frames.numel(), dtype=frames.dtype, device="cpu", pin_memory=True)
         else:
             self._sent.synchronize()
         staged = self._memory[: frames.numel()].view(frames.shape)
         staged.copy_(frames)
-        on_device = staged.to(device, non_blocking=True)
-        self._sent.record(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            on_device = staged.to(device, non_blocking=True)
+            self._sent.record()
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(self._sent)
+        on_device.record_stream(computing)
         return on_device

@@ -26,6 +26,9 @@ from .arithmetic import exact_arithmetic
 from .host_to_device import to_device
 from .steps import Latents
 
+# Numbers of frames that kernels are compiled for ahead, besides a whole chunk.
+_MOST_COUNTS = 6
+
 
 class _LocalModel:
     """A model's weights on ``device`` in ``dtype``.
@@ -218,6 +221,7 @@ class LocalEncoder(_LocalModel):
         edges: Edges | None = None,
         *,
         image: bool = False,
+        pixels: torch.dtype = torch.float32,
     ) -> Iterator[Latents]:
         """Encodes one video.
 
@@ -228,6 +232,7 @@ class LocalEncoder(_LocalModel):
             chunk: frames at once.
             edges: what lies around the rows; by default nothing.
             image: there is one frame only.
+            pixels: the frames' dtype.
 
         Yields:
             Latents that follow those before: once for each piece, and once more at the end.
@@ -239,12 +244,12 @@ class LocalEncoder(_LocalModel):
                 lists=self._lists,
             )  # fmt: skip
         edges = edges or WholePicture()
-        self._compile_for(window, pages, chunk, edges, image)
+        self._compile_for(window, pages, chunk, edges, image, pixels)
         state = StreamState(pages, edges=edges, transposed=transposed, keeps=not image)
         encoding = self.model.begin(state, chunk, window.margins)
         arrived = to_device(pieces, self.device)
         while True:
-            piece = next(arrived, None)  # the caller's own work, in the caller's own mode and with its own settings
+            piece = next(arrived, None)  # a caller's own work, outside of the mode and the settings for ours
             steps = encoding.end() if piece is None else encoding.push(piece)
             with self._computing():
                 pixel_range = None
@@ -270,21 +275,28 @@ class LocalEncoder(_LocalModel):
         return wide.permute((3, 0, 2, 1) if transposed else (3, 0, 1, 2)).contiguous()
 
     def _compile_for(
-        self, window: PixelWindow, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, image: bool
+        self,
+        window: PixelWindow,
+        pages: Mapping[PageKey, Pages],
+        chunk: int,
+        edges: Edges,
+        image: bool,
+        pixels: torch.dtype,
     ) -> None:
         """Compiles the kernels for a window's pixels."""
-        ratio = self.architecture.temporal_ratio
-        # Whatever is left at a video's end: other numbers of frames may take other kernels.
-        frames = 1 if image else 1 + ratio * max(1, chunk)
+        # What a chunk is at a video's end, or where frames repeat: other numbers of frames may take other kernels.
+        counts = [1] if image else sorted({*range(1, min(chunk, _MOST_COUNTS) + 1), chunk})
 
         def run() -> None:
-            state = StreamState(pages, edges=edges.silent(), transposed=window.transposed, keeps=not image)
-            shape = (frames, *window.shape, self.architecture.output_channels)
-            pixels = torch.empty(shape, dtype=torch.float32, device=self.device)
-            encoding = self.model.begin(state, chunk, window.margins)
-            for _ in itertools.chain(encoding.push(Piece(pixels, (0,) * frames)), encoding.end()):
-                pass
-            for one in pages.values():
-                one.reset()
+            for count in counts:
+                state = StreamState(pages, edges=edges.silent(), transposed=window.transposed, keeps=not image)
+                frames = 1 if image else 1 + 2 * count
+                shape = (frames, *window.shape, self.architecture.output_channels)
+                blank = torch.empty(shape, dtype=pixels, device=self.device)
+                encoding = self.model.begin(state, count, window.margins)
+                for _ in itertools.chain(encoding.push(Piece(blank, (0,) * frames)), encoding.end()):
+                    pass
+                for one in pages.values():
+                    one.reset()
 
-        self._compile((window, chunk, image), run)
+        self._compile((window, chunk, image, pixels), run)

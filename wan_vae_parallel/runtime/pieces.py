@@ -12,9 +12,6 @@ import torch
 from ..model.encoder import Piece
 from .repeats import RepeatCounter
 
-# Frames that make a latent frame.
-_RATIO = 4
-
 
 def blocks(video: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
     """``[T, H, W, C]`` as views: the first frame, then ``most`` at a time."""
@@ -23,37 +20,40 @@ def blocks(video: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
         yield from video[1:].split(most)
 
 
-def whole_groups(frames: Iterable[torch.Tensor], most: int) -> Iterator[torch.Tensor]:
-    """The same of a stream, of which frames beyond a multiple of four and one are left out.
+def whole_groups(frames: Iterable[torch.Tensor], most: int, ratio: int) -> Iterator[torch.Tensor]:
+    """The same of a stream, of which frames beyond one and a multiple of ``ratio`` are left out.
 
     Args:
         frames: ``[t, H, W, C]`` each, of any t; what they hold may change when the next ones are asked for.
         most: frames a block.
+        ratio: frames that make a latent frame.
     """
+    at_once = -(-most // ratio) * ratio
     first, waiting = True, 0
     parts: list[torch.Tensor] = []
     for part in frames:
         if first and len(part):
             yield part[:1].clone()
             first, part = False, part[1:]
-        if not len(part):
-            continue
-        parts.append(part.clone())
-        waiting += len(part)
-        if waiting < _RATIO:
-            continue
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        whole = waiting // _RATIO * _RATIO
-        yield from together[:whole].split(most)
-        waiting -= whole
-        parts = [together[whole:].clone()] if waiting else []
+        # Of a large part no more is copied at once than is encoded at once.
+        for some in part.split(at_once) if len(part) else ():
+            parts.append(some.clone())
+            waiting += len(some)
+            if waiting < ratio:
+                continue
+            together = parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole = waiting // ratio * ratio
+            waiting -= whole
+            parts = [together[whole:].clone()] if waiting else []
+            yield from together[:whole].split(most)
+            del together
 
 
 def pieces(parts: Iterable[torch.Tensor]) -> Iterator[Piece]:
     """``parts`` ``[t, H, W, C]`` without the frames that equal the one before them."""
     count = RepeatCounter()
     for part in parts:
-        counts = tuple(count(frame) for frame in part)
+        counts = count(part)
         new = [i for i, one in enumerate(counts) if one == 0]
         if not new:
             yield Piece(None, counts)

@@ -198,6 +198,7 @@ class ShardEncoder(_ShardModel[LocalEncoder]):
         peer_memory: PeerMemory | None = None,
         *,
         image: bool,
+        pixels: torch.dtype = torch.float32,
     ) -> Iterator[Latents]:
         """Encodes this rank's rows.
 
@@ -208,6 +209,7 @@ class ShardEncoder(_ShardModel[LocalEncoder]):
             chunk: frames at once, the same on all.
             peer_memory: the group's, if it has some.
             image: there is one frame only.
+            pixels: the frames' dtype.
 
         Yields:
             What `LocalEncoder.stream` does, of this rank's rows or columns.
@@ -222,4 +224,4 @@ class ShardEncoder(_ShardModel[LocalEncoder]):
                     frames = frames[:, window.top : window.bottom, window.left : window.right]
                 yield Piece(frames, piece.counts)
 
-        return self._local.stream(own(), window, chunk, edges, image=image)
+        return self._local.stream(own(), window, chunk, edges, image=image, pixels=pixels)

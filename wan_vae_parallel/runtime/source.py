@@ -5,7 +5,6 @@ B videos, T frames, H x W pixels, C colours
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -13,9 +12,6 @@ import torch
 
 from ..architecture import Architecture
 from .pieces import blocks, whole_groups
-
-# Rows and columns apart of pixels that ranks compare.
-_SAMPLE_STEP = 7
 
 
 class Source(Protocol):
@@ -76,7 +72,7 @@ class TensorSource:
         return blocks(self._frames[video], most)
 
     def facts(self) -> dict[str, str]:
-        return _facts(self, self._frames)
+        return _facts(self)
 
 
 class StreamSource:
@@ -95,17 +91,17 @@ class StreamSource:
     def __init__(self, first: torch.Tensor, others: Iterable[torch.Tensor], architecture: Architecture) -> None:
         self._first: torch.Tensor | None = first
         self._others = others
+        self._ratio = architecture.temporal_ratio
         self.height, self.width, self.colours = first.shape[1:]
         self.dtype = first.dtype
         self.rows, self.columns = architecture.latent_size(self.height, self.width)
         self.channels = architecture.z_dim
 
     def blocks(self, video: int, most: int) -> Iterator[torch.Tensor]:  # noqa: ARG002 (there is one)
-        return whole_groups(self._all(), most)
+        return whole_groups(self._all(), most, self._ratio)
 
     def facts(self) -> dict[str, str]:
-        assert self._first is not None, "a stream is read once"
-        return _facts(self, self._first)
+        return _facts(self)
 
     def _all(self) -> Iterator[torch.Tensor]:
         first, self._first = self._first, None
@@ -115,8 +111,5 @@ class StreamSource:
         yield from self._others
 
 
-def _facts(source: Source, frames: torch.Tensor) -> dict[str, str]:
-    facts = {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype")}
-    sample = frames[..., ::_SAMPLE_STEP, ::_SAMPLE_STEP, :].to("cpu", torch.float32).contiguous()
-    facts["pixels"] = f"{zlib.crc32(sample.numpy().tobytes()):08x}"
-    return facts
+def _facts(source: Source) -> dict[str, str]:
+    return {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype")}

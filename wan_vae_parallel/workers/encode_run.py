@@ -102,7 +102,9 @@ class PoolEncodeRun:
             except StepOutOfMemory as error:
                 self._pool.stop()
                 if self._begun <= 1 or not self._source.again:
-                    what = "not even one frame at a time fits" if self._begun == 1 else "it can't begin anew"
+                    what = {0: "it had not begun yet", 1: "not even one frame at a time fits"}.get(
+                        self._begun, "a stream can't be read again"
+                    )
                     raise OutOfMemoryError(
                         f"{error}; {what}; use more devices, a smaller chunk or smaller frames, or free some memory"
                     ) from error
@@ -157,6 +159,7 @@ class PoolEncodeRun:
             for answer in answers:
                 check_range(*answer[3])
             (count,) = counts
+            assert count <= latents.shape[2], "a step makes no more latent frames than a ring's place has"
             newest = latents[done % len(latents), :, :count]
             done += 1
             if count:
@@ -172,7 +175,7 @@ class PoolEncodeRun:
         pixel_shape = torch.Size((_AHEAD + 1, chunk, source.height, source.width, source.colours))
         latent_shape = torch.Size((_AHEAD + 1, source.channels, most_latents(chunk), source.rows, source.columns))
         try:
-            with host_room(pixel_shape[1:2] + pixel_shape, source.dtype):
+            with host_room(pixel_shape, source.dtype, doing="encode"):
                 for shape, dtype in ((pixel_shape, source.dtype), (latent_shape, wide)):
                     self._rings.append(SharedMemory.create(shape.numel() * dtype.itemsize))
         except OSError as error:
@@ -188,7 +191,8 @@ class PoolEncodeRun:
         }
         pool.tell("rings", request)
         pool.hand_over(*(ring.descriptor for ring in self._rings))
-        return self._rings[0].tensor(pixel_shape, source.dtype), self._rings[1].tensor(latent_shape, wide)
+        with torch.inference_mode(False):  # they may be written to in another mode than they were made in
+            return self._rings[0].tensor(pixel_shape, source.dtype), self._rings[1].tensor(latent_shape, wide)
 
     def _close_rings(self) -> None:
         for ring in self._rings:

@@ -264,12 +264,11 @@ class WorkerPool:
         started = time.monotonic()
         self.prepare()
         while self.stage != "ready" or part not in self._parts:
-            if self.stage == "ready":
-                self.stage = "loading"
-            elif self.stage != "loading":
+            if self.stage not in ("ready", "loading"):
                 self._load()
             if self._given is None:
                 self._give_weights(part)
+            self.stage = "loading"
             # A cancelled wait leaves them loading: the next one waits for the rest.
             ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
             if self._given is not None:

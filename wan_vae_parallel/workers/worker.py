@@ -245,7 +245,11 @@ class _Worker:
     def _take_weights(self, part: Part, manifest: Manifest, descriptor: int) -> None:
         self._heard = True
         assert self._group is not None, "weights came before the ranks' meeting"
-        # Nothing keeps the host's copy longer than this takes.
+        # Of two sets of one part's weights there is room for one. Nothing keeps the host's copy longer than this takes.
+        if part == "decoder":
+            self._decoder = None
+        else:
+            self._encoder = None
         model: ShardDecoder | ShardEncoder
         if part == "decoder":
             model = self._decoder = ShardDecoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
@@ -407,7 +411,9 @@ class _Worker:
                 yield Piece(pixels[number % len(pixels), :new] if new else None, counts)
                 self._busy.set()
 
-        steps = encoder.steps(pieces(), plan, group, request["chunk"], self._peer_memory, image=image)
+        steps = encoder.steps(
+            pieces(), plan, group, request["chunk"], self._peer_memory, image=image, pixels=pixels.dtype
+        )
         for number, (means, finite, least, most) in enumerate(latents_to_host(steps, self.device)):
             count = 0
             if means is not None:

@@ -185,5 +185,27 @@ def test_out_of_memory_in_a_worker_goes_on_with_a_smaller_chunk_and_the_same_lat
     assert "going on with chunk 2, same latents" in caplog.text
     chunks.clear()
     encoder.release()
-    with pytest.raises(wvp.OutOfMemoryError, match="it can't begin anew"):
+    with pytest.raises(wvp.OutOfMemoryError, match="a stream can't be read again"):
         list(encoder.encode_stream([frames[0]]))
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 5])
+def test_a_picture_and_equal_frames_behind_it(encoder, path, chunk):
+    # What a step makes of many repeats has its place in the ring of latents.
+    video = torch.full((1, 81, 8, 16, 3), 0.5)
+    video[:, 0] = torch.rand(8, 16, 3)
+    with wvp.load_vae(path, devices="cpu", chunk=chunk) as alone:
+        expected = alone.encode(video)
+    encoder.chunk = chunk
+    torch.testing.assert_close(encoder.encode(video), expected, **CLOSE)
+    parts = list(encoder.encode_stream(video[0].split(7)))
+    torch.testing.assert_close(torch.cat(parts, dim=2), expected, **CLOSE)
+    assert len(parts) >= 4  # they come as they are known, not all at the end
+
+
+def test_a_stream_may_go_on_in_another_inference_mode(encoder, frames, encoded):
+    with torch.inference_mode():
+        stream = encoder.encode_stream(frames[0].split(4))
+        parts = [next(stream).clone()]
+    parts += list(stream)
+    torch.testing.assert_close(torch.cat(parts, dim=2), encoded, **CLOSE)
