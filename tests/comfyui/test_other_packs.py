@@ -138,7 +138,7 @@ def test_padding_that_others_have_changed_has_no_effect_and_the_log_says_so_once
     said = [line for line in server.log().splitlines() if "has changed how this VAE pads" in line][before:]
     assert len(said) == 1
     assert what in said[0]
-    assert "connect a VAE that was not made parallel to VAE Decode" in said[0]
+    assert "use a VAE that was not made parallel" in said[0]
 
 
 def test_a_device_that_a_node_chose_is_followed_if_devices_is_auto(server, graph):

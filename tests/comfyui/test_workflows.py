@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.comfyui.server import REPOSITORY
 from wan_vae_parallel import demo_latents, save_demo_checkpoint
 from wan_vae_parallel.files.latents import save_latents
+from wan_vae_parallel.files.video import open_output
 
-NAMES = ["decode_latent", "text_to_video"]
+NAMES = ["decode_latent", "encode_video", "text_to_video"]
 
 
 def workflow(name):
@@ -60,3 +63,14 @@ def test_decode_latent_runs_with_the_demos_files(server):
     run = server.run(api_workflow("decode_latent")).check()
     saved = run.outputs("5")["images"][0]
     assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 0
+
+
+def test_encode_video_runs_with_the_demos_files(server):
+    save_demo_checkpoint(server.folder / "models" / "vae" / "demo_vae.safetensors", "wan2.1", 8)
+    frames = torch.rand(1, 7, 32, 48, 3, generator=torch.Generator().manual_seed(1))
+    with open_output(server.input / "demo.mp4", shape=frames.shape, fps=16) as write:
+        write(frames)
+    run = server.run(api_workflow("encode_video")).check()
+    saved = run.outputs("5")["latents"][0]
+    latents = load_file(server.output / saved["subfolder"] / saved["filename"])["latent_tensor"]
+    assert latents.shape == (1, 16, 2, 4, 6)

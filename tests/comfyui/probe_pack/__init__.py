@@ -1,14 +1,20 @@
 """Nodes that only the tests use: they bring tensors in and out of a real server, exactly."""
 
 import copy
+import json
+import logging
 import os
 import sys
 
+import comfy.ldm.wan.vae2_2
 import comfy.model_management as model_management
+import comfy.sd
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file, save_file
+
+import nodes
 
 
 class LoadTensor(io.ComfyNode):
@@ -142,11 +148,12 @@ class AlterVAE(io.ComfyNode):
             model.decoder.head[0] = FastNorm(model.decoder.head[0])
         elif how == "normalise weights":
             torch.nn.utils.parametrizations.weight_norm(model.decoder.conv1)
-        elif how == "lora":
-            shape = model.decoder.conv1.weight.shape
+        elif how in ("lora", "lora of the encoder"):
+            part = "decoder" if how == "lora" else "encoder"
+            shape = getattr(model, part).conv1.weight.shape
             diff = torch.randn(shape, generator=torch.Generator().manual_seed(9)) / shape[1:].numel() ** 0.5
             altered.patcher = altered.patcher.clone()
-            assert altered.patcher.add_patches({"decoder.conv1.weight": ("diff", (diff,))}, 0.5)
+            assert altered.patcher.add_patches({f"{part}.conv1.weight": ("diff", (diff,))}, 0.5)
         elif how == "circular":
             for module in model.modules():
                 if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -259,6 +266,167 @@ class DecodeAsLaterCores(io.ComfyNode):
         return io.NodeOutput(whole.flatten(0, 1), tiled.flatten(0, 1))
 
 
+class EncodeAsLaterCores(io.ComfyNode):
+    """Encodes with arguments that no core has yet."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeEncodeAsLaterCores",
+            category="probe",
+            inputs=[io.Image.Input("pixels"), io.Vae.Input("vae")],
+            outputs=[io.Latent.Output(), io.Latent.Output(), io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, pixels, vae):
+        whole = vae.encode(pixels, vae_options={"unheard": 1}, unheard=True)
+        tiled = vae.encode_tiled(pixels, 64, tile_y=64, unheard=True)
+        pictures = vae.encode(pixels, not_video=True)
+        return io.NodeOutput({"samples": whole}, {"samples": tiled}, {"samples": pictures})
+
+
+class EncodePictures(io.ComfyNode):
+    """Encodes each picture by itself, as core does where a VAE says that it is for no videos."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeEncodePictures",
+            category="probe",
+            inputs=[io.Image.Input("pixels"), io.Vae.Input("vae")],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, pixels, vae):
+        vae = copy.copy(vae)
+        vae.not_video = True
+        return io.NodeOutput({"samples": vae.encode(pixels)})
+
+
+class SmallCoreVAE(io.ComfyNode):
+    """Core's own VAE of a Wan 2.2 file of any width: core knows the published ones alone."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeSmallCoreVAE",
+            category="probe",
+            inputs=[io.String.Input("vae_name")],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae_name):
+        weights = load_file(folder_paths.get_full_path_or_raise("vae", vae_name))
+        widths = {
+            "dim": weights["encoder.conv1.weight"].shape[0],
+            "dec_dim": weights["decoder.head.0.gamma"].shape[0],
+        }
+        was = comfy.ldm.wan.vae2_2.WanVAE
+        comfy.ldm.wan.vae2_2.WanVAE = lambda **options: was(**{**options, **widths})
+        try:
+            return io.NodeOutput(comfy.sd.VAE(sd=weights))
+        finally:
+            comfy.ldm.wan.vae2_2.WanVAE = was
+
+
+class CompareNodes(io.ComfyNode):
+    """Runs core's nodes that encode and need no model with two VAEs; tells how far their results are apart."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeCompareNodes",
+            category="probe",
+            is_output_node=True,
+            inputs=[io.Vae.Input("vae"), io.Vae.Input("other"), io.String.Input("only", optional=True, default="")],
+        )
+
+    @classmethod
+    def execute(cls, vae, other, only=""):
+        found = {}
+        for name, node in sorted(nodes.NODE_CLASS_MAPPINGS.items()):
+            module = getattr(node, "RELATIVE_PYTHON_MODULE", "nodes") or "nodes"
+            if module.startswith("custom_nodes") or getattr(node, "OUTPUT_NODE", False):
+                continue
+            if only not in name or "Decode" in name:
+                continue
+            for frames in (5, 1):  # some take one picture alone
+                if (inputs := cls.inputs(node, frames)) is None:
+                    break
+                try:
+                    expected, calls = cls.run(node, inputs, vae)
+                except Exception as error:  # noqa: BLE001 (not a node for this VAE)
+                    logging.info("%s: %s", name, error)
+                    continue
+                if calls:
+                    found[name] = [cls.distance(expected, cls.run(node, inputs, other)[0]), calls]
+                    break
+        return io.NodeOutput(ui={"found": [json.dumps(found)]})
+
+    @staticmethod
+    def inputs(node, frames):
+        """Something for each input, or None if there is nothing for one of them, or no VAE among them."""
+        generator = torch.Generator().manual_seed(3)
+        described = node.INPUT_TYPES()
+        required = described.get("required", {})
+        given = {}
+        for name, (kind, *options) in {**required, **described.get("optional", {})}.items():
+            options = options[0] if options else {}
+            if kind == "VAE":
+                given[name] = None
+            elif kind == "CONDITIONING":
+                given[name] = [[torch.rand(1, 4, 8, generator=generator), {}]]
+            elif kind == "IMAGE":
+                given[name] = torch.rand(frames, 40, 72, 3, generator=generator)
+            elif kind == "MASK":
+                given[name] = torch.rand(frames, 40, 72, generator=generator).round()
+            elif kind == "LATENT":
+                given[name] = {"samples": torch.rand(1, 16, 3, 4, 8, generator=generator)}
+            elif name in ("width", "height", "length"):
+                given[name] = {"width": 64, "height": 32, "length": 9}[name]
+            elif "default" in options:
+                given[name] = options["default"]
+            elif name in required:
+                if not isinstance(kind, list) or not kind:
+                    return None
+                given[name] = kind[0]
+        return given if any(value is None for value in given.values()) else None
+
+    @staticmethod
+    def run(node, inputs, vae):
+        """The node's results, and how often it encoded."""
+        vae, calls, encode = copy.copy(vae), [], vae.encode
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            return encode(*args, **kwargs)
+
+        vae.encode = counted
+        given = {name: vae if value is None else copy.deepcopy(value) for name, value in inputs.items()}
+        torch.manual_seed(0)
+        call = node.execute if issubclass(node, io.ComfyNode) else getattr(node(), node.FUNCTION)
+        result = call(**given)
+        return getattr(result, "args", result), len(calls)
+
+    @classmethod
+    def distance(cls, one, other):
+        """The largest difference of two results' tensors; infinite where shapes, dtypes or anything else differ."""
+        if isinstance(one, torch.Tensor):
+            if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+                return 1e9
+            return (one.double() - other.double()).abs().max().item()
+        if isinstance(one, dict):
+            return 1e9 if one.keys() != other.keys() else cls.distance(list(one.values()), list(other.values()))
+        if isinstance(one, (list, tuple)):
+            if len(one) != len(other):
+                return 1e9
+            return max((cls.distance(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+        return 0.0 if one == other else 1e9
+
+
 class ProbeExtension(ComfyExtension):
     """Lists the nodes."""
 
@@ -271,6 +439,10 @@ class ProbeExtension(ComfyExtension):
             DecodeWithoutRoom,
             ChosenDevices,
             DecodeAsLaterCores,
+            EncodeAsLaterCores,
+            EncodePictures,
+            SmallCoreVAE,
+            CompareNodes,
         ]
 
 
