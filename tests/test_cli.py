@@ -43,10 +43,11 @@ def run(*arguments):
 def test_demo_makes_everything_and_says_where(tmp_path):
     done = run("demo", "-o", tmp_path / "demo", "--size", "64x32", "--latent-frames", "2", "--devices", "cpu")
     assert done.returncode == 0, done.stderr
-    for name in ("demo.mp4", "demo.png", "demo_vae.safetensors", "demo.latent"):
+    for name in ("demo.mp4", "demo.png", "demo_roundtrip.png", "demo_vae.safetensors", "demo.latent"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
         assert name in done.stdout
     assert re.search(r"decoded 5 frames of 64x32 on cpu, in float32, chunk \d, in [\d.]+ s \(first\)", done.stderr)
+    assert re.search(r"encoded 5 frames of 64x32 on cpu, in float32, chunk \d, in [\d.]+ s", done.stderr)
     assert "\r" not in done.stdout + done.stderr  # no progress bar in a pipe
 
 
