@@ -109,9 +109,11 @@ def test_encode_of_a_tensor_and_of_pictures_is_vae_encodes(files, shown, tmp_pat
     assert set(load_file(tmp_path / "out.latent")) == {"latent_tensor", "latent_format_version_0"}
 
 
-def test_encode_of_a_video_is_near_the_tensors(files, shown, tmp_path):
+def test_encode_of_a_video_is_near_the_tensors(files, shown, tmp_path, caplog):
     folder, exact, _ = shown
-    assert encode(files, folder / "v.mp4", tmp_path / "out.safetensors", "--chunk", "2") == 0
+    with caplog.at_level(logging.INFO):
+        assert encode(files, folder / "v.mp4", tmp_path / "out.safetensors", "--chunk", "2") == 0
+    assert caplog.text.count("encoded 9 frames of 48x32 on cpu, in float32, chunk 2, ") == 1
     tensors = load_file(tmp_path / "out.safetensors")
     assert set(tensors) == {"latents"}
     assert tensors["latents"].shape == exact.shape

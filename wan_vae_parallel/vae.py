@@ -336,6 +336,7 @@ class VAE:
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
         first = checked(first)
+        shape = [1, *first.shape]
 
         def others() -> Iterator[torch.Tensor]:
             for part in frames:
@@ -345,10 +346,11 @@ class VAE:
                         f"frames of a video must have one size: these have {tuple(part.shape[1:])}, and those before "
                         f"{tuple(first.shape[1:])}"
                     )
+                shape[1] += len(part)
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))
-        with self._running(begin, "encoded", (1, 0, *first.shape[1:])) as run:
+        with self._running(begin, "encoded", shape) as run:
             for _, latents in run:
                 self._check(run)
                 own = latents.clone()[None]
@@ -461,7 +463,7 @@ class VAE:
 
     @contextlib.contextmanager
     def _running(self, begin: Callable[[], AnyRun], did: str, shape: Sequence[int]) -> Iterator[AnyRun]:
-        """Within it a run goes on; what it did with frames of ``shape`` ``[B, T, H, W, C]`` is logged."""
+        """Within it a run goes on; what it did with frames of ``shape`` ``[B, T, H, W, C]`` in the end is logged."""
         started = time.monotonic()
         try:
             with contextlib.closing(begin()) as run:
