@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.processes import MARK, children, patience, strays, wait_until
-from wan_vae_parallel import memory
+from wan_vae_parallel import cli, memory
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.files.latents import read_latents, save_latents
 from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel.files.video_in import VideoInput
 from wan_vae_parallel.vae import VAE
 
 
@@ -43,10 +44,11 @@ def run(*arguments):
 def test_demo_makes_everything_and_says_where(tmp_path):
     done = run("demo", "-o", tmp_path / "demo", "--size", "64x32", "--latent-frames", "2", "--devices", "cpu")
     assert done.returncode == 0, done.stderr
-    for name in ("demo.mp4", "demo.png", "demo_vae.safetensors", "demo.latent"):
+    for name in ("demo.mp4", "demo.png", "demo_roundtrip.png", "demo_vae.safetensors", "demo.latent"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
         assert name in done.stdout
     assert re.search(r"decoded 5 frames of 64x32 on cpu, in float32, chunk \d, in [\d.]+ s \(first\)", done.stderr)
+    assert re.search(r"encoded 5 frames of 64x32 on cpu, in float32, chunk \d, in [\d.]+ s", done.stderr)
     assert "\r" not in done.stdout + done.stderr  # no progress bar in a pipe
 
 
@@ -107,9 +109,11 @@ def test_encode_of_a_tensor_and_of_pictures_is_vae_encodes(files, shown, tmp_pat
     assert set(load_file(tmp_path / "out.latent")) == {"latent_tensor", "latent_format_version_0"}
 
 
-def test_encode_of_a_video_is_near_the_tensors(files, shown, tmp_path):
+def test_encode_of_a_video_is_near_the_tensors(files, shown, tmp_path, caplog):
     folder, exact, _ = shown
-    assert encode(files, folder / "v.mp4", tmp_path / "out.safetensors", "--chunk", "2") == 0
+    with caplog.at_level(logging.INFO):
+        assert encode(files, folder / "v.mp4", tmp_path / "out.safetensors", "--chunk", "2") == 0
+    assert caplog.text.count("encoded 9 frames of 48x32 on cpu, in float32, chunk 2, ") == 1
     tensors = load_file(tmp_path / "out.safetensors")
     assert set(tensors) == {"latents"}
     assert tensors["latents"].shape == exact.shape
@@ -377,6 +381,36 @@ def test_a_signal_waits_while_files_are_at_work(files, tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.endswith("nothing was left half-written\n")
     # All of it was written when the signal came.
     assert [file.name for file in tmp_path.iterdir()] == (["v.mp4"] if when == "closing" else [])
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("when", ["opening", "reading", "closing", "writing"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_an_encode_leaves_no_ffmpeg_and_no_half_a_file(
+    files, shown, tmp_path, monkeypatch, capsys, when, number
+):
+    went_on = []
+
+    def told(real, now):
+        def function(*arguments, **options):
+            result = real(*arguments, **options) if now == "opening" else None
+            if now == when and not went_on:
+                os.kill(os.getpid(), number)
+                went_on.append(now)
+            return result if now == "opening" else real(*arguments, **options)
+
+        return function
+
+    monkeypatch.setattr(VideoInput, "_start", told(VideoInput._start, "opening"))
+    monkeypatch.setattr(VideoInput, "_next", told(VideoInput._next, "reading"))
+    monkeypatch.setattr(VideoInput, "close", told(VideoInput.close, "closing"))
+    monkeypatch.setattr(cli, "save_latents", told(cli.save_latents, "writing"))
+    assert encode(files, shown[0] / "v.mp4", tmp_path / "o.latent") == 130
+    assert capsys.readouterr().err.endswith("nothing was left half-written\n")
+    # A process that is being started or ended, or a file that is being written, is no place to stop.
+    assert bool(went_on) == (when != "reading")
+    assert [file.name for file in tmp_path.iterdir()] == (["o.latent"] if when == "writing" else [])
+    assert not children()
 
 
 @pytest.mark.usefixtures("handlers")

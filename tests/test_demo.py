@@ -1,4 +1,4 @@
-"""The demo checkpoint shows the demo's animation, frame by frame."""
+"""The demo checkpoint shows the demo's animation, frame by frame, and again after an encode."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from wan_vae_parallel.demo import _picture
 from wan_vae_parallel.files.checkpoint import read_checkpoint
 
 SMALLEST = {"wan2.1": 8, "wan2.2": 16}
+# Latent rows and columns of the tests' videos: as small as shows the pictures' parts.
+SIZE = {"wan2.1": (14, 24), "wan2.2": (8, 14)}
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -31,13 +33,58 @@ def correlation(a, b):
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
 
-def test_every_frame_shows_its_own_picture(demo):
+@pytest.fixture(scope="module")
+def round_trip(demo, family):
+    """The demo's latents, their frames, what these are encoded to, and the frames of that."""
     path, architecture = demo
-    rows, columns, latent_frames = 14, 24, 4
-    latents = wvp.demo_latents(architecture, frames=latent_frames, rows=rows, columns=columns)
-    assert latents.shape == (1, architecture.z_dim, latent_frames, rows, columns)
+    rows, columns = SIZE[family]
+    latents = wvp.demo_latents(architecture, frames=4, rows=rows, columns=columns)
     with wvp.load_vae(path, devices="cpu", dtype="float32") as vae:
-        frames = vae.decode(latents)[0]
+        frames = vae.decode(latents)
+        encoded = vae.encode(frames)
+        return latents, frames, encoded, vae.decode(encoded)
+
+
+def psnr(a, b):
+    return -10 * (a - b).square().mean().log10().item()
+
+
+def test_what_is_encoded_and_decoded_again_shows_the_same(round_trip, demo):
+    _, frames, _, again = round_trip
+    ratio = demo[1].spatial_ratio
+    least = 33.0
+    assert all(psnr(one, other) > least for one, other in zip(again[0], frames[0], strict=True))
+    # What a wrong encoder would show: other frames, frames of a group in another order, rows and columns half a latent
+    # voxel off, or one column's in another's place.
+    wrong = {
+        "a frame late": again.roll(1, 1)[:, 1:],
+        "a group reversed": again[:, 1:].unflatten(1, (3, 4)).flip(2).flatten(1, 2),
+        "rows off": again[:, 1:].roll(ratio // 2, 2),
+        "columns off": again[:, 1:].roll(ratio // 2, 3),
+        "colours in another order": again[:, 1:].flip(4),
+        "rows and columns exchanged": again[:, 1:].transpose(2, 3).reshape(again[:, 1:].shape),
+    }
+    for what, shown in wrong.items():
+        assert psnr(shown, frames[:, 1:]) < least - 1, what
+
+
+def test_the_encoder_gives_the_demos_latents_back_the_first_frames_too(round_trip):
+    latents, _, encoded, _ = round_trip
+    assert encoded.shape == latents.shape
+    # Of every latent frame in every channel that shows something; the others are not quite empty.
+    error = (encoded - latents).abs().mean(dim=(0, 3, 4))
+    assert error[:12].max() < 0.1
+    assert error.mean() < 0.05
+    assert latents[:, :12].abs().mean() > 0.2
+    alike = [correlation(encoded[0, c, t], latents[0, c, t]) for c in range(12) for t in range(4)]
+    assert min(alike) > 0.9
+
+
+def test_every_frame_shows_its_own_picture(demo, round_trip, family):
+    architecture = demo[1]
+    (rows, columns), latent_frames = SIZE[family], 4
+    latents, (frames,) = round_trip[:2]
+    assert latents.shape == (1, architecture.z_dim, latent_frames, rows, columns)
     count = len(frames)
     assert count == 13
     shown = F.avg_pool2d(frames.movedim(-1, 1), architecture.spatial_ratio).movedim(1, -1)

@@ -1,8 +1,9 @@
-"""Exact Wan video VAE decoding.
+"""Exact Wan video VAE decoding and encoding.
 
 >>> import wan_vae_parallel as wvp
 >>> with wvp.load_vae("wan_2.1_vae.safetensors") as vae:
 ...     frames = vae.decode(latents)  # [B, 16, T, h, w] -> [B, 4 * (T - 1) + 1, 8h, 8w, 3] in [0, 1]
+...     latents = vae.encode(frames)  # and back
 """
 
 from ._version import __version__

@@ -30,7 +30,7 @@ from .errors import ArgumentError, CheckpointError, OutOfMemoryError, OutputErro
 from .files.checkpoint import describe_checkpoint
 from .files.frames_in import is_tensor, open_frames, read_frames, resized
 from .files.latents import check_latent_output, check_latents, read_latents, save_latents
-from .files.pictures import contact_sheet
+from .files.pictures import comparison_sheet, contact_sheet
 from .files.video import check_output, open_output, output_files
 from .files.whole import check_writable, replacing
 from .memory import (
@@ -51,6 +51,8 @@ from .vae import VAE, load_vae
 # What Wan's models were trained at.
 _FPS = {"wan2.1": 16.0, "wan2.2": 24.0}
 _BAR = 32
+# The demo encodes no more of its frames, whatever their number: without a GPU it takes its time.
+_ROUND_TRIP_FRAMES = 13
 
 # A second signal within so many seconds is an impatient user's; it must not end the cleaning up that the first began.
 _IMPATIENT_SECONDS = 5.0
@@ -133,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="make a small VAE and an animation's latents, decode them, show them")
+    demo = commands.add_parser("demo", help="make a small VAE and an animation's latents, decode, encode and show them")
     demo.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-demo"), help="folder to write to")
     demo.add_argument("--architecture", choices=sorted(_FPS), default="wan2.1", help="default: %(default)s")
     demo.add_argument("--width", type=int, default=16, help="base width of the VAE; default: %(default)s")
@@ -256,7 +258,8 @@ def _demo(options: argparse.Namespace) -> None:
     described = Architecture.published(options.architecture, width=options.width)
     rows, columns = _latent_size(described, options.size)
     # The latents are drawn at eight times their size, and decode to frames of the size asked for.
-    needed = 4 * described.frame_count(options.latent_frames) * (3 * options.size[0] * options.size[1] + rows * columns)
+    pixels, frame_count = 3 * options.size[0] * options.size[1], described.frame_count(options.latent_frames)
+    needed = 4 * (frame_count * (pixels + rows * columns) + min(frame_count, _ROUND_TRIP_FRAMES) * pixels)
     if needed > free_memory(torch.device("cpu")):
         raise OutOfMemoryError(
             f"the demo's frames would take {gibibytes(needed)}, more than is free; ask for fewer or smaller ones"
@@ -269,17 +272,30 @@ def _demo(options: argparse.Namespace) -> None:
     with _signals.held():
         save_latents(latent_file, latents)
     with load_vae(checkpoint, devices=options.devices, dtype=options.dtype, chunk=options.chunk) as vae:
-        bar = _Progress()
-        frames = vae.decode(latents, on_chunk=lambda done, total, _: bar.show(done, total))
-        bar.close()
-    video, sheet = folder / "demo.mp4", folder / "demo.png"
+        frames = _with_bar(vae.decode, latents)
+        beginning = frames[:, :_ROUND_TRIP_FRAMES]
+        again = _with_bar(vae.decode, vae.encode(beginning))
+    video, sheet, round_trip = folder / "demo.mp4", folder / "demo.png", folder / "demo_roundtrip.png"
     with _signals.held():
         with open_output(video, shape=frames.shape, fps=_FPS[options.architecture]) as write:
             write(frames)
         with replacing(sheet) as temporary:
             contact_sheet(frames[0]).save(temporary)
-    for what, path in (("video", video), ("contact sheet", sheet), ("VAE", checkpoint), ("latents", latent_file)):
-        print(f"{what + ':':15}{path}")
+        with replacing(round_trip) as temporary:
+            comparison_sheet(beginning[0], again[0]).save(temporary)
+    print(f"video:         {video}")
+    print(f"contact sheet: {sheet}")
+    print(f"round trip:    {round_trip}: the first frames, and below them the same encoded and decoded again")
+    print(f"VAE:           {checkpoint}")
+    print(f"latents:       {latent_file}")
+
+
+def _with_bar(decode: Callable[..., torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+    """What ``decode`` makes of latents, with a bar."""
+    bar = _Progress()
+    frames = decode(latents, on_chunk=lambda done, total, _: bar.show(done, total))
+    bar.close()
+    return frames
 
 
 def _decode(options: argparse.Namespace) -> None:

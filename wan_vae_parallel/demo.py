@@ -1,4 +1,6 @@
-"""A checkpoint made by arithmetic whose decode shows a picture, and an animation in latents to decode with it.
+"""A checkpoint made by arithmetic that decodes latents to pictures and encodes pictures to such latents.
+
+With it comes an animation in latents: decoded, it can be judged by eye, and so can what is encoded and decoded again.
 
 Trained weights can't be had everywhere, and what random weights decode to can't be judged by eye. Here every layer
 of the real architecture does its part to carry a picture:
@@ -7,9 +9,14 @@ of the real architecture does its part to carry a picture:
 - A strong constant channel holds the RMS norm steady, so that norms neither dim nor brighten the picture.
 - Residual branches sharpen a little, with each pixel's neighbours, and add seeded noise: small, but not zero. A
   missing halo row, a shifted row or a garbled layout anywhere shows.
-- Convolutions behind upsamplings blur, which turns nearest upsampling into smooth pictures.
+- Convolutions behind upsamplings blur, which turns nearest upsampling into smooth pictures. Those that halve rows
+  and columns average, each row with a little of the one below its own two.
 - Time convolutions tell the frames apart: latent channels 0-2 are the colours of the first frame that a latent
-  frame makes, 3-5 of the second, up to 9-11.
+  frame makes, 3-5 of the second, up to 9-11. The encoder's lay the signals of two frames side by side. The video's
+  first frame passes them by; so the convolution before them writes its signals to both frames' places, of which they
+  read the first.
+- Wan 2.2's averaging shortcuts carry the same signals as the layers that they go around, to the same channels: all
+  becomes twice as strong, constant and signals alike, and the next norm undoes it.
 """
 
 from __future__ import annotations
@@ -35,19 +42,27 @@ _FRAMES_PER_LATENT = 4
 _COLOURS = 3
 _SIGNALS = _FRAMES_PER_LATENT * _COLOURS
 
-# A map of signals: which slot of the channels carries signal i as (s, -s).
-Slots = Mapping[int, int]
+# Of rows 2i, 2i + 1 and 2i + 2, with their middle where that of the first two is.
+_AVERAGE = torch.tensor([7.0, 10, -1]) / 16
+_KERNELS = {
+    "blur": torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16,
+    "sharpen": torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]]) / 4,
+    "average": _AVERAGE[:, None] * _AVERAGE,
+}
+
+# A map of signals: which two channels carry signal i as (s, -s).
+Slots = Mapping[int, tuple[int, int]]
 
 
-def _pairs(base: int, count: int) -> dict[int, int]:
+def _pairs(base: int, count: int) -> dict[int, tuple[int, int]]:
     """Signals 0..count-1 in neighbouring channel pairs from ``base`` on."""
-    return {signal: base + 2 * signal for signal in range(count)}
+    return {signal: (base + 2 * signal, base + 2 * signal + 1) for signal in range(count)}
 
 
 def save_demo_checkpoint(path: str | Path, architecture: Family = "wan2.1", width: int | None = None) -> Architecture:
     """Writes a complete fp32 checkpoint, encoder included, in Wan's original key layout.
 
-    The decoder shows latent channels 0-11 as colours (see the module's text); the encoder's weights are noise.
+    The decoder shows latent channels 0-11 as colours, and the encoder makes them of colours (see the module's text).
 
     Args:
         path: where to; replaced if it is there.
@@ -152,8 +167,13 @@ class _Wiring:
         for constant in constants:
             self._centre(self.tensors[key + ".weight"])[constant, constant] = 1.0
 
-    def residual_block(self, prefix: str, into: Slots, out: Slots, constants: Iterable[int]) -> None:
-        """A block that keeps its signals (moving them if channels change) and sharpens them a little."""
+    def residual_block(
+        self, prefix: str, into: Slots, out: Slots, constants: Iterable[int], scale: float = 1.0
+    ) -> None:
+        """A block that keeps its signals (moving them if channels change) and sharpens them a little.
+
+        Signals and constants are ``scale`` times as strong as they were at first.
+        """
         constants = tuple(constants)
         for norm in ("residual.0", "residual.3"):
             gamma = self.tensors[f"{prefix}.{norm}.gamma"]
@@ -162,28 +182,34 @@ class _Wiring:
         self._behind_silu(f"{prefix}.residual.2", into, out, "centre", 1.0)
         for constant in constants:
             self._centre(self.tensors[f"{prefix}.residual.2.weight"])[constant, constant] = 1.0
-        self._behind_silu(f"{prefix}.residual.6", out, out, "sharpen", _SHARPEN)
+        self._behind_silu(f"{prefix}.residual.6", out, out, "sharpen", _SHARPEN * scale)
         if f"{prefix}.shortcut.weight" in self.tensors:
             self.carry(f"{prefix}.shortcut", into, out, constants)
 
     def head(self, into: Slots, patch: int) -> None:
+        """The decoder's end, which makes colours of signals."""
         gamma = self.tensors["decoder.head.0.gamma"]
         gamma.fill_(_CONSTANT / math.sqrt(gamma.numel()))
         centre = self._centre(self.tensors["decoder.head.2.weight"])
         for colour in range(_COLOURS):
             rows = slice(colour * patch**2, (colour + 1) * patch**2)
-            centre[rows, into[colour]] = 1.0
-            centre[rows, into[colour] + 1] = -1.0
+            centre[rows, into[colour][0]] = 1.0
+            centre[rows, into[colour][1]] = -1.0
+
+    def average(self, key: str, into: Slots, out: Slots, gain: float) -> None:
+        """Wires a convolution that halves rows and columns to average each signal of ``out``."""
+        for signal, to in out.items():
+            self._tap(key, into[signal], to, "average", gain)
 
     def _behind_silu(self, key: str, into: Slots, out: Slots, kernel: str, gain: float) -> None:
-        for signal, to in out.items():
-            for sign, row in ((1, to), (-1, to + 1)):
-                self._spread(key, into[signal], row, kernel, sign * gain)
-                self._spread(key, into[signal] + 1, row, kernel, -sign * gain)
+        for signal, (plus, minus) in out.items():
+            for sign, row in ((1, plus), (-1, minus)):
+                self._spread(key, into[signal][0], row, kernel, sign * gain)
+                self._spread(key, into[signal][1], row, kernel, -sign * gain)
 
-    def _tap(self, key: str, source: int, to: int, kernel: str) -> None:
-        for half in (0, 1):
-            self._spread(key, source + half, to + half, kernel, 1.0)
+    def _tap(self, key: str, source: tuple[int, int], to: tuple[int, int], kernel: str, gain: float = 1.0) -> None:
+        for channel, into in zip(source, to, strict=True):
+            self._spread(key, channel, into, kernel, gain)
 
     def _spread(self, key: str, source: int, to: int, kernel: str, gain: float) -> None:
         weight = self.tensors[key + ".weight"]
@@ -191,11 +217,7 @@ class _Wiring:
         if kernel == "centre":
             self._centre(weight)[to, source] = gain
         else:
-            taps = {
-                "blur": torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16,
-                "sharpen": torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]]) / 4,
-            }[kernel]
-            present[to, source] = gain * taps
+            present[to, source] = gain * _KERNELS[kernel]
 
     @staticmethod
     def _centre(weight: torch.Tensor) -> torch.Tensor:
@@ -213,10 +235,11 @@ def _decoder_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
     constants = (0, 1) if residual else (0,)
     slots = _pairs(len(constants), _SIGNALS)
 
-    wiring.carry("conv2", {i: i for i in range(0, _SIGNALS, 2)}, {i: i for i in range(0, _SIGNALS, 2)}, ())
+    passing = _pairs(0, _SIGNALS // 2)
+    wiring.carry("conv2", passing, passing, ())
     entry = wiring._centre(wiring.tensors["decoder.conv1.weight"])
-    for signal, slot in slots.items():
-        entry[slot, signal], entry[slot + 1, signal] = 1.0, -1.0
+    for signal, (plus, minus) in slots.items():
+        entry[plus, signal], entry[minus, signal] = 1.0, -1.0
     for constant in constants:
         wiring.tensors["decoder.conv1.bias"][constant] = _CONSTANT
     for prefix in ("decoder.middle.0", "decoder.middle.2"):
@@ -241,7 +264,7 @@ def _decoder_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
             _split_in_time(wiring, f"{upsample}.time_conv", inside, kept, within, stage.channels)
         if residual:
             # The shortcut adds the old signals (and the constant) where they were: the new ones go elsewhere.
-            base = max(inside.values()) + 2 if index < 2 else (max(slots.values()) + 2) // 2 + 1
+            base = _behind(inside) if index < 2 else _behind(slots) // 2 + 1
             slots = _pairs(base, kept)
             wiring.blur(f"{upsample}.resample.1", inside, slots, ())
             constants = (0, 1) if index < 2 else (0,)
@@ -258,14 +281,98 @@ def _split_in_time(wiring: _Wiring, key: str, slots: Slots, kept: int, constants
     centre = wiring._centre(wiring.tensors[key + ".weight"])
     for later in (0, 1):
         for signal in range(kept):
-            for half in (0, 1):
-                centre[later * channels + slots[signal] + half, slots[later * kept + signal] + half] = 1.0
+            for to, source in zip(slots[signal], slots[later * kept + signal], strict=True):
+                centre[later * channels + to, source] = 1.0
         for constant in constants:
             centre[later * channels + constant, constant] = 1.0
 
 
+def _behind(slots: Slots) -> int:
+    """The first channel behind all of ``slots``."""
+    return 1 + max(channel for pair in slots.values() for channel in pair)
+
+
 def _encoder_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Noise of the right shapes, so that the file is complete and core's loaders find nothing missing."""
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in WanEncoder(architecture).state_dict().items()}
-    return _Wiring(shapes).tensors
+    wiring = _Wiring(shapes)
+    residual, folded = architecture.residual, architecture.patch**2
+    slots: Slots = _pairs(1, _COLOURS)
+    constants: tuple[int, ...] = (0,)
+    scale = 1.0
+
+    entry = wiring._centre(wiring.tensors["encoder.conv1.weight"])
+    for colour, (plus, minus) in slots.items():
+        pixels = slice(colour * folded, (colour + 1) * folded)
+        entry[plus, pixels], entry[minus, pixels] = 1 / folded, -1 / folded
+    wiring.tensors["encoder.conv1.bias"][0] = _CONSTANT
+
+    number = 0
+    for index, stage in enumerate(architecture.down_stages):
+        prefix = f"encoder.downsamples.{index}.downsamples" if residual else "encoder.downsamples"
+        number = 0 if residual else number
+        for _ in range(stage.blocks):
+            wiring.residual_block(f"{prefix}.{number}", slots, slots, constants, scale)
+            number += 1
+        if stage.downsample:
+            slots, constants = _halve(wiring, f"{prefix}.{number}", slots, constants, stage.downsample, residual)
+            number += 1
+        scale *= 2 if residual else 1
+
+    for prefix in ("encoder.middle.0", "encoder.middle.2"):
+        wiring.residual_block(prefix, slots, slots, constants, scale)
+    gamma = wiring.tensors["encoder.head.0.gamma"]
+    gamma.fill_(_CONSTANT * math.sqrt(len(constants) / gamma.numel()))
+    leaving = wiring._centre(wiring.tensors["encoder.head.2.weight"])
+    for signal, (plus, minus) in slots.items():
+        leaving[signal, plus], leaving[signal, minus] = 1.0, -1.0
+    passing = _pairs(0, _SIGNALS // 2)
+    wiring.carry("conv1", passing, passing, ())
+    return wiring.tensors
+
+
+def _halve(
+    wiring: _Wiring, prefix: str, slots: Slots, constants: tuple[int, ...], kind: str, residual: bool
+) -> tuple[Slots, tuple[int, ...]]:
+    """Wires a downsampling, and where its shortcut takes them; tells where signals and constants are behind it.
+
+    With a shortcut, which adds them once, all leaves twice as strong as it came.
+    """
+    conv, time_conv = f"{prefix}.resample.1", f"{prefix}.time_conv"
+    if kind == "2d":
+        # The shortcut's are where they were.
+        wiring.average(conv, slots, slots, 1.0)
+        for constant in constants:
+            wiring._centre(wiring.tensors[conv + ".weight"])[constant, constant] = 1.0
+        return slots, constants
+
+    # Places of the first frame's signals and constants, and of the second's.
+    if residual:
+        # Where the shortcut puts a channel's two frames.
+        places: list[Slots] = [
+            {signal: (2 * p + later, 2 * m + later) for signal, (p, m) in slots.items()} for later in (0, 1)
+        ]
+        constant_places = [[2 * constant + later for constant in constants] for later in (0, 1)]
+        whole, added = 2.0, 1.0
+    else:
+        places = [slots, dict(enumerate(_pairs(_behind(slots), len(slots)).values()))]
+        constant_places = [list(constants), []]
+        whole, added = 1.0, 0.0
+    own = whole - added
+    # A video's first frame leaves so; the shortcut takes it for the second of two, with a blank one before it.
+    wiring.average(conv, slots, places[0], whole)
+    wiring.average(conv, slots, places[1], own)
+    centre = wiring._centre(wiring.tensors[conv + ".weight"])
+    for later, gain in ((0, whole), (1, own)):
+        for constant, to in zip(constants, constant_places[later], strict=False):
+            centre[to, constant] = gain
+    # Of others both frames' first places are read, where they are ``whole`` strong.
+    taps = wiring.tensors[time_conv + ".weight"][..., 0, 0]  # of the frame before, the first, the second
+    for later in (0, 1):
+        for signal in slots:
+            for to, source in zip(places[later][signal], places[0][signal], strict=True):
+                taps[to, source, 1 + later] = own / whole
+        for to, source in zip(constant_places[later], constant_places[0], strict=False):
+            taps[to, source, 1 + later] = own / whole
+    gathered = {**places[0], **{signal + len(slots): pair for signal, pair in places[1].items()}}
+    return gathered, tuple(sorted(constant_places[0] + constant_places[1]))

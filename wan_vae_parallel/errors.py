@@ -27,7 +27,7 @@ class LatentError(WanVAEError, ValueError):
 
 
 class FrameError(WanVAEError, ValueError):
-    """The frames can't be encoded with this VAE."""
+    """The frames can't be read from their file, or not be encoded with this VAE."""
 
 
 class DeviceError(WanVAEError, ValueError):

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wan_vae_parallel import OutputError
-from wan_vae_parallel.files.pictures import contact_sheet, to_picture
+from wan_vae_parallel.files.pictures import comparison_sheet, contact_sheet, to_picture
 from wan_vae_parallel.files.video import check_output, open_output, output_files
 
 # Smooth pictures, which H.264 keeps to within a few levels: a ramp that moves.
@@ -146,6 +146,14 @@ def test_the_contact_sheet_shows_first_and_last():
     assert sheet.getpixel((5, 5)) == (255, 0, 0)
     assert sheet.getpixel((185, 60)) == (0, 0, 255)
     assert contact_sheet(frames[:1]).size[0] > 0  # a single picture
+
+
+def test_the_comparison_sheet_shows_one_above_the_other():
+    above, below = torch.zeros(9, 32, 48, 3), torch.ones(9, 32, 48, 3)
+    sheet = comparison_sheet(above, below, columns=4, width=192)
+    assert sheet.size == (192, 64)
+    assert [sheet.getpixel((x, y)) for x in (5, 185) for y in (5, 60)] == 2 * [(0, 0, 0), (255, 255, 255)]
+    assert comparison_sheet(above[:1], below[:1]).height > 0
 
 
 def test_a_grey_frame_is_a_picture_too():

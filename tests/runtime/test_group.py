@@ -21,7 +21,8 @@ import wan_vae_parallel as wvp
 from tests.parallel import launch
 from tests.processes import gone, patience, wait_until
 from wan_vae_parallel.cli import main
-from wan_vae_parallel.files.latents import save_latents
+from wan_vae_parallel.files.latents import read_latents, save_latents
+from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.ops.kernels import tiles
 from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 from wan_vae_parallel.parallel.coordination import Coordinator
@@ -408,6 +409,23 @@ def test_torchrun_on_two_nodes_decodes_one_video_and_the_first_rank_writes(path,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "x.latent"]
 
 
+def test_torchrun_encodes_a_video_of_which_each_rank_reads_the_file(path, tmp_path):
+    frames = torch.rand(1, 9, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with open_output(tmp_path / "%d.png", shape=frames.shape, fps=16.0) as write:
+        write(frames)
+    codes, outputs = torchrun(
+        tmp_path, "encode", "%d.png", "--vae", path, "-o", "o.latent", "--frames", 6, nodes=1, ranks=2
+    )
+    assert codes == [0], outputs
+    with wvp.load_vae(path, devices="cpu") as vae:
+        expected = vae.encode((frames[:, :6] * 255).round() / 255)
+    torch.testing.assert_close(read_latents(tmp_path / "o.latent"), expected, **CLOSE)
+    place = f"{socket.gethostname()}/cpu"
+    assert f"on {place}: rows 0-1, {place}: rows 2-3, " in outputs[0]
+    assert outputs[0].count("written: o.latent, 2 latent frames of 6 frames, of which the last 1 make no whole") == 1
+
+
 @pytest.mark.slow
 def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_path):
     save_latents(tmp_path / "x.latent", latents_of(4, 3))
@@ -417,7 +435,7 @@ def test_an_error_under_torchrun_ends_all_ranks_and_leaves_nothing(path, tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.latent"]
 
 
-def test_other_commands_than_decode_are_refused_under_torchrun(capsys, monkeypatch):
+def test_other_commands_than_decode_and_encode_are_refused_under_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert main(["demo"]) == 1
     assert "run demo, info and bench without it" in capsys.readouterr().err

@@ -29,6 +29,15 @@ def contact_sheet(frames: torch.Tensor, *, columns: int = 4, rows: int = 2, widt
     return sheet
 
 
+def comparison_sheet(above: torch.Tensor, below: torch.Tensor, *, columns: int = 4, width: int = 1280) -> Image.Image:
+    """A picture of ``columns`` frames of one video, and below them the same of another, each ``[T, H, W, C]``."""
+    sheets = [contact_sheet(frames, columns=columns, rows=1, width=width) for frames in (above, below)]
+    both = Image.new("RGB", (sheets[0].width, sheets[0].height + sheets[1].height))
+    both.paste(sheets[0], (0, 0))
+    both.paste(sheets[1], (0, sheets[0].height))
+    return both
+
+
 def to_picture(frame: torch.Tensor) -> Image.Image:
     """One frame ``[H, W, C]`` in [0, 1], C of 1, 3 or 4, as an 8-bit picture."""
     return Image.fromarray(to_bytes(frame).squeeze(-1).numpy())
