@@ -104,6 +104,12 @@ def workers(server):
     return sorted(pid for pid, command in server.children() if "workers/bootstrap.py" in command)
 
 
+def without_workers(server):
+    """Other tests' workers may be warm still: with them gone, those that are there are this test's."""
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert wait_until(lambda: not workers(server), 20)
+
+
 def test_every_way_to_encode_equals_cores_vae_encode(server, send, received):
     graph = {
         **CORE,
@@ -230,7 +236,7 @@ def test_encode_dtype_is_of_encodes_alone_and_dtype_of_both(server, send, receiv
     before = len(server.log())
     server.run(
         {
-            "pixels": send("dtypes", pictures(5, 32, 48, 3)),
+            "pixels": send("dtypes", pictures(1, 32, 48, 3)),
             "plain": load(),
             "both": load(dtype="bfloat16"),
             "decoding": load(dtype="bfloat16", encode_dtype="float32"),
@@ -253,23 +259,26 @@ def test_encode_dtype_is_of_encodes_alone_and_dtype_of_both(server, send, receiv
         assert received(name).dtype == torch.float32
     log = server.log()[before:]
     for dtype, count in (("float32", 2), ("bfloat16", 3)):
-        assert log.count(f"encoded 5 frames of 48x32 on cpu, in {dtype}, chunk 4, in ") == count
-    assert "decoded 5 frames of 48x32 on cpu, in bfloat16" in log
+        assert log.count(f"encoded 1 frames of 48x32 on cpu, in {dtype}, chunk 1, in ") == count
+    assert "decoded 1 frames of 48x32 on cpu, in bfloat16" in log
 
 
 @pytest.mark.parametrize("encoder", ["WanVAEParallelEncode", "VAEEncode"])
 def test_progress_comes_with_each_chunk_and_no_previews(server, send, encoder):
-    frames = pictures(17, 32, 48, 3, seed=2 if encoder == "VAEEncode" else 3)  # no cached result
+    frames = pictures(29, 80, 96, 3, seed=2 if encoder == "VAEEncode" else 3)  # no cached result
     graph = {"pixels": send("progress", frames), "vae": load(chunk=1), **encoded("progress", "pixels", "vae", encoder)}
     run = server.run(graph).check()
     progress = run.progress("encode progress")
     values = [value for value, _ in progress]
-    assert {most for _, most in progress} == {5}
-    assert values == [1, 2, 3, 4, 5]
+    assert {most for _, most in progress} == {8}
+    assert values == sorted(set(values))
+    assert (values[0], values[-1]) == (1, 8)
+    assert len(values) >= 3  # the bar sends no more than ten a second
     assert not run.previews
 
 
 def test_interrupt_ends_an_encode_within_seconds_and_the_next_one_works(server, send, received):
+    (server.output / "interrupted").unlink(missing_ok=True)
     asked_at = []
 
     def interrupt(message):
@@ -295,6 +304,7 @@ def test_interrupt_ends_an_encode_within_seconds_and_the_next_one_works(server, 
 @two_devices
 @pytest.mark.parametrize("applied", [False, True])
 def test_encodes_and_decodes_have_the_same_workers(server, send, received, applied):
+    without_workers(server)
     vae = {**CORE, "vae": apply()} if applied else {"vae": load()}
     seen = []
     for seed in (1, 2):
@@ -322,16 +332,15 @@ def test_free_gives_an_encoders_memory_back_and_the_next_prompt_works(server, se
         pixels = send("freed", pictures(5, 32, 48, 3, seed=turn))
         server.run({**vae, "pixels": pixels, **encoded("freed", "pixels", "vae")}).check()
         assert loaded(10 * turn)
-        server.post("/free", {"unload_models": True, "free_memory": True})
-        assert wait_until(lambda turn=turn: not loaded(10 * turn + 1), patience(20))
+        server.post("/free", {"unload_models": True})
+        assert wait_until(lambda turn=turn: not loaded(10 * turn + 1), 20)
         assert received("freed").shape == (1, 16, 2, 4, 6)
-    assert Devices.asked == "cpu" or wait_until(lambda: not workers(server), patience(20))
+    without_workers(server)
 
 
 @two_devices
 def test_a_killed_worker_is_an_error_and_the_next_prompt_works(server, send, received):
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    assert wait_until(lambda: not workers(server), patience(20))
+    without_workers(server)
     killed = []
 
     def kill(message):
