@@ -19,7 +19,7 @@ class ArgumentError(WanVAEError, ValueError):
 
 
 class CheckpointError(WanVAEError, ValueError):
-    """The file or state dict is not a Wan VAE that can be decoded with."""
+    """The file or state dict is not a Wan VAE that can be used, or has no encoder to encode with."""
 
 
 class LatentError(WanVAEError, ValueError):
@@ -35,7 +35,7 @@ class DeviceError(WanVAEError, ValueError):
 
 
 class OutOfMemoryError(WanVAEError, MemoryError):
-    """The decode does not fit, not even one latent frame at a time.
+    """A decode or an encode does not fit, not even one frame at a time.
 
     Args:
         text: what does not fit, and what to do.
@@ -51,11 +51,11 @@ class OutOfMemoryError(WanVAEError, MemoryError):
 
 
 class ClosedError(WanVAEError, RuntimeError):
-    """The VAE was closed, before it was asked to decode or while it did."""
+    """The VAE was closed, before it was asked for something or while it did it."""
 
 
 class WorkerError(WanVAEError, RuntimeError):
-    """A worker process died, failed or does not answer; the next decode starts new ones."""
+    """A worker process died, failed or does not answer; the next call starts new ones."""
 
 
 class OutputError(WanVAEError, OSError):

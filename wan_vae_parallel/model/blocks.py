@@ -1,4 +1,4 @@
-"""The blocks of a Wan VAE decoder.
+"""The blocks of a Wan VAE: those of both directions, and the decoder's upsampling ones.
 
 T frames of this step, H rows of this shard, W columns, C channels; activations are contiguous ``[T, H, W, C]``.
 """

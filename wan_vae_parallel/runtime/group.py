@@ -1,4 +1,4 @@
-"""Decoding in a process group that somebody else made, such as torchrun's, on one host or on several.
+"""Decoding and encoding in a process group that somebody else made, such as torchrun's, on one host or on several.
 
 Every rank makes the same calls. What they have to say goes through the group's store, so that no device waits for
 words; frames go from device to device.

@@ -1,4 +1,4 @@
-"""A pool of worker processes, one a device, that decode one video together.
+"""A pool of worker processes, one a device, that decode or encode one video together.
 
 The parent commands step after step and stays a few ahead; workers can't disagree on when to stop, because stopping is
 that no next step comes. Each writes its rows into memory that all share and that becomes the returned tensor.
@@ -175,13 +175,13 @@ class WorkerPool:
             gc.collect()  # of one that was dropped the collector may not have heard
         if self._decoder_thread is threading.current_thread():
             raise WanVAEError(
-                "another decode of this VAE is open in this very thread; finish or close its stream first"
+                "another decode or encode of this VAE is open in this very thread; finish or close its stream first"
             )
         said, since = False, time.monotonic()
         while not self._decoding.acquire(timeout=LOOK_SECONDS):
             check_cancelled()
             if not said and time.monotonic() > since + _WAIT_WORD_SECONDS:
-                logger.info("waiting for the end of another thread's decode with this VAE")
+                logger.info("waiting for the end of another thread's work with this VAE")
                 said = True
         self.belongs_here()
         if self._idle_timer:
@@ -226,7 +226,7 @@ class WorkerPool:
                         self.stage = "prepared"
                         continue
                 end_all([worker], grace=0.0)
-                raise WorkerError("the workers were ended while they started; the next decode starts new ones")
+                raise WorkerError("the workers were ended while they started; the next call starts new ones")
         except OSError as error:
             self.stop(grace=0.0)
             raise WorkerError(
@@ -427,9 +427,9 @@ class WorkerPool:
     def _living(self) -> list[WorkerProcess]:
         """The workers; another thread, or a callback, may have ended them."""
         if not self.ours:
-            raise WanVAEError("this process was forked from the one that decodes; load the VAE here, too")
+            raise WanVAEError("this process was forked from the one that works with the VAE; load it here, too")
         if not self.workers:
-            raise WorkerError("the workers were ended while they decoded; the next decode starts new ones")
+            raise WorkerError("the workers were ended while they worked; the next call starts new ones")
         return list(self.workers)
 
     def gather(

@@ -1,4 +1,4 @@
-"""A worker process: one rank, one device, its rows of each decode.
+"""A worker process: one rank, one device, its rows of each decode and encode.
 
 It loads its modules, touches no device, and waits until it is told to. Parked, it holds nothing on its device but what
 the driver keeps for a process.
