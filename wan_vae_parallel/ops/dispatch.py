@@ -65,7 +65,7 @@ def _kernels_run_on(device: torch.device) -> bool:
 
         reason = probe.why_not(device)
     if reason:
-        logger.warning("%s works with PyTorch's own kernels, which is slower: %s", device, reason)
+        logger.warning("working on %s with PyTorch's own kernels, which is slower: %s", device, reason)
     return not reason
 
 
