@@ -137,23 +137,6 @@ def test_normalized_latents_get_the_published_mean_and_deviation(server, send, r
     close_to_core(received("normalized1"), received("normalized0"))
 
 
-@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
-def test_encoding_is_cores(server, send, received):
-    pictures = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(3))
-    graph = {
-        "pictures": send("pictures", pictures),
-        "core": node("VAELoader", vae_name="wan21.safetensors"),
-        "vae": parallel_loader(),
-        "applied": apply("core"),
-    }
-    for i, vae in enumerate(("core", "vae", "applied")):
-        graph[f"encode{i}"] = node("VAEEncode", pixels=["pictures", 1], vae=[vae, 0])
-        graph[f"save{i}"] = node("ProbeSaveTensor", name=f"encoded{i}", latent=[f"encode{i}", 0])
-    server.run(graph).check()
-    for i in (1, 2):
-        assert torch.equal(received(f"encoded{i}"), received("encoded0"))
-
-
 def test_a_pruned_wan22_that_core_has_no_model_for_decodes(server, send, received):
     latents = torch.randn(1, 48, 3, 3, 4, generator=torch.Generator().manual_seed(4))
     graph = {
@@ -167,17 +150,6 @@ def test_a_pruned_wan22_that_core_has_no_model_for_decodes(server, send, receive
     server.run(graph).check()
     assert received("pruned1").shape == (9, 48, 64, 3)
     assert torch.equal(received("pruned1"), received("pruned2"))
-    # encoding with it is refused in words
-    failed = server.run(
-        {
-            "pictures": send("pictures22", torch.rand(1, 32, 32, 3)),
-            "vae": parallel_loader("wan22.safetensors"),
-            "encode": node("VAEEncode", pixels=["pictures", 1], vae=["vae", 0]),
-            "save": node("ProbeSaveTensor", name="never", latent=["encode", 0]),
-        }
-    )
-    assert failed.ended == "execution_error"
-    assert "only decode" in failed.detail["exception_message"]
 
 
 @pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
@@ -400,7 +372,7 @@ def test_other_peoples_files(server, send, received):
 @pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_nodes_describe_themselves(server):
     info = server.get("/object_info")
-    for name in ("WanVAEParallelLoader", "WanVAEParallelApply", "WanVAEParallelDecode"):
+    for name in ("WanVAEParallelLoader", "WanVAEParallelApply", "WanVAEParallelDecode", "WanVAEParallelEncode"):
         described = info[name]
         assert described["description"]
         assert described["category"] == "Wan VAE Parallel"
@@ -413,6 +385,8 @@ def test_nodes_describe_themselves(server):
     loader = info["WanVAEParallelLoader"]["input"]["optional"]
     assert loader["dtype"][1]["advanced"]
     assert loader["chunk"][1]["advanced"]
+    assert loader["encode_dtype"][1]["advanced"]
+    assert list(loader)[-1] == "encode_dtype"  # values in older workflows are kept by their order
 
 
 @pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes

@@ -351,7 +351,7 @@ class CompareNodes(io.ComfyNode):
             module = getattr(node, "RELATIVE_PYTHON_MODULE", "nodes") or "nodes"
             if module.startswith("custom_nodes") or getattr(node, "OUTPUT_NODE", False):
                 continue
-            if only not in name or "Decode" in name:
+            if (only and name not in only.split(",")) or "Decode" in name:
                 continue
             for frames in (5, 1):  # some take one picture alone
                 if (inputs := cls.inputs(node, frames)) is None:
@@ -380,13 +380,13 @@ class CompareNodes(io.ComfyNode):
             elif kind == "CONDITIONING":
                 given[name] = [[torch.rand(1, 4, 8, generator=generator), {}]]
             elif kind == "IMAGE":
-                given[name] = torch.rand(frames, 40, 72, 3, generator=generator)
+                given[name] = torch.rand(frames, 36, 50, 3, generator=generator)
             elif kind == "MASK":
-                given[name] = torch.rand(frames, 40, 72, generator=generator).round()
+                given[name] = torch.rand(frames, 36, 50, generator=generator).round()
             elif kind == "LATENT":
-                given[name] = {"samples": torch.rand(1, 16, 3, 4, 8, generator=generator)}
+                given[name] = {"samples": torch.rand(1, 16, 2, 4, 6, generator=generator)}
             elif name in ("width", "height", "length"):
-                given[name] = {"width": 64, "height": 32, "length": 9}[name]
+                given[name] = {"width": 48, "height": 32, "length": 5}[name]
             elif "default" in options:
                 given[name] = options["default"]
             elif name in required:
