@@ -276,7 +276,7 @@ def test_encode_dtype_is_of_encodes_alone_and_dtype_of_both(server, send, receiv
     ("devices", "encoder"), [("cpu", "WanVAEParallelEncode"), ("cpu,cpu", "VAEEncode")], indirect=["devices"]
 )
 def test_progress_comes_with_each_chunk_and_no_previews(server, send, encoder):
-    frames = send("progress", pictures(41, 96, 128, 3))
+    frames = send("progress", pictures(41, 32, 48, 3))
     graph = {"pixels": frames, "vae": load(chunk=1), **encoded("progress", "pixels", "vae", encoder)}
     run = server.run(graph).check()
     progress = run.progress("encode progress")
