@@ -276,7 +276,7 @@ def test_encode_dtype_is_of_encodes_alone_and_dtype_of_both(server, send, receiv
     ("devices", "encoder"), [("cpu", "WanVAEParallelEncode"), ("cpu,cpu", "VAEEncode")], indirect=["devices"]
 )
 def test_progress_comes_with_each_chunk_and_no_previews(server, send, encoder):
-    frames = send("progress", pictures(41, 96, 128, 3))
+    frames = send("progress", pictures(41, 32, 48, 3))
     graph = {"pixels": frames, "vae": load(chunk=1), **encoded("progress", "pixels", "vae", encoder)}
     run = server.run(graph).check()
     progress = run.progress("encode progress")
@@ -422,8 +422,10 @@ def test_cores_conditioning_nodes_make_the_same_of_it(server, names):
     found = compare(server, CORE["core"], load(), *names)
     assert all(difference <= 1e-4 for difference, _ in found.values()), found
     assert all(encodes >= 1 for _, encodes in found.values())
-    there = server.get("/object_info")
-    assert set(found) >= {name for name in names or CONDITIONERS if name in there}
+    there = set(server.get("/object_info"))
+    if "WanAnimate2ToVideo" not in there:  # of cores before 0.33 this one fails with core's own video VAE
+        there.remove("VAEEncodeForInpaint")
+    assert set(found) >= there.intersection(names or CONDITIONERS)
 
 
 @one_device

@@ -16,7 +16,7 @@ import wan_vae_parallel as wvp
 from tests.oracle import decode_at_once, load, oracle_vae, random_latents
 from wan_vae_parallel.cancel import check_cancelled
 from wan_vae_parallel.files.latents import denormalize
-from wan_vae_parallel.memory import decode_memory, parameter_count
+from wan_vae_parallel.memory import decode_memory, encode_memory, encoder_parameter_count, parameter_count
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -354,6 +354,42 @@ def test_memory_needed_is_that_of_the_chunk(vae):
     expected = decode_memory(vae.architecture, size, chunk=2, dtype=torch.float32, kernels=False)
     assert vae.memory_needed((2, 16, 9, 4, 6)) == expected.total
     assert expected.weights == 4 * parameter_count(vae.architecture)
+
+
+def test_memory_that_an_encode_needs_is_that_of_the_chunk(vae):
+    # 31 rows and 50 columns of pixels make 3 and 6 of latents; the batch is encoded one by one.
+    vae.chunk = 3
+    expected = encode_memory(vae.architecture, (3, 6), chunk=3, image=False, dtype=torch.float32, kernels=False)
+    assert vae.encode_memory_needed((2, 9, 31, 50, 3)) == expected.total
+    image = encode_memory(vae.architecture, (3, 6), chunk=1, image=True, dtype=torch.float32, kernels=False)
+    assert vae.encode_memory_needed((1, 3, 31, 50, 3)) == image.total
+
+
+def test_the_weights_that_count_are_those_that_are_loaded(vae, latents):
+    decoder, encoder = vae.part_size("decoder"), vae.part_size("encoder")
+    assert (decoder, encoder) == (4 * parameter_count(vae.architecture), 4 * encoder_parameter_count(vae.architecture))
+    assert (vae.weights_size, vae.memory_held, vae.loaded_parts) == (decoder, 0, frozenset())
+    vae.encode(torch.rand(1, 1, 16, 16, 3))
+    assert (vae.weights_size, vae.memory_held, vae.loaded_parts) == (encoder, encoder, {"encoder"})
+    vae.decode(latents)
+    assert (vae.weights_size, vae.memory_held) == (encoder + decoder, encoder + decoder)
+    vae.release()
+    assert (vae.weights_size, vae.memory_held, vae.loaded_parts) == (decoder, 0, frozenset())
+
+
+def test_what_the_caller_raises_while_it_waits_ends_an_encode_between_two_latents(vae):
+    # With 16 pictures at once, whose latents come together.
+    vae.chunk = 16
+    waits = []
+
+    def interrupt():
+        waits.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vae.encode(torch.rand(1, 33, 16, 16, 3), on_wait=interrupt)
+    assert waits == [1]
+    vae.encode(torch.rand(1, 1, 16, 16, 3))
 
 
 # What a first user does to it.

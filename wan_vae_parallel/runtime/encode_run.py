@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from ..cancel import check_cancelled
 from ..errors import OutOfMemoryError, is_out_of_memory
 from ..frames import check_range
 from ..memory import encode_memory, free_memory, gibibytes, give_back_host_memory, largest_encode_chunk
@@ -95,6 +96,7 @@ class LocalEncodeRun:
                 for latents, self.finite, least, most in latents_to_host(steps, engine.device):
                     check_range(least, most)
                     if latents is None:
+                        check_cancelled()  # callers have their say with the latents alone
                         continue
                     fresh = latents[:, skip:]
                     skip = max(0, skip - latents.shape[1])
