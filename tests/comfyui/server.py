@@ -7,12 +7,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from socket import socket
 
 import websocket
+
+from tests.processes import patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROBES = Path(__file__).parent / "probe_pack"
@@ -96,6 +98,18 @@ class Server:
     def get(self, path: str):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
             return json.loads(response.read())
+
+    def free(self, freed: Callable[[], bool], *, memory: bool = True, seconds: float = 30) -> None:
+        """Asks ComfyUI to unload models until ``freed()``: it misses what is asked just when a prompt ends."""
+        deadline = time.monotonic() + patience(seconds)
+        while True:
+            self.post("/free", {"unload_models": True, "free_memory": memory})
+            asked = time.monotonic()
+            while time.monotonic() < asked + 3:
+                if freed():
+                    return
+                time.sleep(0.1)
+            assert time.monotonic() < deadline, "/free did not free what it should"
 
     def post(self, path: str, body: dict | None = None) -> dict:
         request = urllib.request.Request(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.comfyui.conftest import random_checkpoint
 from tests.comfyui.server import node
-from tests.processes import patience, wait_until
+from tests.processes import patience
 
 # Core's nodes that encode and need no model, as far as they take a VAE of 16 channels, from 0.33 on.
 CONDITIONERS = [
@@ -115,8 +115,7 @@ def workers(server):
 
 def without_workers(server):
     """Other tests' workers may be warm still: with them gone, those that are there are this test's."""
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    assert wait_until(lambda: not workers(server), 20)
+    server.free(lambda: not workers(server))
 
 
 def test_every_way_to_encode_equals_cores_vae_encode(server, send, received):

@@ -282,11 +282,7 @@ def workers(server):
 
 def without_workers(server):
     """Other tests' workers may be warm still: with them gone, those that are there are this test's."""
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    deadline = time.monotonic() + 30
-    while workers(server):
-        assert time.monotonic() < deadline, "/free did not end the workers"
-        time.sleep(0.2)
+    server.free(lambda: not workers(server))
 
 
 @pytest.mark.parametrize("devices", ["cpu,cpu"], indirect=True)

@@ -93,8 +93,7 @@ def test_apply_behind_the_loader_and_two_loaders_share_the_workers(kept):
 
 
 def free(server):
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    assert wait_until(lambda: not workers(server), 20)
+    server.free(lambda: not workers(server))
 
 
 def test_another_vae_in_between_leaves_the_workers(kept):
@@ -119,8 +118,7 @@ def test_a_model_that_wants_room_parks_the_workers_and_free_ends_them(kept):
         assert torch.equal(decoded(kept, 14), frames)
         assert workers(kept) == before
     kept.run({"vae": loader(), "room": node("ProbeAskForRoom", vae=["vae", 0], call=3)}).check()
-    kept.post("/free", {"unload_models": True})
-    assert wait_until(lambda: all(map(gone, before)), 20)
+    kept.free(lambda: all(map(gone, before)), memory=False)
     assert torch.equal(decoded(kept, 14), frames)
 
 

@@ -173,7 +173,7 @@ def test_a_second_stream_in_the_same_thread_is_an_error_and_not_a_deadlock(vae, 
 
 
 def test_decoding_within_a_callback_is_an_error_and_not_a_deadlock(vae, latents):
-    with pytest.raises(wvp.WanVAEError, match="another decode of this VAE is open"):
+    with pytest.raises(wvp.WanVAEError, match="another decode or encode of this VAE is open"):
         vae.decode(latents, on_chunk=lambda *_: vae.decode(latents))
 
 
