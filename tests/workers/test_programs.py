@@ -245,7 +245,7 @@ def test_a_forked_child_that_ends_leaves_workers_and_streams_alone(program):
         f"frames += sum(part.shape[1] for part in stream); print(frames, 'frames', flush=True); {PRINT_PIDS}",
     ]
     output, _ = program("\n".join(lines)).communicate(timeout=patience(60))
-    assert "forked from the one that decodes" in output
+    assert "forked from the one that works with the VAE" in output
     assert f"{FRAMES} frames" in output, output
     assert "Error" not in output, output
     assert len(pids_of(output)) == 4
