@@ -123,9 +123,11 @@ def test_saturated_colours_come_back_in_previews():
         assert (picture[:, flat] - frame[:, flat]).abs().max() < 0.01, pixels.name
 
 
-def test_other_numbers_of_colours_are_refused():
-    with pytest.raises(ValueError, match="3 colours, not 4"):
-        YUV420.convert(torch.zeros(1, 1, 2, 2, 4))
+def test_fewer_colours_are_refused_and_more_left_out():
+    with pytest.raises(ValueError, match="3 colours, not 1"):
+        YUV420.convert(torch.zeros(1, 1, 2, 2, 1))
+    frames = torch.rand(1, 1, 2, 2, 4)  # with alpha, which is left out
+    assert torch.equal(YUV420.convert(frames), YUV420.convert(frames[..., :3]))
     four = dataclasses.replace(RGB_8, name="rgba", colours=4)
     assert isinstance(four, PixelFormat)
     assert four.convert(torch.zeros(1, 1, 2, 2, 4)).shape == (1, 1, 16)

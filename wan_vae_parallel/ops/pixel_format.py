@@ -81,15 +81,17 @@ class PixelFormat:
 
         Args:
             frames: ``[B, t, H, W, C]`` float in [0, 1], on any device. Rows that belong to one pair must both be there.
+                Colours that the format has not, such as alpha, are left out.
 
         Returns:
             ``[B, t, frame_bytes(H, W)]``, uint8, on the same device. What NaN becomes is not defined.
 
         Raises:
-            ValueError: frames of another number of colours.
+            ValueError: frames of fewer colours.
         """
-        if frames.shape[-1] != self.colours:
+        if frames.shape[-1] < self.colours:
             raise ValueError(f"{self.name} takes frames of {self.colours} colours, not {frames.shape[-1]}")
+        frames = frames[..., : self.colours]
         batch, count, rows, columns, _ = frames.shape
         out = torch.empty((batch, count, self.frame_bytes(rows, columns)), dtype=torch.uint8, device=frames.device)
         # Frame by frame: what lies between takes little memory.
