@@ -82,7 +82,7 @@ def _encoder_help(program: str, encoder: str) -> str:
 
 
 def complaints(text: str) -> str:
-    """What an ffmpeg that was run with ``-v level+info`` complains of, in a line; empty if it does not."""
+    """What an ffmpeg that was run with ``-v level+error`` (or more) complains of, in a line; empty if it does not."""
     grave = [found[1].strip() for line in text.splitlines() if (found := _GRAVE.match(line))]
     causes = [line for line in grave if not _CONSEQUENCES.search(line)] or grave
     return "; ".join(dict.fromkeys(causes[:2]))[:_LONGEST]

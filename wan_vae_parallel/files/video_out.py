@@ -120,9 +120,10 @@ class VideoOutput:
         if done != self._total:
             raise OutputError(f"{self._name} would have {done} of {self._total} frames, so it is not written")
         for process in processes:
-            written = process.finish(check)
-            if written != self._total:
-                raise OSError(f"ffmpeg wrote {written} of {self._total} frames {process.said}")
+            with self._told():
+                written = process.finish(check)
+                if written != self._total:
+                    raise OSError(f"ffmpeg wrote {written} of {self._total} frames {process.said}")
 
     @property
     def _name(self) -> str:
@@ -142,7 +143,7 @@ class VideoOutput:
     def _source(self, source: str) -> list[str]:
         """The program, and frames as its first input."""
         return [
-            self._program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-progress", "pipe:1",
+            self._program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", "-progress", "pipe:1",
             "-f", "rawvideo", "-pixel_format", self.pixels.name, "-video_size", f"{self._width}x{self._height}",
             "-framerate", str(self._settings.rate), *self._tags, "-i", source,
         ]  # fmt: skip
