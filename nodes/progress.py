@@ -31,21 +31,32 @@ class ChunkProgress:
         """What the engine is to call with each chunk of part ``index``."""
 
         def on_chunk(done: int, total: int, newest: torch.Tensor) -> None:
-            if self._bar is None:
-                self._bar = comfy.utils.ProgressBar(self._parts * total)
-            preview = None
-            if self._previews and done < total and time.monotonic() >= self._next_preview:
-                preview = ("JPEG", _preview(newest), args.preview_size)
-                self._next_preview = time.monotonic() + _PREVIEW_SECONDS
-            self._bar.update_absolute(index * total + done, preview=preview)
-            # Without a server there is no hook in the bar that looks.
-            model_management.throw_exception_if_processing_interrupted()
+            self._show(index, done, total, lambda: newest[0, -1])
 
         return on_chunk
 
+    def pictures_of(self, index: int) -> Callable[[int, int, Callable[[], torch.Tensor]], None]:
+        """The same for a decode that goes to a file, and makes a picture if it is asked."""
 
-def _preview(frames: torch.Tensor) -> Image.Image:
-    """The newest frame, thinned out to about the size that ComfyUI shows."""
-    newest = frames[0, -1, ..., :3]
+        def on_chunk(done: int, total: int, picture: Callable[[], torch.Tensor]) -> None:
+            self._show(index, done, total, picture)
+
+        return on_chunk
+
+    def _show(self, index: int, done: int, total: int, picture: Callable[[], torch.Tensor]) -> None:
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(self._parts * total)
+        preview = None
+        if self._previews and done < total and time.monotonic() >= self._next_preview:
+            preview = ("JPEG", _preview(picture()), args.preview_size)
+            self._next_preview = time.monotonic() + _PREVIEW_SECONDS
+        self._bar.update_absolute(index * total + done, preview=preview)
+        # Without a server there is no hook in the bar that looks.
+        model_management.throw_exception_if_processing_interrupted()
+
+
+def _preview(frame: torch.Tensor) -> Image.Image:
+    """A frame, thinned out to about the size that ComfyUI shows."""
+    newest = frame[..., :3]
     step = -(-max(newest.shape[:2]) // args.preview_size)
     return to_picture(newest[::step, ::step])

@@ -104,6 +104,7 @@ def write_video(
     on_chunk: OnPicture | None = None,
     on_wait: Callable[[], None] | None = None,
     at_work: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    before: Callable[[], None] | None = None,
 ) -> list[Path]:
     """Decodes latents to a file; see `vae.VAE.decode_to_video`.
 
@@ -116,6 +117,7 @@ def write_video(
         on_chunk: see there.
         on_wait: see there.
         at_work: entered whenever files are opened, written to or closed.
+        before: called when all has been checked, and the decode is about to begin.
 
     Returns:
         The files that were written; none on a group's other ranks.
@@ -126,6 +128,8 @@ def write_video(
         return []
     shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
     output = plan_output(path, shape, settings)
+    if before:
+        before()
     done = 0
     with contextlib.ExitStack() as stack:
         with at_work():

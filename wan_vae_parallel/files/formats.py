@@ -134,7 +134,8 @@ FORMATS = {
             most_crf=51,
             audio=dict.fromkeys((".mp4", ".mkv", ".mov"), _AAC),
             even=True,
-            sides=(16, 16384),
+            # Of fewer columns than 56 libx265 ends itself at the third frame.
+            sides=(64, 16384),
         ),
         FileFormat(
             name="vp9",

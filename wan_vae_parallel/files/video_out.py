@@ -284,6 +284,27 @@ class PictureOutput(VideoOutput):
                 parent.rmdir()
 
 
+def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> None:
+    """Puts numbered PNG pictures into a Matroska video as they are: the same bytes, with a rate.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    with replacing(path) as temporary:
+        done = subprocess.run(
+            [
+                *(find_ffmpeg(settings.ffmpeg), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
+                *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
+                *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
+                f"file:{temporary}",
+            ],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = complaints(done.stderr.decode(errors="replace"))
+            raise OutputError(f"{path} could not be written (ffmpeg: {said}); free some room or choose another place")
+
+
 @functools.lru_cache(maxsize=64)
 def _tried(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: int) -> str:
     """What ffmpeg complains of when it encodes a frame of zeros to nowhere; empty if it does not.
