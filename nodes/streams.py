@@ -53,9 +53,15 @@ def decode_to_file(
 
     try:
         write_video(
-            engine.vae, whole, path, settings, normalized,
-            on_chunk=progress.pictures_of(part), on_wait=_check, before=make_room,
-        )  # fmt: skip
+            engine.vae,
+            whole,
+            path,
+            settings,
+            normalized,
+            on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*whole.shape[3:])),
+            on_wait=_check,
+            before=make_room,
+        )
     except OutOfMemoryError as error:
         raise OutOfMemoryError(error.text) from error  # a graph is no Python
 

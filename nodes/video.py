@@ -73,6 +73,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
                 io.Float.Input(
                     "fps",
+                    optional=True,
                     default=16.0,
                     min=0.01,
                     max=1000.0,
@@ -81,6 +82,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
+                    optional=True,
                     options=list(_FORMATS),
                     default="MP4 H.264 8 bit",
                     tooltip=(
@@ -90,17 +92,20 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quality",
+                    optional=True,
                     options=list(QUALITIES),
                     default="high",
                     tooltip="Of H.264, H.265 and VP9; ProRes, FFV1 and PNG have one quality only.",
                 ),
                 io.String.Input(
                     "filename_prefix",
+                    optional=True,
                     default="video/wan",
                     tooltip="How files are named, as in Save Video, with %date:yyyy-MM-dd% and the like.",
                 ),
                 io.Boolean.Input(
                     "save",
+                    optional=True,
                     default=False,
                     tooltip=(
                         "On: the file goes to ComfyUI's output folder. Off: to its temporary one, which is emptied "
@@ -165,12 +170,12 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
         cls,
         samples: list[dict[str, Any]],
         vae: list[Any],
-        fps: list[float],
-        format: list[str],
-        quality: list[str],
-        filename_prefix: list[str],
-        save: list[bool],
-        audio: list[Any] | None = None,
+        fps: Sequence[float] = (16.0,),
+        format: Sequence[str] = ("MP4 H.264 8 bit",),
+        quality: Sequence[str] = ("high",),
+        filename_prefix: Sequence[str] = ("video/wan",),
+        save: Sequence[bool] = (False,),
+        audio: Sequence[Any] | None = None,
         join: Sequence[bool] = (False,),
         crf: Sequence[int] = (-1,),
         normalized_latents: Sequence[bool] = (False,),
@@ -262,15 +267,17 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
                 io.Int.Input(
                     "width",
+                    optional=True,
                     default=0,
                     min=0,
                     max=16384,
                     step=8,
                     tooltip="Frames are stretched to it, bicubic; 0 for the video's own, or in proportion to height.",
                 ),
-                io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="As width."),
+                io.Int.Input("height", optional=True, default=0, min=0, max=16384, step=8, tooltip="As width."),
                 io.Int.Input(
                     "frames",
+                    optional=True,
                     default=0,
                     min=0,
                     max=10**6,

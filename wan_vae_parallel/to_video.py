@@ -24,7 +24,8 @@ from .files.video import plan_output
 from .ops.pixel_format import PixelFormat
 
 AnyAudio = str | Path | Audio | tuple[torch.Tensor, int]
-OnPicture = Callable[[int, int, Callable[[], torch.Tensor]], None]
+Picture = Callable[..., torch.Tensor]
+OnPicture = Callable[[int, int, Picture], None]
 
 # What Wan's models were trained at.
 USUAL_FPS = {"wan2.1": 16.0, "wan2.2": 24.0}
@@ -145,8 +146,11 @@ def write_video(
     return output.files
 
 
-def _picture(frame: torch.Tensor, pixels: PixelFormat | None, shape: torch.Size) -> Callable[[], torch.Tensor]:
-    return lambda: frame if pixels is None else pixels.picture(frame, shape[2], shape[3])
+def _picture(frame: torch.Tensor, pixels: PixelFormat | None, shape: torch.Size) -> Picture:
+    def picture(step: int = 1) -> torch.Tensor:
+        return frame[::step, ::step] if pixels is None else pixels.picture(frame, shape[2], shape[3], step)
+
+    return picture
 
 
 def _nothing() -> None:

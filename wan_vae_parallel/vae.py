@@ -142,8 +142,9 @@ class VAE(Session):
             audio: a file, or ``(samples [channels, N] in [-1, 1], rate)``; cut or filled with silence to the video's
                 length.
             normalized: as `decode`'s.
-            on_chunk: called as ``on_chunk(done, total, picture)`` after each step; ``picture()`` is the newest frame,
-                ``[H, W, C]`` in [0, 1]. What it raises ends the decode and reaches the caller.
+            on_chunk: called as ``on_chunk(done, total, picture)`` after each step; ``picture(step=1)`` is the newest
+                frame, every ``step``-th row and column of it, ``[H, W, C]`` in [0, 1]. What it raises ends the decode
+                and reaches the caller.
             on_wait: as `decode`'s, and while the encoder is waited for.
             options: ``metadata``, ``odd``, ``old_pictures``, ``preview`` and ``ffmpeg`` of `files.OutputSettings`.
 

@@ -119,6 +119,7 @@ def test_saturated_colours_come_back_in_previews():
     frame = colours.repeat_interleave(4, dim=0).expand(4, 16, 3)
     for pixels in ALL:
         picture = pixels.picture(pixels.convert(frame[None, None])[0, 0], 4, 16)
+        assert torch.equal(pixels.picture(pixels.convert(frame[None, None])[0, 0], 4, 16, 3), picture[::3, ::3])
         flat = torch.tensor([2, 6, 10, 14])  # away from where colours meet
         assert (picture[:, flat] - frame[:, flat]).abs().max() < 0.01, pixels.name
 

@@ -100,43 +100,44 @@ class PixelFormat:
                 self._convert_frame(frame, bytes_of_it)
         return out
 
-    def picture(self, frame: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """A frame's bytes as ``[H, W, 3]`` (or as many colours as it has) in [0, 1]; for previews, chroma unfiltered.
+    def picture(self, frame: torch.Tensor, rows: int, columns: int, step: int = 1) -> torch.Tensor:
+        """A frame's bytes as ``[H, W, C]`` in [0, 1]; for previews, chroma unfiltered.
 
         Args:
             frame: ``[frame_bytes(H, W)]``, uint8, on the host.
-            rows: H.
-            columns: W.
+            rows: H of the frame.
+            columns: W of the frame.
+            step: of that many rows and columns one is taken.
         """
-        planes = []
-        for (height, width), (start, stop) in zip(
-            self.planes(rows, columns), self.row_runs(rows, columns, 0, rows), strict=True
-        ):
-            planes.append(self._values(frame[start:stop]).view(height, width // self.sample_bytes))
-        most = 2**self.bits - 1
+        y, x = torch.arange(0, rows, step), torch.arange(0, columns, step)
+        most, unit = 2**self.bits - 1, 2 ** (self.bits - 8)
+        runs = self.row_runs(rows, columns, 0, rows)
+        planes = [frame[start:stop].view(-1, self.sample_bytes) for start, stop in runs]
         if self.kind == "packed":
-            return planes[0].view(rows, columns, self.colours) / most
+            return self._values(planes[0].view(rows, columns, self.colours, -1)[y][:, x]) / most
         if self.kind == "planar":
             order = [2, 0, 1, 3][: self.colours]
-            return torch.stack([planes[i] for i in order], dim=-1) / most
-        y, cb, cr = planes
+            found = [self._values(planes[i].view(rows, columns, -1)[y][:, x]) for i in order]
+            return torch.stack(found, dim=-1) / most
+        luma = self._values(planes[0].view(rows, columns, -1)[y][:, x])
+        (height, width), _ = self.planes(rows, columns)[1:]
         if self.halved_rows:
-            cb, cr = (plane.repeat_interleave(2, dim=0)[:rows] for plane in (cb, cr))
+            y = y // 2
         if self.halved_columns:
-            cb, cr = (plane.repeat_interleave(2, dim=1)[:, :columns] for plane in (cb, cr))
-        unit = 2 ** (self.bits - 8)
-        y, cb, cr = (y / unit - 16) / 219, (cb / unit - 128) / 224, (cr / unit - 128) / 224
+            x = x // 2
+        chroma = [self._values(plane.view(height, width // self.sample_bytes, -1)[y][:, x]) for plane in planes[1:]]
+        luma = (luma / unit - 16) / 219
+        cb, cr = ((plane / unit - 128) / 224 for plane in chroma)
         red, green, blue = _WEIGHTS
-        r, b = y + 2 * (1 - red) * cr, y + 2 * (1 - blue) * cb
-        return torch.stack([r, (y - red * r - blue * b) / green, b], dim=-1).clamp_(0, 1)
+        r, b = luma + 2 * (1 - red) * cr, luma + 2 * (1 - blue) * cb
+        return torch.stack([r, (luma - red * r - blue * b) / green, b], dim=-1).clamp_(0, 1)
 
-    def _values(self, data: torch.Tensor) -> torch.Tensor:
-        """Bytes as floats."""
+    def _values(self, samples: torch.Tensor) -> torch.Tensor:
+        """Samples ``[..., bytes]`` as floats ``[...]``."""
         if self.sample_bytes == 1:
-            return data.float()
-        pairs = data.view(-1, 2).float()
+            return samples[..., 0].float()
         high, low = (0, 1) if self.big_endian else (1, 0)
-        return pairs[:, high] * 256 + pairs[:, low]
+        return samples[..., high].float() * 256 + samples[..., low]
 
     def _convert_frame(self, frame: torch.Tensor, out: torch.Tensor) -> None:
         rows, columns, _ = frame.shape
