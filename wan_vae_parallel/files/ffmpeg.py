@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -173,8 +175,13 @@ class FedProcess:
         return int(counts[-1]) if counts else 0
 
     def close(self) -> None:
-        """Ends the process, wherever it is."""
-        self._process.kill()
+        """Ends the process, wherever it is, and what it has started: another ffmpeg may be a script."""
+        if self._process.poll() is None:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
         # The thread comes to its end, since what it waits for does.
         while self._thread.is_alive():
             try:
