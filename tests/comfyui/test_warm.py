@@ -19,7 +19,7 @@ def kept(request, comfyui, tmp_path_factory):
     (folder / "models" / "vae").mkdir(parents=True)
     random_checkpoint(folder / "models" / "vae" / "wan21.safetensors")
     random_checkpoint(folder / "models" / "vae" / "wan22.safetensors", family="wan2.2")
-    packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui_pack"}
+    packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui" / "pack"}
     running = Server(*comfyui, folder, "--cpu", *filter(None, [request.param]), packs=packs)
     running.option = request.param
     yield running
