@@ -362,7 +362,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
     """Latents of frames that are all in memory, and how many frames a video has."""
-    frames = read_frames(options.frames, colours=vae.architecture.output_channels)
+    frames = read_frames(options.frames, colours=vae.architecture.input_channels)
     frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
     if options.size:
         frames = resized(frames, options.size)
@@ -386,7 +386,7 @@ def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tup
             source = stack.enter_context(
                 open_frames(
                     options.frames,
-                    colours=vae.architecture.output_channels,
+                    colours=vae.architecture.input_channels,
                     most=options.most,
                     any_size=options.size is not None,
                 )

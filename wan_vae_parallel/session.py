@@ -187,6 +187,19 @@ class Session:
         )
         return needed.total
 
+    def take_over(self, other: Session) -> None:
+        """Goes on with ``other``'s worker processes, which `other` will start anew if it wants some.
+
+        Nothing happens unless both have the same several devices, ``other``'s workers are there and idle, and none of
+        this VAE's are in use.
+        """
+        mine, theirs = self._engine, other._engine
+        if not isinstance(mine, WorkerPool) or not isinstance(theirs, WorkerPool) or mine is theirs:
+            return
+        if mine.devices == theirs.devices and not mine.running and theirs.stage in ("ready", "parked"):
+            mine.stop(grace=0.0)
+            mine.take_over(theirs)
+
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
         self._engine.close()
