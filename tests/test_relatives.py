@@ -103,6 +103,8 @@ def test_qwen_image_21_makes_pictures_alone(qwen21_layouts):
             vae.decode(torch.zeros(1, 64, 2, 2, 2))
         with pytest.raises(wvp.FrameError, match=r"have 5 frames, and Qwen-Image-2\.1 knows no time.*\[B, 1, H, W, C"):
             vae.encode(torch.zeros(1, 5, 32, 32, 4))
+        with pytest.raises(wvp.FrameError, match="have 3 frames, and"):
+            list(vae.encode_stream(iter([torch.zeros(1, 32, 32, 4), torch.zeros(2, 32, 32, 4)])))
         with pytest.raises(wvp.LatentError, match=r"takes 64; these are latents of Wan 2.1"):
             vae.decode(torch.zeros(1, 16, 1, 2, 2))
 

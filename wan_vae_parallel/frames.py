@@ -40,12 +40,17 @@ def check_frames(frames: torch.Tensor, architecture: Architecture) -> torch.Tens
             frames for a VAE of images.
     """
     frames = _usable(frames, architecture)
-    if architecture.images_only and frames.shape[1] > 1:
-        raise FrameError(
-            f"frames {tuple(frames.shape)} have {frames.shape[1]} frames, and {architecture.name} knows no time; pass "
-            f"pictures as a batch, [B, 1, H, W, C]"
-        )
+    check_length(frames.shape[1], architecture)
     return frames[:, : architecture.encoded_frames(frames.shape[1])]
+
+
+def check_length(frames: int, architecture: Architecture) -> None:
+    """Raises `FrameError` if a video of so many ``frames`` is none that the VAE can encode."""
+    if architecture.images_only and frames > 1:
+        raise FrameError(
+            f"frames of a video have {frames} frames, and {architecture.name} knows no time; pass pictures as a batch, "
+            f"[B, 1, H, W, C]"
+        )
 
 
 def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:

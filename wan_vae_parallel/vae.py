@@ -18,7 +18,7 @@ from .files.kinds import user_path
 from .files.latents import check_fits, check_latents, check_normalizable, denormalize, normalize
 from .files.locate import ANOTHER
 from .files.weights import FileWeights
-from .frames import check_frames, check_part
+from .frames import check_frames, check_length, check_part
 from .memory import check_host_room, host_room
 from .runtime.source import Source, StreamSource, TensorSource
 from .session import IDLE_SECONDS, Chunk, DecodeRun, Devices, EncodeRun, Session
@@ -276,6 +276,7 @@ class VAE(Session):
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
         size, dtype = first.shape[1:], first.dtype
+        check_length(len(first), self.architecture)
         shape = [1, *first.shape]  # so far
 
         def others() -> Iterator[torch.Tensor]:
@@ -286,6 +287,7 @@ class VAE(Session):
                         f"{part.dtype}, and those before {tuple(size)} in {dtype}"
                     )
                 shape[1] += len(part)
+                check_length(shape[1], self.architecture)
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))

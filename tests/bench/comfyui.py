@@ -4,6 +4,8 @@
     python -m tests.bench.comfyui --first-after 10      # the loader runs 10 s before the first decode
     python -m tests.bench.comfyui --park                # a large model asks for all memory between decodes
     python -m tests.bench.comfyui --interrupt 0.5,2,5   # seconds into the first decode
+    python -m tests.bench.comfyui --frames 1 --sizes 1328x1328,4096x4096 --devices 1,4      # images, as Qwen-Image's
+    python -m tests.bench.comfyui --frames 1 --batch 8 --sizes 1328x1328 --devices 1        # eight of them together
     python -m tests.bench.comfyui --cpu --width 8 --sizes 80x48 --frames 9 --decodes 3   # tries all this anywhere
 
 ComfyUI is found as the tests find it (COMFYUI_PATH, COMFYUI_PYTHON). Each row has a server of its own, so that its
@@ -89,6 +91,7 @@ class Decoded:
     loader: float
     progress: int
     frames: dict
+    peak: int = 0
 
 
 @dataclass
@@ -149,7 +152,7 @@ class Bench:
         """The graph of decode ``index``, whose latents lie in the input folder after this."""
         name = f"latent_{size}_{index}.safetensors"
         columns, rows = (int(side) // 8 for side in size.split("x"))
-        shape = (1, 16, (self.options.frames - 1) // 4 + 1, rows, columns)
+        shape = (self.options.batch, 16, (self.options.frames - 1) // 4 + 1, rows, columns)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(index))
         save_file({"tensor": latents}, self.server.input / name)
         return {
@@ -169,7 +172,7 @@ class Bench:
                 begun.setdefault(name, time.perf_counter())
 
         run = self.server.run(self.graph(size, index), on_message=on_message, timeout=self.options.timeout).check()
-        executed = self.executions(run)
+        executed, peaks = self.executions(run), self.executions(run, of="peak")
         frames = run.outputs("seen")
         return Decoded(
             seconds=executed["decode"],
@@ -177,12 +180,15 @@ class Bench:
             loader=executed.get("vae", 0.0),
             progress=len(run.progress("decode")),
             frames={"shape": frames["shape"], "mean": frames["mean"][0], "deviation": frames["deviation"][0]},
+            peak=peaks["decode"],
         )
 
-    def executions(self, run: Run) -> dict[str, float]:
-        """Seconds of each node of a prompt, by the server's clock."""
+    def executions(self, run: Run, of: str = "seconds") -> dict[str, float]:
+        """Seconds of each node of a prompt, by the server's clock; or its ``"peak"`` of memory in the server, bytes."""
         lines = (self.server.output / "executions.jsonl").read_text().splitlines()
         found = [line for line in map(json.loads, lines) if line["prompt"] == run.prompt_id]
+        if of == "peak":
+            return {line["node"]: line["peak"] for line in found}
         return {line["node"]: line["ended"] - line["started"] for line in found}
 
     def memory(self, state: str, seconds: float = 15) -> None:
@@ -238,6 +244,9 @@ def measure(options: argparse.Namespace, contender: Contender, size: str) -> Row
             time.sleep(1)
             server.memory("after /free")
             row.notes.append(f"the decode after /free {server.decode(size, options.decodes).seconds:.2f} s")
+        # Of several devices the memory is the workers', which this process does not see.
+        if contender.devices <= 1 and (peak := max(one.peak for one in row.decodes)):
+            row.notes.append(f"peak {peak / 2**30:.2f} GiB")
         row.notes += server.notes()
     return row
 
@@ -341,6 +350,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1280x720,832x480")
     parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--batch", type=int, default=1, help="videos, or with --frames 1 images, in each decode")
     parser.add_argument("--devices", default="1,2,4", help="numbers of devices; those that are not there are left out")
     parser.add_argument("--decodes", type=int, default=10, help="decodes in each server")
     parser.add_argument("--core-decodes", type=int, help="those of core's VAE; as many as ours by default")

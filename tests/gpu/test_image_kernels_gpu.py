@@ -1,4 +1,4 @@
-"""Images on the kernels: a third of each weight, frames of over 2^31 values; not a bit other than a video's first frame.
+"""Images on the kernels: a third of each weight, frames of over 2^31 values, the bits of a video's first frame.
 
 T frames, H rows, W columns, C channels in, O channels out, S slots of an arena; see kernel_tests.py
 """

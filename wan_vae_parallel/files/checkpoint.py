@@ -213,6 +213,11 @@ def checkpoint_from_state_dict(
     return Checkpoint(architecture=architecture, decoder=decoder, encoder=encoder, layout=layout, source=source)
 
 
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The keys of those of ``tensors`` that hold NaN or infinity."""
+    return [key for key, tensor in tensors.items() if not tensor.is_meta and not bool(tensor.isfinite().all())]
+
+
 @functools.lru_cache(maxsize=64)
 def _shapes(model: type[WanDecoder | WanEncoder], architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
     """The shapes of the model's parameters."""

@@ -1,7 +1,8 @@
 """Nodes for `tests/bench/comfyui.py`, and a clock around every node that the server executes.
 
-The clock writes a line of JSON for each execution to ``executions.jsonl`` in the output folder: prompt, node, and the
-seconds of `time.perf_counter` at its start and its end, which on Linux is one clock for all processes.
+The clock writes a line of JSON for each execution to ``executions.jsonl`` in the output folder: prompt, node, the
+seconds of `time.perf_counter` at its start and its end, which on Linux is one clock for all processes, and the most
+bytes that its tensors have taken on the first GPU meanwhile, in this process.
 """
 
 import functools
@@ -26,12 +27,16 @@ def clocked(execute):
     @functools.wraps(execute)
     async def timed(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         try:
             return await execute(*args, **kwargs)
         finally:
             ended = time.perf_counter()
             line = {"prompt": given["prompt_id"], "node": given["current_item"], "started": started, "ended": ended}
+            # Before the first use of the GPU there is none; asking would make this process a context.
+            line["peak"] = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
             with open(os.path.join(folder_paths.get_output_directory(), "executions.jsonl"), "a") as file:
                 file.write(json.dumps(line) + "\n")
 

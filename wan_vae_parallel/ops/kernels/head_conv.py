@@ -123,8 +123,8 @@ def spread_weight(weight: torch.Tensor, frames: int, rows: int, *, transposed: b
     used = frames * rows * out_channels
     if kernel not in ([3, 3, 3], [1, 3, 3]) or used > MAX_COLUMNS or not 1 <= frames <= 4:
         raise ValueError(
-            f"spread_weight takes a 3x3x3 or 1x3x3 weight, up to 4 frames and frames x rows x channels up to {MAX_COLUMNS}, "
-            f"not {tuple(weight.shape)} with {frames} frames and {rows} rows"
+            f"spread_weight takes a 3x3x3 or 1x3x3 weight, up to 4 frames and frames x rows x channels up to "
+            f"{MAX_COLUMNS}, not {tuple(weight.shape)} with {frames} frames and {rows} rows"
         )
     columns = max(16, triton.next_power_of_2(used))
     # Frame, row and column taps of the arena, then N and C.
