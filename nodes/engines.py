@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-import re
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -21,12 +20,13 @@ import comfy.model_patcher
 import torch
 
 from ..wan_vae_parallel import VAE, Architecture
-from ..wan_vae_parallel.devices import available_devices, device_names, parse_devices, parse_dtype
-from ..wan_vae_parallel.errors import CheckpointError, DeviceError
+from ..wan_vae_parallel.devices import parse_dtype
+from ..wan_vae_parallel.errors import CheckpointError
 from ..wan_vae_parallel.files.checkpoint import Checkpoint
 from ..wan_vae_parallel.files.latents import check_latents
 from ..wan_vae_parallel.frames import check_frames
 from ..wan_vae_parallel.memory import check_host_room, images_that_pay
+from .choices import choose_devices, choose_dtype
 from .progress import ChunkProgress
 
 logger = logging.getLogger(__name__)
@@ -326,8 +326,8 @@ def shared_engine(
     Raises:
         DeviceError: ``devices`` is no list of devices.
     """
-    places = _choose_devices(devices, put_on)
-    chosen = _choose_dtype(dtype, places[0])
+    places = choose_devices(devices, put_on)
+    chosen = choose_dtype(dtype, places[0])
     chosen_to_encode = chosen if encode_dtype == "auto" else parse_dtype(encode_dtype, places[0])
     key = (source.key, tuple(places), chosen, chosen_to_encode)
     engine = _engines.get(key)
@@ -345,51 +345,3 @@ def shared_engine(
     while len(_kept) > _KEPT:
         _kept.popitem(last=False)
     return engine
-
-
-def _choose_devices(devices: str, put_on: torch.device | None) -> list[torch.device]:
-    names = [str(name) for name in device_names(devices)]
-    if not names or names == ["auto"]:
-        return _comfyui_devices(put_on)
-    there = [name for name in names if not _elsewhere(name)]
-    places = parse_devices(there, forgiving=True) if there else _comfyui_devices(put_on)
-    if len(there) < len(names):
-        logger.info("Wan VAE Parallel: devices %s were asked for; using %s", devices, ", ".join(map(str, places)))
-    elif put_on is not None and places != [put_on]:
-        logger.info(
-            "Wan VAE Parallel: a node has put the VAE on %s, but devices says %s; using these. Set devices to auto to "
-            "follow that node",
-            put_on,
-            devices,
-        )
-    return places
-
-
-def _elsewhere(name: str) -> bool:
-    """Whether ``name`` is a device of another machine, where the workflow was made; what is no device is an error."""
-    try:
-        parse_devices(name)
-    except DeviceError:
-        if re.fullmatch(r"(cuda|mps|xpu|npu|mlu)(:\d+)?", name):
-            return True
-        raise
-    return False
-
-
-def _comfyui_devices(put_on: torch.device | None) -> list[torch.device]:
-    """The device that a node has put the VAE on, or else that of ComfyUI's own VAE; all GPUs if it is one of them."""
-    device = put_on or torch.device(model_management.vae_device())
-    if put_on in available_devices():
-        logger.info("Wan VAE Parallel: using %s, where a node has put the VAE", put_on)
-        return [device]
-    if device.type == "cuda" and put_on is None:
-        return parse_devices("auto")
-    if device not in available_devices():
-        logger.warning("Wan VAE Parallel: %s is not supported; using the CPU", device)
-    return [torch.device("cpu")]
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        return parse_dtype(dtype, device)
-    return model_management.vae_dtype(device, [torch.bfloat16, torch.float16, torch.float32])

@@ -6,10 +6,8 @@ B videos, T latent frames, z channels, h x w latent rows and columns; frames [B,
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import logging
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +16,11 @@ import comfy.model_management as model_management
 import comfy.sd
 import torch
 
-from ..wan_vae_parallel import VAE, Architecture, load_vae
+from ..wan_vae_parallel import VAE, load_vae
 from ..wan_vae_parallel.errors import CheckpointError, OutOfMemoryError
-from ..wan_vae_parallel.files.checkpoint import Checkpoint, read_checkpoint
+from ..wan_vae_parallel.files.checkpoint import read_checkpoint
 from ..wan_vae_parallel.files.latents import check_latents
+from .core_vaes import core_patcher, core_vae, without_model
 from .engines import Engine, Source, shared_engine, source_of_weights
 from .latents import join_loop, look_normalized, loop_latents, read_samples
 from .weights import SOURCE, LoadedWeights, changed_padding, patches_of, unwrapped
@@ -152,17 +151,6 @@ class ParallelVAE:
         return copied
 
 
-class _WithoutModel:
-    """Core's VAE object without a model of core's, which has none for these weights."""
-
-    def get_sd(self) -> dict[str, torch.Tensor]:
-        """Core's nodes that save a VAE ask for its weights."""
-        raise CheckpointError("ComfyUI has no model of its own for this VAE, so it can't be saved; copy its file")
-
-    def throw_exception_if_invalid(self) -> None:
-        pass
-
-
 def load_parallel(
     path: str, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0, encode_dtype: str = "auto"
 ) -> Any:
@@ -181,13 +169,13 @@ def load_parallel(
 
     source = Source((path, checkpoint.version), checkpoint.source, make)
     asked = (devices, dtype, encode_dtype)
-    vae = _core_vae(checkpoint)
+    vae = core_vae(checkpoint)
     if vae is None:
         if checkpoint.architecture.encoder_width is None:
             logger.info("Wan VAE Parallel: %s has no encoder and is loaded for decoding only", checkpoint.source)
-        return _parallel(_without_model(shared_engine(source, *asked)), asked, chunk, source=source)
+        return _parallel(without_model(shared_engine(source, *asked)), asked, chunk, source=source)
     # Core's nodes that put a VAE on another device load it anew.
-    vae.patcher.cached_patcher_init = (_core_patcher, (path,))
+    vae.patcher.cached_patcher_init = (core_patcher, (path,))
     return _parallel(vae, asked, chunk, source=source)
 
 
@@ -205,7 +193,7 @@ def apply_parallel(
     asked = (devices, dtype, encode_dtype)
     if not isinstance(vae, comfy.sd.VAE):
         source, model = wrapper_source(vae)
-        parallel = _parallel(_without_model(shared_engine(source, *asked)), asked, chunk, source=source)
+        parallel = _parallel(without_model(shared_engine(source, *asked)), asked, chunk, source=source)
         parallel._normalized, parallel._weights_of = True, model
         return parallel
     if vae.first_stage_model is None and not isinstance(vae, ParallelVAE):
@@ -319,67 +307,6 @@ def _name(dtype: torch.dtype) -> str:
 @functools.cache
 def _parallel_class(base: type) -> type:
     return type("ParallelVAE", (ParallelVAE, base), {})
-
-
-def _core_vae(checkpoint: Checkpoint) -> Any:
-    """Core's own VAE of the same weights, or None where core has no model for them."""
-    architecture = checkpoint.architecture
-    own = dataclasses.replace(architecture, mean=None, std=None)
-    known = Architecture.published("wan2.2")
-    if not architecture.residual:
-        # Width and colours it reads off the file, where as many go in as out.
-        known = dataclasses.replace(
-            Architecture.published("wan2.1", width=architecture.width),
-            output_channels=architecture.output_channels,
-            input_channels=architecture.output_channels,
-        )
-    if own != known:
-        return None
-    vae = comfy.sd.VAE(sd={**checkpoint.decoder, **checkpoint.encoder})
-    vae.throw_exception_if_invalid()
-    return vae
-
-
-def _core_patcher(path: str, *_: Any, **__: Any) -> Any:
-    """The patcher of core's own VAE, loaded once more."""
-    return _core_vae(read_checkpoint(path)).patcher
-
-
-@functools.cache
-def _without_model_class() -> type:
-    return type("VAEWithoutModel", (_WithoutModel, comfy.sd.VAE), {})
-
-
-def _without_model(engine: Engine) -> Any:
-    """A VAE object without core's model, with the attributes that core's nodes read."""
-    architecture = engine.architecture
-    cls = _without_model_class()
-    vae = cls.__new__(cls)
-    spatial, encoded, temporal = architecture.spatial_ratio, architecture.encode_ratio, architecture.temporal_ratio
-    vae.first_stage_model = None
-    vae.patcher = engine.patcher
-    vae.device = vae._home = engine.devices[0]
-    vae.output_device = model_management.intermediate_device()
-    vae.vae_dtype = torch.float32
-    vae.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
-    vae.process_input = lambda image: image * 2.0 - 1.0
-    vae.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
-    vae.memory_used_decode = lambda shape, _: engine.memory_needed(shape)
-    # Core has pixels' channels in front: [B, C, T, H, W].
-    vae.memory_used_encode = lambda shape, _: (
-        engine.encode_memory_needed((shape[0], *shape[2:], shape[1])) if architecture.encoder_width else 0
-    )
-    vae.size = engine.weights_size()
-    vae.latent_channels, vae.latent_dim = architecture.z_dim, 3
-    # By this name core asks for the colours of pixels that are encoded; alpha that they lack is opaque.
-    vae.output_channels = architecture.input_channels
-    vae.not_video, vae.crop_input, vae.disable_offload = architecture.images_only, True, False
-    vae.extra_1d_channel, vae.pad_channel_value = None, 1.0 if architecture.input_channels == 4 else None
-    vae.upscale_ratio = (lambda frames: max(0, architecture.frame_count(frames)), spatial, spatial)
-    vae.downscale_ratio = (lambda frames: max(0, math.floor((frames + temporal - 1) / temporal)), encoded, encoded)
-    vae.upscale_index_formula = (temporal, spatial, spatial)
-    vae.downscale_index_formula = (temporal, encoded, encoded)
-    return vae
 
 
 @functools.cache

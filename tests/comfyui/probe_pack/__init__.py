@@ -238,16 +238,16 @@ class ChosenDevices(io.ComfyNode):
 
     @classmethod
     def execute(cls, devices, put_on):
-        engines, parsing = of_the_pack("nodes.engines"), of_the_pack("wan_vae_parallel.devices")
+        choices, parsing = of_the_pack("nodes.choices"), of_the_pack("wan_vae_parallel.devices")
         there = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
-        was = engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
-        engines.available_devices = parsing.available_devices = lambda: there
+        was = choices.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
+        choices.available_devices = parsing.available_devices = lambda: there
         parsing._why_alone = lambda _: ""
         model_management.vae_device = lambda: there[1]
         try:
-            chosen = engines._choose_devices(devices, torch.device(put_on) if put_on else None)
+            chosen = choices.choose_devices(devices, torch.device(put_on) if put_on else None)
         finally:
-            engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
+            choices.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
         return io.NodeOutput(ui={"devices": [str(device) for device in chosen]})
 
 
