@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .schemas import WanVAEParallelApply, WanVAEParallelDecode, WanVAEParallelEncode, WanVAEParallelLoader
+from .schemas import (
+    WanVAEParallelApply,
+    WanVAEParallelDecode,
+    WanVAEParallelDecodeRGBA,
+    WanVAEParallelEncode,
+    WanVAEParallelLoader,
+)
 
 
 class WanVAEParallelExtension(ComfyExtension):
     """Lists the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [WanVAEParallelLoader, WanVAEParallelApply, WanVAEParallelDecode, WanVAEParallelEncode]
+        return [
+            WanVAEParallelLoader,
+            WanVAEParallelApply,
+            WanVAEParallelDecode,
+            WanVAEParallelDecodeRGBA,
+            WanVAEParallelEncode,
+        ]
 
 
 async def comfy_entrypoint() -> WanVAEParallelExtension:

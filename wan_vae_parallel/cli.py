@@ -242,9 +242,9 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     return [_size(part) for part in text.split(",")]
 
 
-def _latent_size(architecture: Architecture, size: tuple[int, int]) -> tuple[int, int]:
-    """Latent rows and columns of frames of ``size`` (width, height)."""
-    ratio = architecture.spatial_ratio
+def _latent_size(architecture: Architecture, size: tuple[int, int], *, encoded: bool = False) -> tuple[int, int]:
+    """Latent rows and columns of frames of ``size`` (width, height), which are decoded or ``encoded``."""
+    ratio = architecture.encode_ratio if encoded else architecture.spatial_ratio
     if size[0] % ratio or size[1] % ratio:
         raise ArgumentError(
             f"frames of {architecture.name} have a multiple of {ratio} pixels a side, not {size[0]}x{size[1]}; "
@@ -318,7 +318,7 @@ def _decode_to_file(vae: VAE, latents: torch.Tensor, options: argparse.Namespace
     shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
     check_output(options.output, shape)
     bar, done = _Progress(), 0
-    fps = options.fps or _FPS[vae.architecture.family]
+    fps = options.fps or _FPS.get(vae.architecture.family, _FPS["wan2.1"])
     with contextlib.ExitStack() as output:
         with _signals.held():
             write = output.enter_context(open_output(options.output, shape=shape, fps=fps))
@@ -345,7 +345,7 @@ def _encode(options: argparse.Namespace) -> None:
             options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
         ) as vae:
             if options.size:
-                _latent_size(vae.architecture, options.size)
+                _latent_size(vae.architecture, options.size, encoded=True)
             if is_tensor(options.frames):
                 latents, taken = _encode_tensor(vae, options, shown=first)
             else:
@@ -362,7 +362,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
     """Latents of frames that are all in memory, and how many frames a video has."""
-    frames = read_frames(options.frames, colours=vae.architecture.output_channels)
+    frames = read_frames(options.frames, colours=vae.architecture.input_channels)
     frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
     if options.size:
         frames = resized(frames, options.size)
@@ -386,7 +386,7 @@ def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tup
             source = stack.enter_context(
                 open_frames(
                     options.frames,
-                    colours=vae.architecture.output_channels,
+                    colours=vae.architecture.input_channels,
                     most=options.most,
                     any_size=options.size is not None,
                 )
@@ -486,6 +486,8 @@ def _bench(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     checkpoint = describe_checkpoint(options.vae)
     architecture = checkpoint.architecture
+    if architecture.images_only:
+        options.frames = 1
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])
     rows, columns = _latent_size(architecture, options.size)
@@ -510,7 +512,8 @@ def _info(options: argparse.Namespace) -> None:
         parameters = encoder_parameter_count(architecture)
         lines["encoder"] = f"{parameters / 1e6:.1f} million parameters, width {architecture.encoder_width}"
         label = f"encode {of_size}, {architecture.encoded_frames(options.frames)} frames"
-        lines[label] = _encode_needs(architecture, plan, devices, dtype, free, options)
+        encoded = plan_shards(*_latent_size(architecture, options.size, encoded=True), len(devices))
+        lines[label] = _encode_needs(architecture, encoded, devices, dtype, free, options)
     lines["frames on host"] = gibibytes(host)
     longest = max(len(label) for label in lines) + 1
     for label, text in lines.items():

@@ -19,7 +19,8 @@ from .architecture import Architecture
 from .cancel import cancellable
 from .devices import parse_devices, parse_dtype, parse_rank_device
 from .errors import ArgumentError, CheckpointError, ClosedError, WanVAEError, WorkerError
-from .files.checkpoint import Checkpoint
+from .files.checkpoint import Checkpoint, not_finite
+from .files.key_layouts import listed
 from .files.weights import SameWeights
 from .memory import (
     UNLIMITED,
@@ -90,7 +91,7 @@ class Session:
             )
         self._closed = False
         # The engine gets these and not the VAE: a VAE that is dropped takes its workers along.
-        unchanged = SameWeights(weights)
+        unchanged = self._weights = SameWeights(weights)
         self.architecture: Architecture = unchanged.architecture
         self._engine: LocalEngine | WorkerPool | GroupEngine
         self._group = group
@@ -186,6 +187,19 @@ class Session:
             kernels=kernels,
         )
         return needed.total
+
+    def take_over(self, other: Session) -> None:
+        """Goes on with ``other``'s worker processes, which `other` will start anew if it wants some.
+
+        Nothing happens unless both have the same several devices, ``other``'s workers are there and idle, and none of
+        this VAE's are in use.
+        """
+        mine, theirs = self._engine, other._engine
+        if not isinstance(mine, WorkerPool) or not isinstance(theirs, WorkerPool) or mine is theirs:
+            return
+        if mine.devices == theirs.devices and not mine.running and theirs.stage in ("ready", "parked"):
+            mine.stop(grace=0.0)
+            mine.take_over(theirs)
 
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
@@ -312,9 +326,15 @@ class Session:
     def _check(self, run: DecodeRun | EncodeRun) -> None:
         self._check_open()
         if not run.finite:
-            if isinstance(run, DecodeRun):
-                raise WanVAEError(_why_nan("frames", "latents", self.dtype))
-            raise WanVAEError(_why_nan("latents", "frames", self.encode_dtype))
+            decoded = isinstance(run, DecodeRun)
+            results, inputs = ("frames", "latents") if decoded else ("latents", "frames")
+            checkpoint = self._weights()
+            if damaged := not_finite(checkpoint.decoder if decoded else checkpoint.encoder):
+                raise CheckpointError(
+                    f"the {results} are NaN, since {checkpoint.source} has weights that are no numbers: "
+                    f"{listed(damaged)}; fetch the VAE again"
+                )
+            raise WanVAEError(_why_nan(results, inputs, self.dtype if decoded else self.encode_dtype))
 
 
 def _why_nan(results: str, inputs: str, dtype: torch.dtype) -> str:

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .errors import ClosedError, FrameError
+from .errors import CheckpointError, ClosedError, FrameError
 from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
+from .files.kinds import user_path
 from .files.latents import check_fits, check_latents, check_normalizable, denormalize, normalize
+from .files.locate import ANOTHER
 from .files.weights import FileWeights
-from .frames import check_frames, check_part
+from .frames import check_frames, check_length, check_part
 from .memory import check_host_room, host_room
 from .runtime.source import Source, StreamSource, TensorSource
 from .session import IDLE_SECONDS, Chunk, DecodeRun, Devices, EncodeRun, Session
@@ -44,7 +46,8 @@ def load_vae(
     was replaced or written to meanwhile is an error.
 
     Args:
-        path: a safetensors file in Wan's original or diffusers' key layout, or a diffusers VAE folder.
+        path: a safetensors file in Wan's original or diffusers' key layout, one of its shards or their index, or a
+            folder in diffusers' format, the VAE's or the whole pipeline's. ``~`` is the home folder.
         devices: ``"auto"`` (all CUDA devices, else the CPU), ``"cpu"``, ``"cuda:0"``, or several with commas between
             them, ``"cuda:0,cuda:1"``: one video is then decoded by all of them, each with a worker process.
         dtype: ``"auto"`` (bf16 on GPUs that have it, fp32 on the CPU), ``"float32"``, ``"bfloat16"``,
@@ -62,7 +65,7 @@ def load_vae(
         CheckpointError: the file is not a Wan VAE that can be decoded with.
         DeviceError: a device or dtype that is not there.
     """
-    path = Path(path).absolute()
+    path = user_path(path, CheckpointError, another=ANOTHER).absolute()
     return VAE(
         FileWeights(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group,
         predecessor=predecessor, encode_dtype=encode_dtype,
@@ -273,6 +276,7 @@ class VAE(Session):
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
         size, dtype = first.shape[1:], first.dtype
+        check_length(len(first), self.architecture)
         shape = [1, *first.shape]  # so far
 
         def others() -> Iterator[torch.Tensor]:
@@ -283,6 +287,7 @@ class VAE(Session):
                         f"{part.dtype}, and those before {tuple(size)} in {dtype}"
                     )
                 shape[1] += len(part)
+                check_length(shape[1], self.architecture)
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))
@@ -296,9 +301,9 @@ class VAE(Session):
     def latent_shape(self, shape: Sequence[int]) -> torch.Size:
         """``[B, z, 1 + (T - 1) // 4, h, w]`` of the latents that frames of ``shape`` ``[B, T, H, W, C]`` encode to."""
         batch, frames, height, width = shape[:4]
-        ratio = self.architecture.spatial_ratio
         latent_frames = self.architecture.latent_frames(self.architecture.encoded_frames(frames))
-        return torch.Size((batch, self.architecture.z_dim, latent_frames, height // ratio, width // ratio))
+        rows, columns = self.architecture.latent_size(height, width)
+        return torch.Size((batch, self.architecture.z_dim, latent_frames, rows, columns))
 
     def output_shape(self, shape: Sequence[int]) -> torch.Size:
         """``[B, 4 * (T - 1) + 1, H, W, C]`` of the frames that latents of ``shape`` ``[B, z, T, h, w]`` decode to."""

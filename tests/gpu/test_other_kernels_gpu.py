@@ -68,8 +68,9 @@ def into_slots(x, gamma, border=1):
     ("dtype", "channels"),
     here(
         (torch.float16, 96),
+        (torch.float16, 144),  # 9 times a power of two, as Qwen-Image-2.1 has them
         (torch.float32, 16),
-        gpu=[(torch.bfloat16, channels) for channels in WIDTHS]
+        gpu=[(torch.bfloat16, channels) for channels in (*WIDTHS, 144, 288, 576, 1152)]
         + [(torch.float16, channels) for channels in (80, 384)]
         + [(torch.float32, 96)],
     ),

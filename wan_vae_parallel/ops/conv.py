@@ -237,12 +237,12 @@ def head_conv(
     transposed: bool = False,
     cudnn: bool = False,
 ) -> torch.Tensor:
-    """`conv` with a 3x3x3 kernel to a few channels, for which GPUs have a kernel of its own.
+    """`conv` with a 3x3x3 or 1x3x3 kernel to a few channels, for which GPUs have a kernel of its own.
 
     Args:
         arena: ``[S, H + 2, W + 2, C]``, contiguous, with its borders; finite in the slots named.
-        slots: ``[T + 2]`` int32.
-        weight: ``[O, C, 3, 3, 3]``.
+        slots: ``[T + kt - 1]`` int32.
+        weight: ``[O, C, kt, 3, 3]``.
         bias: ``[O]``.
         prepared: what `prepare_head` made of ``weight``.
         transposed: as in `conv`.
@@ -257,7 +257,8 @@ def head_conv(
         return conv(arena, slots, weight, bias, transposed=transposed, cudnn=cudnn)
     from .kernels import head_conv as kernels
 
-    out = arena.new_empty((slots.numel() - 2, arena.shape[1] - 2, arena.shape[2] - 2, weight.shape[0]))
+    count = slots.numel() - weight.shape[2] + 1
+    out = arena.new_empty((count, arena.shape[1] - 2, arena.shape[2] - 2, weight.shape[0]))
     kernels.head_conv(
         arena,
         slots,

@@ -6,6 +6,8 @@
     python -m tests.bench.comfyui --first-after 10      # the loader runs 10 s before the first decode
     python -m tests.bench.comfyui --park                # a large model asks for all memory between decodes
     python -m tests.bench.comfyui --interrupt 0.5,2,5   # seconds into the first decode
+    python -m tests.bench.comfyui --frames 1 --sizes 1328x1328,4096x4096 --devices 1,4      # images, as Qwen-Image's
+    python -m tests.bench.comfyui --frames 1 --batch 8 --sizes 1328x1328 --devices 1        # eight of them together
     python -m tests.bench.comfyui --cpu --width 8 --sizes 80x48 --frames 9 --runs 3   # tries all this anywhere
 
 ComfyUI is found as the tests find it (COMFYUI_PATH, COMFYUI_PYTHON). Each row has a server of its own, so that its
@@ -79,6 +81,9 @@ def measure(options: argparse.Namespace, contender: Contender, size: str) -> Row
             row.notes.append(f"the run after /free {server.run(size, options.runs).seconds:.2f} s")
         if options.work.timed != "work":
             row.notes.append(f"the whole node {statistics.median(one.node for one in row.runs[1:] or row.runs):.3f} s")
+        # Of several devices the memory is the workers', which the server does not see.
+        if contender.devices <= 1 and (peak := max(one.peak for one in row.runs)):
+            row.notes.append(f"peak {peak / 2**30:.2f} GiB")
         row.notes += server.notes()
     return row
 
@@ -153,6 +158,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1280x720,832x480")
     parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--batch", type=int, default=1, help="videos, or with --frames 1 images, in each decode")
     parser.add_argument("--devices", default="1,2,4", help="numbers of devices; those that are not there are left out")
     parser.add_argument("--work", choices=["decode", "encode", "image"], default="decode")
     parser.add_argument("--runs", type=int, default=10, help="runs in each server")
@@ -179,7 +185,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args(given)
     options.sizes = options.sizes.split(",")
     own = options.own_node
-    options.work = {"decode": Decode(own), "encode": Encode(own), "image": ImageToVideo()}[options.work]
+    options.work = {"decode": Decode(own, options.batch), "encode": Encode(own), "image": ImageToVideo()}[options.work]
     options.core_runs = options.core_runs or options.runs
     there = 8 if options.cpu else torch.cuda.device_count()
     options.devices = [count for count in map(int, options.devices.split(",")) if count <= there]

@@ -24,7 +24,7 @@ PACK = {"bench": Path(__file__).parent / "pack"}
 
 @dataclass
 class Timed:
-    """One run of the work: its seconds, its node's, and its node's by websocket messages."""
+    """One run of the work: its seconds, its node's, its node's by websocket messages; bytes on the server's GPU."""
 
     seconds: float
     node: float
@@ -32,6 +32,7 @@ class Timed:
     loader: float
     progress: int
     result: dict
+    peak: int = 0
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Bench:
                 begun.setdefault(name, time.perf_counter())
 
         run = self.server.run(self.graph(size, index), on_message=on_message, timeout=self.options.timeout).check()
-        executed = self.executions(run)
+        executed, peaks = self.executions(run), self.executions(run, of="peak")
         seen = run.outputs("seen")
         return Timed(
             seconds=executed[self.options.work.timed],
@@ -108,12 +109,15 @@ class Bench:
             loader=executed.get("vae", 0.0),
             progress=len(run.progress("work")),
             result={"shape": seen["shape"], "mean": seen["mean"][0], "deviation": seen["deviation"][0]},
+            peak=peaks["work"],
         )
 
-    def executions(self, run: Run) -> dict[str, float]:
-        """Seconds of each node of a prompt, by the server's clock."""
+    def executions(self, run: Run, of: str = "seconds") -> dict[str, float]:
+        """Seconds of each node of a prompt, by the server's clock; or its ``"peak"`` of memory in the server, bytes."""
         lines = (self.server.output / "executions.jsonl").read_text().splitlines()
         found = [line for line in map(json.loads, lines) if line["prompt"] == run.prompt_id]
+        if of == "peak":
+            return {line["node"]: line["peak"] for line in found}
         return {line["node"]: line["ended"] - line["started"] for line in found}
 
     def interrupt(self, size: str, after: float) -> str:

@@ -44,15 +44,16 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Decode:
-    """VAE Decode of latents that are other ones every time."""
+    """VAE Decode of latents that are other ones every time; of images ``batch`` are as many at once."""
 
     own_node: bool = False
+    batch: int = 1
     timed = "work"
 
     def graph(self, contender: Contender, folder: Path, size: str, frames: int, index: int) -> dict:
         name = f"latent_{size}_{index}.safetensors"
         columns, rows = (int(side) // 8 for side in size.split("x"))
-        shape = (1, 16, (frames - 1) // 4 + 1, rows, columns)
+        shape = (self.batch, 16, (frames - 1) // 4 + 1, rows, columns)
         save_file({"tensor": torch.randn(shape, generator=torch.Generator().manual_seed(index))}, folder / name)
         wired = {"samples": ["latent", 0], "vae": ["vae", 0]}
         own = contender.devices and self.own_node

@@ -83,10 +83,10 @@ def store(values, n, target, place, stored, CO: tl.constexpr, SWAP: tl.constexpr
 
 @triton.jit
 def frame_of(target, slots, frame, rows, columns, CO: tl.constexpr, PAGED: tl.constexpr, BORDER: tl.constexpr):
-    """The target's frame: offsets in it fit int32, which halves the registers that addresses take."""
+    """The target's frame: offsets in most fit int32, which halves the registers that addresses take."""
     if PAGED:
         frame = tl.load(slots + frame)
-    return target + frame.to(tl.int64) * ((rows + BORDER) * (columns + BORDER) * CO)
+    return target + frame.to(tl.int64) * (rows + BORDER) * (columns + BORDER) * CO
 # fmt: on
 
 

@@ -1,8 +1,9 @@
 """Nodes for `tests/bench/comfyui`, and a clock around every node that the server executes.
 
-The clock writes a line of JSON for each execution to ``executions.jsonl`` in the output folder: prompt, node, and the
-seconds of `time.perf_counter` at its start and its end, which on Linux is one clock for all processes. A VAE that went
-through `ProbeClockEncode` writes such a line for each encode, too.
+The clock writes a line of JSON for each execution to ``executions.jsonl`` in the output folder: prompt, node, the
+seconds of `time.perf_counter` at its start and its end, which on Linux is one clock for all processes, and the most
+bytes that its tensors have taken on the first GPU meanwhile, in this process. A VAE that went through
+`ProbeClockEncode` writes such a line for each encode, too.
 """
 
 import contextlib
@@ -25,12 +26,16 @@ from comfy_execution.utils import get_executing_context
 @contextlib.contextmanager
 def clock(prompt, name):
     """Writes how long what is within it took, whatever comes of it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
         yield
     finally:
         ended = time.perf_counter()
         line = {"prompt": prompt, "node": name, "started": started, "ended": ended}
+        # Before the first use of the GPU there is none; asking would make this process a context.
+        line["peak"] = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
         with open(os.path.join(folder_paths.get_output_directory(), "executions.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
 
