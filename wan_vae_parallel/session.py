@@ -128,6 +128,11 @@ class Session:
         self.close()
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group whose ranks work together, if one does."""
+        return self._group
+
+    @property
     def device_names(self) -> tuple[str, ...]:
         """Names of all devices that work together; of a group's, with their hosts."""
         return self._engine.names if isinstance(self._engine, GroupEngine) else tuple(map(str, self.devices))
