@@ -1,10 +1,12 @@
 """Apply put behind loaders in workflows: small ones of each format; the official ones are in tests/comfyui."""
 
 import copy
+import json
 
 import pytest
 
 import wan_vae_parallel as wvp
+from wan_vae_parallel.cli import main
 from wan_vae_parallel.workflows import APPLY, make_parallel
 
 WAN = "wan_2.1_vae.safetensors"
@@ -167,3 +169,26 @@ def test_it_stands_near_its_loader_and_on_nothing():
 def test_what_is_no_workflow(junk):
     with pytest.raises(wvp.ArgumentError, match="no workflow of ComfyUI"):
         make_parallel(junk)
+
+
+def test_from_the_shell(tmp_path, capsys):
+    source, target = tmp_path / "mine.json", tmp_path / "parallel.json"
+    source.write_text(json.dumps(editor(loader(1, links=[5]), decode(2, 5), links=[[5, 1, 0, 2, 1, "VAE"]])))
+    assert main(["workflow", str(source), "-o", str(target), "--devices", "cuda:1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"loader 1, {WAN}: made parallel",
+        f"written: {target}, 1 of 1 loaders made parallel",
+    ]
+    assert json.loads(target.read_text())["nodes"][-1]["widgets_values"] == ["cuda:1", "auto", 0, "auto"]
+    assert "\n" not in target.read_text()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[" * 100_000, b"\xff", "{}"])
+def test_the_shell_says_what_is_no_workflow_and_writes_nothing(tmp_path, capsys, content):
+    source, target = tmp_path / "mine.json", tmp_path / "parallel.json"
+    if content is not None:
+        source.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["workflow", str(source), "-o", str(target)]) == 1
+    error = capsys.readouterr().err
+    assert ("mine.json can't be read as JSON" if content != "{}" else "is no workflow of ComfyUI") in error
+    assert not target.exists()

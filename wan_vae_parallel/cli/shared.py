@@ -106,8 +106,8 @@ def quality(text: str) -> int | str:
 
 
 def chunk_size(text: str) -> int | str:
-    """Frames at once, or ``auto``."""
-    return text if text == "auto" else positive(text)
+    """Frames at once; ``auto``, or 0 as in the nodes, to have them chosen."""
+    return "auto" if text in ("auto", "0") else positive(text)
 
 
 def frame_size(text: str) -> tuple[int, int]:
