@@ -36,15 +36,17 @@ from .files.whole import check_writable, replacing
 from .memory import (
     DeviceMemory,
     decode_memory,
+    decoder_kinds,
     encode_memory,
+    encoder_kinds,
     encoder_parameter_count,
     free_memory,
     gibibytes,
     largest_chunk,
     largest_encode_chunk,
 )
-from .ops.dispatch import kernels_expected
 from .parallel.plan import ShardPlan, describe_plan, plan_shards
+from .runtime.tuning import kernels_planned
 from .torchrun import launched, torchrun_group
 from .vae import VAE, load_vae
 
@@ -529,7 +531,8 @@ def _decode_needs(
     # A shard holds its neighbours' rows too.
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, architecture.latent_frames(options.frames), tallest, plan.columns)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    kernels = kernels_planned(decoder_kinds(architecture), devices, dtype)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     chunk = options.chunk
     if chunk == "auto":
         chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
@@ -547,7 +550,8 @@ def _encode_needs(
     """The same of an encode, as runtime/shard.py and runtime/encode_run.py plan it."""
     size = (plan.tallest + (plan.shards > 1), plan.columns)  # a row of the lower neighbour
     frames = architecture.encoded_frames(options.frames)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    kernels = kernels_planned(encoder_kinds(architecture), devices, dtype)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     chunk = options.chunk
     if chunk == "auto":
         chunk = largest_encode_chunk(architecture, size, frames=frames, free=free, device_type=devices[0].type, **given)
