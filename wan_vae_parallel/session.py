@@ -25,17 +25,19 @@ from .files.weights import SameWeights
 from .memory import (
     UNLIMITED,
     decode_memory,
+    decoder_kinds,
     encode_memory,
+    encoder_kinds,
     encoder_parameter_count,
     largest_chunk,
     largest_encode_chunk,
     parameter_count,
 )
-from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.encode_run import LocalEncodeRun
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
+from .runtime.tuning import kernels_planned
 from .workers.encode_run import PoolEncodeRun
 from .workers.pool import WORKER_BYTES, WorkerPool
 from .workers.run import PoolRun
@@ -147,7 +149,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.dtype)
+        kernels = kernels_planned(decoder_kinds(self.architecture), self.devices, self.dtype)
         chunk = self._chunk_number or largest_chunk(
             self.architecture,
             size,
@@ -173,7 +175,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (min(plan.tallest + 1, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.encode_dtype)
+        kernels = kernels_planned(encoder_kinds(self.architecture), self.devices, self.encode_dtype)
         chunk = self._chunk_number or largest_encode_chunk(
             self.architecture,
             size,
