@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .schemas import WanVAEParallelApply, WanVAEParallelDecode, WanVAEParallelEncode, WanVAEParallelLoader
+from .schemas import (
+    WanVAEParallelApply,
+    WanVAEParallelDecode,
+    WanVAEParallelDecodeRGBA,
+    WanVAEParallelEncode,
+    WanVAEParallelLoader,
+)
 from .video import WanVAEParallelDecodeToVideo, WanVAEParallelLoadVideoToLatent
 
 
@@ -16,6 +22,7 @@ class WanVAEParallelExtension(ComfyExtension):
             WanVAEParallelLoader,
             WanVAEParallelApply,
             WanVAEParallelDecode,
+            WanVAEParallelDecodeRGBA,
             WanVAEParallelEncode,
             WanVAEParallelDecodeToVideo,
             WanVAEParallelLoadVideoToLatent,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-import re
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -21,11 +20,13 @@ import comfy.model_patcher
 import torch
 
 from ..wan_vae_parallel import VAE, Architecture
-from ..wan_vae_parallel.devices import available_devices, device_names, parse_devices, parse_dtype
-from ..wan_vae_parallel.errors import CheckpointError, DeviceError
+from ..wan_vae_parallel.devices import parse_dtype
+from ..wan_vae_parallel.errors import CheckpointError
+from ..wan_vae_parallel.files.checkpoint import Checkpoint
 from ..wan_vae_parallel.files.latents import check_latents
 from ..wan_vae_parallel.frames import check_frames
-from ..wan_vae_parallel.memory import check_host_room
+from ..wan_vae_parallel.memory import check_host_room, images_that_pay
+from .choices import choose_devices, choose_dtype
 from .progress import ChunkProgress
 
 logger = logging.getLogger(__name__)
@@ -47,17 +48,42 @@ class Source:
         name: what to call them in messages.
         make: makes a VAE of them, given devices, the dtypes to decode and to encode in, and one whose worker processes
             it takes over.
+        stored: the dtype that they are held in, where a loader may have rounded them to it; else None.
     """
 
     key: tuple[Hashable, ...]
     name: str
     make: Callable[[list[torch.device], torch.dtype, torch.dtype, VAE | None], VAE]
+    stored: torch.dtype | None = None
 
     def superseded(self, by: Source) -> bool:
         """Whether nobody can want these weights any more: their model is gone, or their file is now ``by``'s."""
         if isinstance(self.key[0], weakref.ref):
             return self.key[0]() is None
         return self.key[0] == by.key[0] and self.key != by.key
+
+
+def source_of_weights(
+    weights: Callable[[], Checkpoint], name: str, key: tuple[Hashable, ...], stored: torch.dtype | None
+) -> Source:
+    """A source of what another loader holds in memory.
+
+    Args:
+        weights: called for them whenever they are wanted.
+        name: as `Source`'s.
+        key: as `Source`'s.
+        stored: as `Source`'s.
+    """
+
+    def make(
+        places: list[torch.device], decode_dtype: torch.dtype, encode_dtype: torch.dtype, predecessor: VAE | None
+    ) -> VAE:
+        return VAE(
+            weights, devices=places, dtype=decode_dtype, chunk="auto", predecessor=predecessor,
+            encode_dtype=encode_dtype,
+        )  # fmt: skip
+
+    return Source(key, name, make, stored)
 
 
 class Engine:
@@ -117,6 +143,16 @@ class Engine:
         """Gives the devices' memory back, and ends workers, until they are needed again."""
         self._vae.release()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it decodes in."""
+        return self._vae.dtype
+
+    def take_workers(self, other: Engine) -> None:
+        """Goes on with ``other``'s worker processes, if they are there, on the same devices and idle."""
+        if other is not self:
+            self._vae.take_over(other._vae)
+
     def decode(self, latents: torch.Tensor, *, normalized: bool, chunk: int) -> torch.Tensor:
         """Decodes to ``[B, T, H, W, C]`` on the host, with progress, previews and cancelling.
 
@@ -127,10 +163,13 @@ class Engine:
         """
         self.set_chunk(chunk)
         # Checked as a whole, then one after the other: a batch takes no more memory than one, and can be cancelled.
-        parts = check_latents(latents, self.architecture).split(1)
+        # Images, which are less work, as many together as pay.
+        latents = check_latents(latents, self.architecture)
+        together = 1 if latents.shape[2] > 1 else images_that_pay(self.architecture, *latents.shape[3:])
+        parts = latents.split(together)
         self.make_room("decoder", self._vae.memory_needed(parts[0].shape))
         if len(parts) > 1:
-            # The batch, and the video that is just being decoded.
+            # The batch, and what is just being decoded.
             shape, dtype = self._vae.output_shape(parts[0].shape), torch.promote_types(self._vae.dtype, torch.float32)
             check_host_room(shape, dtype, videos=len(parts) + 1)
         progress = ChunkProgress(parts=len(parts))
@@ -145,17 +184,18 @@ class Engine:
             if len(parts) == 1:
                 return video
             if i == 0:
-                decoded = video.new_empty((len(parts), *video.shape[1:]))
-            decoded[i : i + 1] = video
+                decoded = video.new_empty((len(latents), *video.shape[1:]))
+            decoded[i * together : i * together + len(part)] = video
             del video  # while the next one is decoded, only the batch is there
         return decoded
 
-    def encode(self, frames: torch.Tensor, *, chunk: int) -> torch.Tensor:
+    def encode(self, frames: torch.Tensor, *, chunk: int, normalized: bool = False) -> torch.Tensor:
         """Encodes to ``[B, z, T', h, w]`` on the host, with progress and cancelling.
 
         Args:
             frames: ``[B, T, H, W, C]``, or ``[T, H, W, C]`` for one video.
             chunk: as `decode`'s: so many latent frames' pictures at once.
+            normalized: see `wan_vae_parallel.VAE.encode`.
 
         Raises:
             CheckpointError: the weights have no encoder.
@@ -169,6 +209,7 @@ class Engine:
         self.make_room("encoder", self._vae.encode_memory_needed(frames.shape))
         return self._vae.encode(
             frames,
+            normalized=normalized,
             on_chunk=ChunkProgress(parts=1, previews=False).part(0),
             on_wait=model_management.throw_exception_if_processing_interrupted,
         )
@@ -294,8 +335,8 @@ def shared_engine(
     Raises:
         DeviceError: ``devices`` is no list of devices.
     """
-    places = _choose_devices(devices, put_on)
-    chosen = _choose_dtype(dtype, places[0])
+    places = choose_devices(devices, put_on)
+    chosen = choose_dtype(dtype, places[0])
     chosen_to_encode = chosen if encode_dtype == "auto" else parse_dtype(encode_dtype, places[0])
     key = (source.key, tuple(places), chosen, chosen_to_encode)
     engine = _engines.get(key)
@@ -313,51 +354,3 @@ def shared_engine(
     while len(_kept) > _KEPT:
         _kept.popitem(last=False)
     return engine
-
-
-def _choose_devices(devices: str, put_on: torch.device | None) -> list[torch.device]:
-    names = [str(name) for name in device_names(devices)]
-    if not names or names == ["auto"]:
-        return _comfyui_devices(put_on)
-    there = [name for name in names if not _elsewhere(name)]
-    places = parse_devices(there, forgiving=True) if there else _comfyui_devices(put_on)
-    if len(there) < len(names):
-        logger.info("Wan VAE Parallel: devices %s were asked for; using %s", devices, ", ".join(map(str, places)))
-    elif put_on is not None and places != [put_on]:
-        logger.info(
-            "Wan VAE Parallel: a node has put the VAE on %s, but devices says %s; using these. Set devices to auto to "
-            "follow that node",
-            put_on,
-            devices,
-        )
-    return places
-
-
-def _elsewhere(name: str) -> bool:
-    """Whether ``name`` is a device of another machine, where the workflow was made; what is no device is an error."""
-    try:
-        parse_devices(name)
-    except DeviceError:
-        if re.fullmatch(r"(cuda|mps|xpu|npu|mlu)(:\d+)?", name):
-            return True
-        raise
-    return False
-
-
-def _comfyui_devices(put_on: torch.device | None) -> list[torch.device]:
-    """The device that a node has put the VAE on, or else that of ComfyUI's own VAE; all GPUs if it is one of them."""
-    device = put_on or torch.device(model_management.vae_device())
-    if put_on in available_devices():
-        logger.info("Wan VAE Parallel: using %s, where a node has put the VAE", put_on)
-        return [device]
-    if device.type == "cuda" and put_on is None:
-        return parse_devices("auto")
-    if device not in available_devices():
-        logger.warning("Wan VAE Parallel: %s is not supported; using the CPU", device)
-    return [torch.device("cpu")]
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        return parse_dtype(dtype, device)
-    return model_management.vae_dtype(device, [torch.bfloat16, torch.float16, torch.float32])

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from .vaes import ParallelVAE, apply_parallel, load_parallel
@@ -29,6 +30,12 @@ _CHUNK = (
     "Latent frames decoded at once, or encoded, of four pictures each: larger is faster, smaller takes less memory, "
     "the result is the same. 0 chooses from the memory that is free."
 )
+# Under which names people look for a node: the models that these VAEs belong to.
+_MODELS = ["qwen image vae", "krea vae", "anima vae", "wan alpha vae", "upscale2x vae", "wanvideowrapper vae"]
+_LOADER_ALIASES = ["wan vae loader", "load vae", "multi gpu vae", "video vae", *_MODELS]
+_APPLY_ALIASES = ["wan vae", "multi gpu vae", "patch vae", "parallel vae", *_MODELS]
+_DECODE_ALIASES = ["vae decode", "wan decode", "decode video", "latent to image", "qwen image decode"]
+_ENCODE_ALIASES = ["vae encode", "wan encode", "encode video", "image to latent", "qwen image encode"]
 _DTYPES = ["auto", "bfloat16", "float16", "float32"]
 
 
@@ -64,6 +71,15 @@ def _chunk_input(tooltip: str) -> io.Input:
     return io.Int.Input("chunk", optional=True, default=0, min=0, max=4096, tooltip=tooltip, **_advanced(io.Int.Input))
 
 
+def _vae_input(name: str, tooltip: str) -> io.Input:
+    """A VAE of ComfyUI's, or WanVideoWrapper's."""
+    return io.MultiType.Input(name, types=[io.Vae, io.Custom("WANVAE")], tooltip=tooltip)
+
+
+def _parallel_vae(vae: Any) -> Any:
+    return vae if isinstance(vae, ParallelVAE) else apply_parallel(vae)
+
+
 class WanVAEParallelLoader(io.ComfyNode):
     """Loads a Wan VAE that decodes and encodes with this pack's engine."""
 
@@ -74,20 +90,23 @@ class WanVAEParallelLoader(io.ComfyNode):
             display_name="Load Wan VAE (Parallel)",
             category=_CATEGORY,
             description=(
-                "Loads a Wan 2.1 or 2.2 VAE (ComfyUI's or diffusers' safetensors) that decodes and encodes exactly, "
-                "without tiles, in any length. Connect it wherever a VAE goes: VAE Decode, VAE Encode, image-to-video "
-                "nodes."
+                "Loads a Wan 2.1 or 2.2 VAE, Qwen-Image's or another relative's (ComfyUI's or diffusers' safetensors) "
+                "that decodes and encodes videos and images exactly, without tiles, in any length and size. Connect it "
+                "wherever a VAE goes: VAE Decode, VAE Encode, image-to-video nodes."
             ),
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=_safetensors(),
-                    tooltip="A Wan VAE from models/vae, as safetensors. Pickles (.pt, .pth) are not opened.",
+                    tooltip=(
+                        "A Wan VAE from models/vae, as safetensors, or that of Qwen-Image, Krea, Anima, Wan-Alpha, "
+                        "upscale2x or a pruned one. Pickles (.pt, .pth) are not opened."
+                    ),
                 ),
                 *_engine_inputs(),
             ],
             outputs=[io.Vae.Output(tooltip="A VAE for any node that takes one.")],
-            **_given(io.Schema, search_aliases=["wan vae loader", "load vae", "multi gpu vae", "video vae"]),
+            **_given(io.Schema, search_aliases=_LOADER_ALIASES),
         )
 
     @classmethod
@@ -122,12 +141,18 @@ class WanVAEParallelApply(io.ComfyNode):
             display_name="Apply Wan VAE Parallel",
             category=_CATEGORY,
             description=(
-                "Takes a Wan VAE that any loader made and returns it decoding and encoding exactly, without tiles, in "
-                "any length."
+                "Takes a Wan VAE that any loader made, or Qwen-Image's or another relative's, and returns it decoding "
+                "and encoding videos and images exactly, without tiles, in any length and size. WanVideoWrapper's VAE "
+                "(WANVAE) becomes one of ComfyUI's whose latents are the wrapper's, normalised: nothing has to be "
+                "switched. Of the wrapper's decode node the end picture's frame is left out as there; its tiling, and "
+                "its minmax normalization, which change pixels, are not followed."
             ),
-            inputs=[io.Vae.Input("vae", tooltip="A Wan 2.1 or 2.2 VAE; its weights are used."), *_engine_inputs()],
+            inputs=[
+                _vae_input("vae", "A Wan 2.1 or 2.2 VAE, a relative's, or WanVideoWrapper's; its weights are used."),
+                *_engine_inputs(),
+            ],
             outputs=[io.Vae.Output(tooltip="The same VAE, working with Wan VAE Parallel.")],
-            **_given(io.Schema, search_aliases=["wan vae", "multi gpu vae", "patch vae", "parallel vae"]),
+            **_given(io.Schema, search_aliases=_APPLY_ALIASES),
         )
 
     @classmethod
@@ -148,12 +173,18 @@ class WanVAEParallelDecode(io.ComfyNode):
             display_name="Wan VAE Decode (Parallel)",
             category=_CATEGORY,
             description=(
-                "Decodes Wan video latents to frames, exactly: no tiles, no seams, no flicker, any length. "
-                "Takes the place of VAE Decode."
+                "Decodes Wan video latents to frames, and Qwen-Image's and other relatives' to images, exactly: no "
+                "tiles, no seams, no flicker, any length and size. Takes the place of VAE Decode."
             ),
             inputs=[
-                io.Latent.Input("samples", tooltip="Wan latents, as the sampler returns them."),
-                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                io.Latent.Input(
+                    "samples",
+                    tooltip=(
+                        "Wan latents, as the sampler returns them. What WanVideoWrapper's says beside them is "
+                        "followed: a reference frame or an end picture is left out, a loop is closed."
+                    ),
+                ),
+                _vae_input("vae", "A Wan VAE; one that another loader made is made parallel on the way."),
                 io.Boolean.Input(
                     "normalized_latents",
                     optional=True,
@@ -166,18 +197,44 @@ class WanVAEParallelDecode(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The frames, as VAE Decode returns them.")],
-            **_given(io.Schema, search_aliases=["vae decode", "wan decode", "decode video", "latent to image"]),
+            **_given(io.Schema, search_aliases=_DECODE_ALIASES),
         )
 
     @classmethod
     def execute(cls, samples: dict[str, Any], vae: Any, normalized_latents: bool = False) -> io.NodeOutput:
-        latents = samples["samples"]
-        if getattr(latents, "is_nested", False):
-            latents = latents.unbind()[0]
-        if not isinstance(vae, ParallelVAE):
-            vae = apply_parallel(vae)
-        frames = vae.decode_latents(latents, normalized=normalized_latents)
-        return io.NodeOutput(frames.flatten(0, 1))
+        return io.NodeOutput(_parallel_vae(vae).decode_samples(samples, normalized=normalized_latents))
+
+
+class WanVAEParallelDecodeRGBA(io.ComfyNode):
+    """Decodes one latent with two VAEs, of colours and of alpha, to frames with both."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelDecodeRGBA",
+            display_name="Wan VAE Decode RGBA (Parallel)",
+            category=_CATEGORY,
+            description=(
+                "Decodes Wan-Alpha's latents with both of its VAEs, exactly and without tiles, to frames with "
+                "transparency: colours of the one, as alpha the red of the other. Save WEBM and Save Animated WEBP "
+                "take them."
+            ),
+            inputs=[
+                io.Latent.Input("samples", tooltip="Wan-Alpha's latents, as the sampler returns them."),
+                _vae_input("vae_rgb", "The VAE of the colours: wan_alpha_2.1_vae_rgb_channel."),
+                _vae_input("vae_alpha", "The VAE of the transparency: wan_alpha_2.1_vae_alpha_channel."),
+            ],
+            outputs=[io.Image.Output(tooltip="The frames, with alpha.")],
+            **_given(io.Schema, search_aliases=["wan alpha", "decode rgba", "transparent video", "decode alpha"]),
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any], vae_rgb: Any, vae_alpha: Any) -> io.NodeOutput:
+        rgb, alpha = _parallel_vae(vae_rgb), _parallel_vae(vae_alpha)
+        # One set of worker processes for both, which whoever decoded last has.
+        colours = rgb.decode_samples(samples, workers_of=alpha)
+        opacity = alpha.decode_samples(samples, workers_of=rgb)
+        return io.NodeOutput(torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1))
 
 
 class WanVAEParallelEncode(io.ComfyNode):
@@ -190,8 +247,8 @@ class WanVAEParallelEncode(io.ComfyNode):
             display_name="Wan VAE Encode (Parallel)",
             category=_CATEGORY,
             description=(
-                "Encodes frames to Wan video latents, exactly: no tiles, no seams, any length. "
-                "Takes the place of VAE Encode."
+                "Encodes frames to Wan video latents, or images to Qwen-Image's and other relatives', exactly: no "
+                "tiles, no seams, any length and size. Takes the place of VAE Encode."
             ),
             inputs=[
                 io.Image.Input(
@@ -201,21 +258,19 @@ class WanVAEParallelEncode(io.ComfyNode):
                         "multiples of 8 pixels (16 with Wan 2.2), the middle; what is beyond that is left out."
                     ),
                 ),
-                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                _vae_input("vae", "A Wan VAE; one that another loader made is made parallel on the way."),
                 _chunk_input(
                     "Latent frames encoded at once, of four pictures each. 0 does as the VAE's loader was told, which "
                     "may be to choose."
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The latents, as VAE Encode returns them.")],
-            **_given(io.Schema, search_aliases=["vae encode", "wan encode", "encode video", "image to latent"]),
+            **_given(io.Schema, search_aliases=_ENCODE_ALIASES),
         )
 
     @classmethod
     def execute(cls, pixels: Any, vae: Any, chunk: int = 0) -> io.NodeOutput:
-        if not isinstance(vae, ParallelVAE):
-            vae = apply_parallel(vae)
-        return io.NodeOutput({"samples": vae.encode_pixels(pixels, chunk=chunk)})
+        return io.NodeOutput({"samples": _parallel_vae(vae).encode_pixels(pixels, chunk=chunk)})
 
 
 def _safetensors() -> list[str]:

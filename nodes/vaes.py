@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +18,13 @@ import torch
 
 from ..wan_vae_parallel import VAE, load_vae
 from ..wan_vae_parallel.errors import CheckpointError, OutOfMemoryError
-from ..wan_vae_parallel.files.checkpoint import Checkpoint, read_checkpoint
-from .engines import Engine, Source, shared_engine
+from ..wan_vae_parallel.files.checkpoint import read_checkpoint
+from ..wan_vae_parallel.files.latents import check_latents
+from .core_vaes import core_patcher, core_vae, without_model
+from .engines import Engine, Source, shared_engine, source_of_weights
+from .latents import join_loop, look_normalized, loop_latents, read_samples
 from .weights import SOURCE, LoadedWeights, changed_padding, patches_of, unwrapped
+from .wrapper import wrapper_source
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class ParallelVAE:
         _chunk: latent frames at once; 0 chooses.
         _asked: devices, dtype and encode_dtype, as the node was asked.
         _home: the device that the VAE's loader put it on; on another one it was put by a node.
+        _normalized: its latents are as the diffusion model makes them, as WanVideoWrapper's are.
         _seen: the state (`_state`) that the engine was chosen for.
         _weights_of: the model that the engine reads its weights from, kept alive; None if they are a file's.
     """
@@ -47,6 +51,7 @@ class ParallelVAE:
     _chunk: int
     _asked: tuple[str, str, str]
     _home: torch.device
+    _normalized: bool = False
     _seen: Any
     _weights_of: torch.nn.Module | None
     first_stage_model: torch.nn.Module | None
@@ -64,14 +69,43 @@ class ParallelVAE:
         _say_once("Wan VAE Parallel: decoding whole frames; tile sizes and overlaps are not needed")
         return self.decode_latents(samples)
 
-    def decode_latents(self, samples: torch.Tensor, *, normalized: bool = False) -> torch.Tensor:
-        """`decode` with a word on whether mean and deviation are still to be applied."""
+    def decode_latents(
+        self, samples: torch.Tensor, *, normalized: bool = False, workers_of: ParallelVAE | None = None
+    ) -> torch.Tensor:
+        """`decode` with a word on whether mean and deviation are still to be applied.
+
+        Args:
+            samples: the latents.
+            normalized: they are; always of a VAE of WanVideoWrapper's.
+            workers_of: a VAE whose worker processes it may take over, where they are on the same devices.
+        """
         engine = self._current_engine("decoder")
+        if workers_of is not None:
+            engine.take_workers(workers_of._engine)
         try:
-            frames = engine.decode(samples, normalized=normalized, chunk=self._chunk)
+            frames = engine.decode(samples, normalized=normalized or self._normalized, chunk=self._chunk)
         except OutOfMemoryError as error:
             raise OutOfMemoryError(error.text) from error  # a graph is no Python
         return frames.to(self.output_device, _output_dtype(self))
+
+    def decode_samples(
+        self, latent: Any, *, normalized: bool = False, workers_of: ParallelVAE | None = None
+    ) -> torch.Tensor:
+        """``[B * T', H, W, C]`` of a LATENT, with all that it says; see `latents`. The arguments are the above's."""
+        samples = read_samples(latent)
+        if samples.frames is not None:
+            return samples.frames.to(self.output_device, _output_dtype(self))
+        assert samples.latents is not None, "a LATENT has latents or frames"
+        latents = check_latents(samples.latents, self._current_engine("decoder").architecture)
+        if samples.from_wrapper and not normalized and not self._normalized:
+            normalized = look_normalized(latents)
+            if normalized:
+                _say_once("Wan VAE Parallel: WanVideoWrapper's latents get the published mean and deviation")
+        frames = self.decode_latents(latents, normalized=normalized, workers_of=workers_of)
+        if samples.looped:
+            turn = self.decode_latents(loop_latents(latents), normalized=normalized)
+            frames = join_loop(frames, turn)
+        return frames.flatten(0, 1)
 
     def encode(self, pixel_samples: torch.Tensor, *_: Any, not_video: bool | None = None, **__: Any) -> torch.Tensor:
         """``[T', H, W, C]``, one video, or ``[B, T', H, W, C]`` to ``[B, z, T, h, w]``; in the place of core's.
@@ -96,7 +130,7 @@ class ParallelVAE:
         if pixels.dim() == 4:
             pixels = pixels.unsqueeze(1 if (self.not_video if not_video is None else not_video) else 0)
         try:
-            latents = engine.encode(pixels, chunk=chunk or self._chunk)
+            latents = engine.encode(pixels, chunk=chunk or self._chunk, normalized=self._normalized)
         except OutOfMemoryError as error:
             raise OutOfMemoryError(error.text) from error
         return latents.to(self.output_device, _output_dtype(self))
@@ -117,17 +151,6 @@ class ParallelVAE:
         return copied
 
 
-class _WithoutModel:
-    """Core's VAE object without a model of core's, which has none for these weights."""
-
-    def get_sd(self) -> dict[str, torch.Tensor]:
-        """Core's nodes that save a VAE ask for its weights."""
-        raise CheckpointError("ComfyUI has no model of its own for this VAE, so it can't be saved; copy its file")
-
-    def throw_exception_if_invalid(self) -> None:
-        pass
-
-
 def load_parallel(
     path: str, *, devices: str = "auto", dtype: str = "auto", chunk: int = 0, encode_dtype: str = "auto"
 ) -> Any:
@@ -146,13 +169,13 @@ def load_parallel(
 
     source = Source((path, checkpoint.version), checkpoint.source, make)
     asked = (devices, dtype, encode_dtype)
-    vae = _core_vae(checkpoint)
+    vae = core_vae(checkpoint)
     if vae is None:
         if checkpoint.architecture.encoder_width is None:
             logger.info("Wan VAE Parallel: %s has no encoder and is loaded for decoding only", checkpoint.source)
-        return _parallel(_without_model(shared_engine(source, *asked)), asked, chunk, source=source)
+        return _parallel(without_model(shared_engine(source, *asked)), asked, chunk, source=source)
     # Core's nodes that put a VAE on another device load it anew.
-    vae.patcher.cached_patcher_init = (_core_patcher, (path,))
+    vae.patcher.cached_patcher_init = (core_patcher, (path,))
     return _parallel(vae, asked, chunk, source=source)
 
 
@@ -161,21 +184,26 @@ def apply_parallel(
 ) -> Any:
     """Returns ``vae``, untouched itself, as one that decodes and encodes with our engine and the same weights.
 
+    WanVideoWrapper's VAE becomes one of core's that takes and makes latents as the wrapper's nodes do, normalised.
+
     Raises:
         CheckpointError: it is not a Wan VAE.
         DeviceError: ``devices`` is no list of devices.
     """
+    asked = (devices, dtype, encode_dtype)
     if not isinstance(vae, comfy.sd.VAE):
-        raise CheckpointError(
-            f"the connected VAE is a {type(vae).__name__}, not one of ComfyUI's own; take it from Load VAE, or from "
-            f"Load Wan VAE (Parallel)"
-        )
+        source, model = wrapper_source(vae)
+        parallel = _parallel(without_model(shared_engine(source, *asked)), asked, chunk, source=source)
+        parallel._normalized, parallel._weights_of = True, model
+        return parallel
     if vae.first_stage_model is None and not isinstance(vae, ParallelVAE):
         raise CheckpointError(
             "ComfyUI could make nothing of the connected VAE's file; if it is a Wan VAE, of diffusers or with a "
             "prefix, take it from Load Wan VAE (Parallel)"
         )
-    return _parallel(vae, (devices, dtype, encode_dtype), chunk)
+    parallel = _parallel(vae, asked, chunk)
+    _warn_of_rounded_weights(parallel)
+    return parallel
 
 
 def _parallel(vae: Any, asked: tuple[str, str, str], chunk: int, source: Source | None = None) -> Any:
@@ -210,16 +238,8 @@ def _choose_engine(
 def _source_of(model: torch.nn.Module, patcher: Any) -> Source:
     # Not the model itself: the engine must not keep it alive beyond its VAE.
     weights = LoadedWeights(model, patcher)
-
-    def make(
-        places: list[torch.device], decode_dtype: torch.dtype, encode_dtype: torch.dtype, predecessor: VAE | None
-    ) -> VAE:
-        return VAE(
-            weights, devices=places, dtype=decode_dtype, chunk="auto", predecessor=predecessor,
-            encode_dtype=encode_dtype,
-        )  # fmt: skip
-
-    return Source((weakref.ref(model), patches_of(patcher)), SOURCE, make)
+    stored = next((parameter.dtype for parameter in model.parameters()), None)
+    return source_of_weights(weights, SOURCE, (weakref.ref(model), patches_of(patcher)), stored)
 
 
 def _cropped(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -268,60 +288,25 @@ def _warn_of_changed_padding(vae: ParallelVAE, part: str) -> None:
     )
 
 
+def _warn_of_rounded_weights(vae: ParallelVAE) -> None:
+    """Says it where a VAE is asked to compute in more digits than its loader has left its weights."""
+    engine = vae._engine
+    held = engine.source.stored
+    if held is not None and torch.finfo(engine.dtype).eps < torch.finfo(held).eps:
+        _say_once(
+            f"Wan VAE Parallel: dtype {_name(engine.dtype)} is asked for, and the connected VAE holds its weights in "
+            f"{_name(held)}, which frames can differ by 0.01 for; if the file has more digits, take the VAE from Load "
+            f"Wan VAE (Parallel)"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def _parallel_class(base: type) -> type:
     return type("ParallelVAE", (ParallelVAE, base), {})
-
-
-def _core_vae(checkpoint: Checkpoint) -> Any:
-    """Core's own VAE of the same weights, or None where core has no model for them."""
-    architecture = checkpoint.architecture
-    published = (256, 160, 48) if architecture.residual else (architecture.width, architecture.width, 16)
-    if (architecture.width, architecture.encoder_width, architecture.z_dim) != published:
-        return None
-    vae = comfy.sd.VAE(sd={**checkpoint.decoder, **checkpoint.encoder})
-    vae.throw_exception_if_invalid()
-    return vae
-
-
-def _core_patcher(path: str, *_: Any, **__: Any) -> Any:
-    """The patcher of core's own VAE, loaded once more."""
-    return _core_vae(read_checkpoint(path)).patcher
-
-
-@functools.cache
-def _without_model_class() -> type:
-    return type("VAEWithoutModel", (_WithoutModel, comfy.sd.VAE), {})
-
-
-def _without_model(engine: Engine) -> Any:
-    """A VAE object without core's model, with the attributes that core's nodes read."""
-    architecture = engine.architecture
-    cls = _without_model_class()
-    vae = cls.__new__(cls)
-    spatial, temporal = architecture.spatial_ratio, architecture.temporal_ratio
-    vae.first_stage_model = None
-    vae.patcher = engine.patcher
-    vae.device = vae._home = engine.devices[0]
-    vae.output_device = model_management.intermediate_device()
-    vae.vae_dtype = torch.float32
-    vae.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
-    vae.process_input = lambda image: image * 2.0 - 1.0
-    vae.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
-    vae.memory_used_decode = lambda shape, _: engine.memory_needed(shape)
-    # Core has pixels' channels in front: [B, C, T, H, W].
-    vae.memory_used_encode = lambda shape, _: (
-        engine.encode_memory_needed((shape[0], *shape[2:], shape[1])) if architecture.encoder_width else 0
-    )
-    vae.size = engine.weights_size()
-    vae.latent_channels, vae.latent_dim = architecture.z_dim, 3
-    vae.output_channels = architecture.output_channels
-    vae.not_video, vae.crop_input, vae.disable_offload = False, True, False
-    vae.extra_1d_channel, vae.pad_channel_value = None, None
-    vae.upscale_ratio = (lambda frames: max(0, architecture.frame_count(frames)), spatial, spatial)
-    vae.downscale_ratio = (lambda frames: max(0, math.floor((frames + temporal - 1) / temporal)), spatial, spatial)
-    vae.upscale_index_formula = vae.downscale_index_formula = (temporal, spatial, spatial)
-    return vae
 
 
 @functools.cache

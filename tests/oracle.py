@@ -29,9 +29,11 @@ def oracle_vae(
     colours: int = 3,
     seed: int = 0,
     encoder_width: int = 8,
+    colours_out: int | None = None,
 ):
     """A Wan VAE in fp32 with random weights of a size that keeps the signal's: neither constant nor saturated."""
-    settings = {"base_dim": width, "z_dim": z_dim or Z_DIM[family], "in_channels": colours, "out_channels": colours}
+    settings = {"base_dim": width, "z_dim": z_dim or Z_DIM[family], "in_channels": colours}
+    settings["out_channels"] = colours_out or colours
     if family == "wan2.2":
         # Two widths; Wan 2.1 has one for both.
         settings.update(
@@ -40,6 +42,11 @@ def oracle_vae(
         settings.update(in_channels=4 * colours, out_channels=4 * colours)
     with torch.device("meta"):
         vae = AutoencoderKLWan(**settings)
+    return randomise(vae, seed)
+
+
+def randomise(vae: nn.Module, seed: int = 0):
+    """``vae``, made on the meta device, with weights in fp32 as `oracle_vae` says."""
     vae = vae.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vae.named_parameters():

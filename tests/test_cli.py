@@ -267,7 +267,7 @@ def test_errors_are_one_line_and_leave_nothing(files, tmp_path, capsys, argument
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["decode", "x", "--vae", "y", "-o", "z", "--chunk", "0"],
+        ["decode", "x", "--vae", "y", "-o", "z", "--chunk", "-1"],
         ["decode", "x", "--vae", "y", "-o", "z", "--fps", "-1"],
         ["decode", "x", "--vae", "y", "-o", "z", "--dtype", "int8"],
         ["decode", "x", "--vae", "y", "-o", "z", "--quality", "fine"],

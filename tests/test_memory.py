@@ -51,7 +51,7 @@ def test_page_elements_are_those_that_a_decode_allocates(architecture, frames, c
         rows, columns, chunk=chunk, videos=videos, keeps=frames > 1, dtype=torch.bfloat16, device=torch.device("meta")
     )
     kept, others = memory._page_elements(
-        model.page_needs(chunk), rows, columns, videos=videos, keeps=frames > 1, gather=False
+        model.page_needs(chunk, image=frames == 1), rows, columns, videos=videos, keeps=frames > 1, gather=False
     )
     assert kept + others == sum(one.arena.numel() for one in pages.values())
     assert (kept > 0) == (frames > 1)
@@ -64,7 +64,8 @@ def test_page_elements_are_those_that_an_encode_allocates(family, frames, chunk)
     with torch.device("meta"):
         model = WanEncoder(architecture)
     pages = model.pages(2, 3, chunk=chunk, keeps=frames > 1, dtype=torch.bfloat16, device=torch.device("meta"))
-    kept, others = memory._page_elements(model.page_needs(chunk), 2, 3, videos=1, keeps=frames > 1, gather=False)
+    needs = model.page_needs(chunk, image=frames == 1)
+    kept, others = memory._page_elements(needs, 2, 3, videos=1, keeps=frames > 1, gather=False)
     assert kept + others == sum(one.arena.numel() for one in pages.values())
     assert (kept > 0) == (frames > 1)
 

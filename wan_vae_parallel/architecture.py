@@ -1,53 +1,33 @@
-"""What a Wan VAE is made of, read off a checkpoint's shapes.
+"""What a Wan VAE is made of, or a relative of it, read off a checkpoint's shapes.
 
 Facts from the model code and configurations published with Wan 2.1 and Wan 2.2
-(github.com/Wan-Video/Wan2.1 and Wan2.2) and their diffusers configurations.
+(github.com/Wan-Video/Wan2.1 and Wan2.2) and their diffusers configurations, and from diffusers'
+AutoencoderKLQwenImage21.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import ArgumentError, CheckpointError
+from .latent_statistics import PUBLISHED
 
-Family = Literal["wan2.1", "wan2.2"]
+Family = Literal["wan2.1", "wan2.2", "qwen-image-2.1"]
+Resampling = Literal["3d", "2d"] | None
 
-# Width multipliers of the decoder's stages, from the latent's resolution to the frame's.
-_MULTIPLIERS = (4, 4, 2, 1)
-# Residual blocks in front of each upsampling.
-_BLOCKS = 3
-_UPSAMPLES: tuple[Literal["3d", "2d"] | None, ...] = ("3d", "3d", "2d", None)
-
-# The same of the encoder, from the frame's resolution on, and the blocks in front of each downsampling.
-_DOWNSAMPLES: tuple[Literal["3d", "2d"] | None, ...] = ("2d", "3d", "3d", None)
-_DOWN_BLOCKS = 2
-
-_WAN21_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-_WAN21_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-_WAN22_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-_WAN22_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
+# Residual blocks in front of each upsampling, and in front of each downsampling.
+_BLOCKS, _DOWN_BLOCKS = 3, 2
+_SCALES: tuple[Resampling, ...] = ("3d", "3d", "2d", None)
+# Of each family as published: width multipliers and upsamplings of the decoder's stages, from the latent's resolution
+# to the frame's; frames that a convolution sees. The encoder's stages are the same the other way round.
+_PUBLISHED_STAGES: dict[Family, tuple[tuple[int, ...], tuple[Resampling, ...], int]] = {
+    "wan2.1": ((4, 4, 2, 1), _SCALES, 3),
+    "wan2.2": ((4, 4, 2, 1), _SCALES, 3),
+    "qwen-image-2.1": ((8, 8, 4, 2, 1), ("3d", *_SCALES), 1),
+}
+_NAMES: dict[Family, str] = {"wan2.1": "Wan 2.1", "wan2.2": "Wan 2.2", "qwen-image-2.1": "Qwen-Image-2.1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +48,7 @@ class Stage:
     channels: int
     out_channels: int
     blocks: int
-    upsample: Literal["3d", "2d"] | None
+    upsample: Resampling
     scale: int
     time_scale: int
 
@@ -89,21 +69,28 @@ class DownStage:
     in_channels: int
     channels: int
     blocks: int
-    downsample: Literal["3d", "2d"] | None
+    downsample: Resampling
     scale: int
     time_scale: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Wan VAE, complete enough to build its decoder, and its encoder if it has one.
+    """A Wan VAE or a relative, complete enough to build its decoder, and its encoder if it has one.
 
     Attributes:
-        family: ``"wan2.1"`` (8x8 pixels a latent voxel) or ``"wan2.2"`` (16x16, residual up blocks, 2x2 patches).
-        z_dim: latent channels; 16 and 48 as published.
-        width: channels at full resolution; 96 and 256 as published, less in pruned relatives.
+        family: ``"wan2.1"`` (8x8 pixels a latent voxel), ``"wan2.2"`` (16x16, residual up blocks, 2x2 patches) or
+            ``"qwen-image-2.1"`` (16x16, residual up blocks, images alone).
+        z_dim: latent channels; 16, 48 and 64 as published.
+        width: channels at full resolution; 96, 256 and 144 as published, less in pruned relatives.
         output_channels: colours of a frame; 3, or 4 with alpha.
-        encoder_width: the encoder's channels at full resolution; 96 and 160 as published. None without an encoder.
+        encoder_width: the encoder's channels at full resolution; 96, 160 and 96 as published. None without an encoder.
+        input_channels: colours of the frames that the encoder takes; 0 for as many as ``output_channels``.
+        upscale: 2 if the decoder makes frames of twice the size that the encoder takes (Wan 2.1 alone), else 1.
+        multipliers: of the width in the decoder's stages, coarse to fine; empty for the family's.
+        upsamples: of the decoder's stages; empty for the family's.
+        mean: of each latent channel, where the file has its own; None for the published one.
+        std: their standard deviation, likewise.
     """
 
     family: Family
@@ -111,15 +98,41 @@ class Architecture:
     width: int
     output_channels: int = 3
     encoder_width: int | None = None
+    input_channels: int = 0
+    upscale: int = 1
+    multipliers: tuple[int, ...] = ()
+    upsamples: tuple[Resampling, ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in ("wan2.1", "wan2.2"):
-            raise ArgumentError(f"architecture is {self.family!r}; it must be 'wan2.1' or 'wan2.2'")
-        for name in ("z_dim", "width", "output_channels"):
+        if self.family not in _PUBLISHED_STAGES:
+            known = ", ".join(map(repr, _PUBLISHED_STAGES))
+            raise ArgumentError(f"architecture is {self.family!r}; it must be one of {known}")
+        multipliers, upsamples, _ = _PUBLISHED_STAGES[self.family]
+        # What is left to the family is filled in, so that equal architectures are equal.
+        for name, default in (
+            ("input_channels", self.output_channels),
+            ("multipliers", multipliers),
+            ("upsamples", upsamples),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
+        for name in ("z_dim", "width", "output_channels", "input_channels"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.encoder_width is not None and self.encoder_width < 1:
             raise ArgumentError(f"encoder_width is {self.encoder_width}; it must be at least 1, or None")
+        if self.upscale not in ((1, 2) if self.family == "wan2.1" else (1,)):
+            raise ArgumentError(f"upscale is {self.upscale}; it must be 1, or for Wan 2.1 also 2")
+        if len(self.multipliers) != len(self.upsamples) or min(self.multipliers) < 1 or self.upsamples[-1] is not None:
+            raise ArgumentError(
+                f"multipliers {self.multipliers} and upsamples {self.upsamples} must be as many, the multipliers at "
+                f"least 1 and the last upsampling None"
+            )
+        for statistics in (self.mean, self.std):
+            if statistics is not None and len(statistics) != self.z_dim:
+                raise ArgumentError(f"{len(statistics)} statistics of latents don't fit {self.z_dim} channels")
 
     @classmethod
     def published(cls, family: Family, *, width: int | None = None) -> Architecture:
@@ -127,6 +140,9 @@ class Architecture:
         if family == "wan2.2":
             width = 256 if width is None else width
             return cls(family=family, z_dim=48, width=width, encoder_width=max(1, width * 5 // 8))
+        if family == "qwen-image-2.1":
+            width = 144 if width is None else width
+            return cls(family=family, z_dim=64, width=width, output_channels=4, encoder_width=max(1, width * 2 // 3))
         width = 96 if width is None else width
         return cls(family=family, z_dim=16, width=width, encoder_width=width)
 
@@ -134,69 +150,112 @@ class Architecture:
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         """Reads the architecture off tensor shapes in Wan's original key layout.
 
+        Convolutions that see one frame may be without that axis, as in diffusers' layout of Qwen-Image-2.1.
+
         Raises:
             CheckpointError: the keys that tell a Wan VAE are missing or have other shapes.
         """
-        telling = {"decoder.conv1.weight": 5, "decoder.head.0.gamma": 4, "decoder.head.2.weight": 5}
-        for key, axes in telling.items():
-            if key not in shapes:
+        telling = ("decoder.conv1.weight", "decoder.head.0.gamma", "decoder.head.2.weight", "encoder.conv1.weight")
+        found = {key: _telling_shape(key, shapes[key]) for key in telling if key in shapes}
+        for key in telling[:3]:
+            if key not in found:
                 raise CheckpointError(f"it lacks {key}")
-            if len(shapes[key]) != axes or 0 in shapes[key]:
-                raise CheckpointError(f"its {key} has the shape {shapes[key]}, where {axes} axes of 1 or more belong")
-        conv_in, head_norm, head = (shapes[key] for key in telling)
-        width, z_dim = head_norm[0], conv_in[1]
-        family: Family = "wan2.2" if any(k.startswith("decoder.upsamples.0.upsamples.") for k in shapes) else "wan2.1"
+        conv_in, width, head = found[telling[0]], found[telling[1]][0], found[telling[2]]
+        frames = {key: shape[2] for key, shape in found.items() if len(shape) == 5}
+        if len(set(frames.values())) > 1:
+            listed = ", ".join(f"{key} {count}" for key, count in frames.items())
+            raise CheckpointError(f"its convolutions see different numbers of frames: {listed}")
+        residual = any(key.startswith("decoder.upsamples.0.upsamples.") for key in shapes)
+        family: Family = "wan2.1" if not residual else "wan2.2" if conv_in[2] > 1 else "qwen-image-2.1"
         patch = 2 if family == "wan2.2" else 1
         if head[0] % patch**2:
             raise CheckpointError(
                 f"decoder.head.2.weight makes {head[0]} channels; a Wan 2.2 VAE's are a multiple of {patch**2}"
             )
-        encoder = shapes.get("encoder.conv1.weight")
-        if encoder is not None and (len(encoder) != 5 or 0 in encoder):
-            raise CheckpointError(f"its encoder.conv1.weight has the shape {encoder}, where 5 axes of 1 or more belong")
+        encoder = found.get(telling[3])
+        colours, taken = head[0] // patch**2, 0
+        if encoder is not None:
+            if encoder[1] % patch**2:
+                raise CheckpointError(
+                    f"encoder.conv1.weight takes {encoder[1]} channels; a Wan 2.2 VAE's are a multiple of {patch**2}"
+                )
+            taken = encoder[1] // patch**2
+        # Four pixels of each colour; no file is known whose pictures have 12 or 16 colours.
+        doubled = family == "wan2.1" and (colours == 4 * taken if taken else colours in (12, 16))
         return cls(
             family=family,
-            z_dim=z_dim,
+            z_dim=conv_in[1],
             width=width,
-            output_channels=head[0] // patch**2,
+            output_channels=colours // 4 if doubled else colours,
             encoder_width=None if encoder is None else encoder[0],
+            input_channels=taken,
+            upscale=2 if doubled else 1,
+            **_stages_of(shapes, width) if residual else {},
         )
 
     @property
     def name(self) -> str:
         """What a person calls it, such as ``"Wan 2.1"``."""
-        return "Wan " + self.family.removeprefix("wan")
+        return _NAMES[self.family] + (" upscale2x" if self.upscale > 1 else "")
+
+    @property
+    def kernel_frames(self) -> int:
+        """Frames that a convolution sees: the present one, and those before it."""
+        return _PUBLISHED_STAGES[self.family][2]
+
+    @property
+    def images_only(self) -> bool:
+        """Whether it knows no time: each latent frame is a picture."""
+        return self.kernel_frames == 1
 
     @property
     def patch(self) -> int:
-        """Frame rows and columns that one position of the last layer makes."""
+        """Frame rows and columns that one position of the decoder's last layer makes."""
+        return 2 if self.family == "wan2.2" else self.upscale
+
+    @property
+    def encoder_patch(self) -> int:
+        """Frame rows and columns that one position of the encoder's first layer reads."""
         return 2 if self.family == "wan2.2" else 1
 
     @property
     def spatial_ratio(self) -> int:
-        """Frame rows per latent row, and columns per column."""
-        return 8 * self.patch
+        """Decoded frames' rows per latent row, and columns per column."""
+        return self._doublings * self.patch
+
+    @property
+    def encode_ratio(self) -> int:
+        """The same of frames that are encoded: half of that with ``upscale``."""
+        return self._doublings * self.encoder_patch
+
+    @property
+    def _doublings(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
 
     @property
     def temporal_ratio(self) -> int:
         """Frames per latent frame, but for the first, which makes one."""
-        return 4
+        return 1 if self.images_only else self._time_doublings
+
+    @property
+    def _time_doublings(self) -> int:
+        return int(2 ** self.upsamples.count("3d"))
 
     @property
     def first_channels(self) -> int:
         """Channels at the latent's resolution."""
-        return self.width * _MULTIPLIERS[0]
+        return self.width * self.multipliers[0]
 
     @property
     def residual(self) -> bool:
-        """Whether each upsampling stage has a shortcut around it (Wan 2.2)."""
-        return self.family == "wan2.2"
+        """Whether each upsampling stage has a shortcut around it (Wan 2.2, Qwen-Image-2.1)."""
+        return self.family != "wan2.1"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages behind the middle block, coarse to fine."""
         stages, entering, scale, time_scale = [], self.first_channels, 1, 1
-        for multiplier, upsample in zip(_MULTIPLIERS, _UPSAMPLES, strict=True):
+        for multiplier, upsample in zip(self.multipliers, self.upsamples, strict=True):
             channels = self.width * multiplier
             # Wan 2.1 halves the channels where it doubles the rows, Wan 2.2 keeps them.
             leaving = channels // 2 if upsample and not self.residual else channels
@@ -218,13 +277,13 @@ class Architecture:
 
     @property
     def latents_mean(self) -> tuple[float, ...] | None:
-        """Published mean of each latent channel; ``None`` for a z_dim that was never published."""
-        return {("wan2.1", 16): _WAN21_MEAN, ("wan2.2", 48): _WAN22_MEAN}.get((self.family, self.z_dim))
+        """Mean of each latent channel, the file's own or else published; ``None`` for a z_dim that never was."""
+        return self.mean or PUBLISHED.get((self.family, self.z_dim), (None, None))[0]
 
     @property
     def latents_std(self) -> tuple[float, ...] | None:
-        """Published standard deviation of each latent channel; ``None`` likewise."""
-        return {("wan2.1", 16): _WAN21_STD, ("wan2.2", 48): _WAN22_STD}.get((self.family, self.z_dim))
+        """Standard deviation of each latent channel; ``None`` likewise."""
+        return self.std or PUBLISHED.get((self.family, self.z_dim), (None, None))[1]
 
     def latent_frames(self, frames: int) -> int:
         """The fewest latent frames that decode to at least ``frames`` frames."""
@@ -240,7 +299,7 @@ class Architecture:
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latent that frames of whole latent voxels encode to."""
-        return height // self.spatial_ratio, width // self.spatial_ratio
+        return height // self.encode_ratio, width // self.encode_ratio
 
     def encoded_frames(self, frames: int) -> int:
         """Of ``frames`` >= 1 those that an encode uses: one, and then as many as make whole latent frames."""
@@ -256,8 +315,9 @@ class Architecture:
         if self.encoder_width is None:
             raise ArgumentError(f"this {self.name} VAE has no encoder")
         stages = []
-        entering, scale, time_scale = self.encoder_width, 2 ** (len(_MULTIPLIERS) - 1), self.temporal_ratio
-        for multiplier, downsample in zip(reversed(_MULTIPLIERS), _DOWNSAMPLES, strict=True):
+        entering, scale, time_scale = self.encoder_width, self._doublings, self._time_doublings
+        downsamples = (*reversed(self.upsamples[:-1]), None)
+        for multiplier, downsample in zip(reversed(self.multipliers), downsamples, strict=True):
             channels = self.encoder_width * multiplier
             stages.append(
                 DownStage(
@@ -275,3 +335,37 @@ class Architecture:
             if downsample == "3d":
                 time_scale //= 2
         return tuple(stages)
+
+
+def _telling_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` with all its axes: a norm's as its channels, a convolution's ``[O, C, kt, kh, kw]``."""
+    if key.endswith("gamma"):
+        if shape and shape[0] > 0 and all(extent == 1 for extent in shape[1:]):
+            return shape[:1]
+        raise CheckpointError(f"its {key} has the shape {shape}, where channels and axes of 1 belong")
+    if len(shape) == 4:
+        shape = (*shape[:2], 1, *shape[2:])
+    if len(shape) != 5 or 0 in shape:
+        raise CheckpointError(f"its {key} has the shape {shape}, where 5 axes of 1 or more belong")
+    return shape
+
+
+def _stages_of(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, Any]:
+    """Multipliers and upsamplings of residual stages; nothing if they are none that can be."""
+    multipliers: list[int] = []
+    upsamples: list[Resampling] = []
+    while (first := shapes.get(f"decoder.upsamples.{len(multipliers)}.upsamples.0.residual.2.weight")) is not None:
+        if not first or first[0] % width:
+            return {}
+        prefix = f"decoder.upsamples.{len(multipliers)}.upsamples.{_BLOCKS}"
+        multipliers.append(first[0] // width)
+        upsamples.append(
+            "3d"
+            if f"{prefix}.time_conv.weight" in shapes
+            else "2d"
+            if f"{prefix}.resample.1.weight" in shapes
+            else None
+        )
+    if not multipliers or upsamples[-1] is not None or 0 in multipliers or None in upsamples[:-1]:
+        return {}
+    return {"multipliers": tuple(multipliers), "upsamples": tuple(upsamples)}

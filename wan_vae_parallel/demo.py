@@ -296,7 +296,7 @@ def _encoder_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in WanEncoder(architecture).state_dict().items()}
     wiring = _Wiring(shapes)
-    residual, folded = architecture.residual, architecture.patch**2
+    residual, folded = architecture.residual, architecture.encoder_patch**2
     slots: Slots = _pairs(1, _COLOURS)
     constants: tuple[int, ...] = (0,)
     scale = 1.0

@@ -25,20 +25,32 @@ def check_frames(frames: torch.Tensor, architecture: Architecture) -> torch.Tens
     """Makes sure that ``frames`` can be encoded, and takes of them what an encode uses.
 
     Rows and columns that don't make whole latent ones are cut off on both sides, as ComfyUI does, and said. So are
-    channels beyond the VAE's colours, such as alpha, and frames beyond a multiple of four and one.
+    channels beyond the VAE's colours, such as alpha, and frames beyond a multiple of four and one. A VAE with alpha
+    takes frames without as opaque.
 
     Args:
         frames: ``[B, T, H, W, C]``, or ``[T, H, W, C]`` for one video; any float dtype, strides and device.
         architecture: the VAE that will encode them.
 
     Returns:
-        ``[B, T', H', W', C']``, a view.
+        ``[B, T', H', W', C']``, a view but where alpha was added.
 
     Raises:
-        FrameError: wrong type, number of axes, colours, an empty axis, or pictures smaller than a latent voxel.
+        FrameError: wrong type, number of axes, colours, an empty axis, pictures smaller than a latent voxel, or several
+            frames for a VAE of images.
     """
     frames = _usable(frames, architecture)
+    check_length(frames.shape[1], architecture)
     return frames[:, : architecture.encoded_frames(frames.shape[1])]
+
+
+def check_length(frames: int, architecture: Architecture) -> None:
+    """Raises `FrameError` if a video of so many ``frames`` is none that the VAE can encode."""
+    if architecture.images_only and frames > 1:
+        raise FrameError(
+            f"frames of a video have {frames} frames, and {architecture.name} knows no time; pass pictures as a batch, "
+            f"[B, 1, H, W, C]"
+        )
 
 
 def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
@@ -58,7 +70,10 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     if frames.layout != torch.strided or frames.is_meta:
         kind = "meta" if frames.is_meta else str(frames.layout)
         raise FrameError(f"frames are a {kind} tensor; they must be an ordinary, dense one")
-    colours = architecture.output_channels
+    colours = architecture.input_channels
+    if colours == 4 and frames.shape[4] == 3:
+        say_once("frames have 3 channels, and this VAE has 4: they are encoded as opaque, with an alpha of 1")
+        frames = torch.cat([frames, torch.ones_like(frames[..., :1])], dim=-1)
     if frames.shape[4] not in (colours, colours + 1):
         raise FrameError(
             f"frames {shape} have {frames.shape[4]} channels, and this {architecture.name} VAE takes {colours}, or "
@@ -66,7 +81,7 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
         )
     if frames.shape[4] > colours:
         say_once(f"frames have {colours + 1} channels: the last, alpha, is left out, as this VAE has {colours} colours")
-    ratio = architecture.spatial_ratio
+    ratio = architecture.encode_ratio
     height, width = frames.shape[2:4]
     if min(height, width) < ratio:
         raise FrameError(

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .errors import CheckpointError
 from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
+from .files.kinds import user_path
+from .files.locate import ANOTHER
 from .files.weights import FileWeights
 from .session import IDLE_SECONDS, Chunk, Devices
 from .vae import VAE
@@ -30,7 +33,8 @@ def load_vae(
     was replaced or written to meanwhile is an error.
 
     Args:
-        path: a safetensors file in Wan's original or diffusers' key layout, or a diffusers VAE folder.
+        path: a safetensors file in Wan's original or diffusers' key layout, one of its shards or their index, or a
+            folder in diffusers' format, the VAE's or the whole pipeline's. ``~`` is the home folder.
         devices: ``"auto"`` (all CUDA devices, else the CPU), ``"cpu"``, ``"cuda:0"``, or several with commas between
             them, ``"cuda:0,cuda:1"``: one video is then decoded by all of them, each with a worker process.
         dtype: ``"auto"`` (bf16 on GPUs that have it, fp32 on the CPU), ``"float32"``, ``"bfloat16"``,
@@ -48,7 +52,7 @@ def load_vae(
         CheckpointError: the file is not a Wan VAE that can be decoded with.
         DeviceError: a device or dtype that is not there.
     """
-    path = Path(path).absolute()
+    path = user_path(path, CheckpointError, another=ANOTHER).absolute()
     return VAE(
         FileWeights(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group,
         predecessor=predecessor, encode_dtype=encode_dtype,

@@ -21,9 +21,10 @@ from .errors import OutOfMemoryError, is_out_of_memory
 from .model.blocks import Needs
 from .model.decoder import WanDecoder
 from .model.encoder import WanEncoder
-from .model.layers import UpsampleConv
+from .model.layers import CausalConv3d, UpsampleConv
 from .ops.dispatch import KERNEL_DTYPES
-from .ops.limits import FUSED_CHANNELS, WEIGHTS_AT_ONCE
+from .ops.layer_kinds import LayerKind
+from .ops.limits import WEIGHTS_AT_ONCE
 from .ops.norm_silu import BLOCK_ELEMENTS
 
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
@@ -87,15 +88,22 @@ def decode_memory(
             that PyTorch's do.
     """
     batch, latent_frames, rows, columns = shape
-    chunk = max(1, min(chunk, latent_frames - 1))
-    needs = _decoder_skeleton(architecture).page_needs(chunk)
+    chunk = min(chunk, most_at_once(batch, latent_frames))
     keeps = latent_frames > 1
-    kept, others = _page_elements(needs, rows, columns, videos=batch, keeps=keeps, gather=not kernels)
-    live = _live_elements(architecture, batch, rows, columns, chunk)
+    needs = _decoder_skeleton(architecture).page_needs(chunk, image=not keeps)
+    videos = batch if keeps else 1
+    kept, others = _page_elements(needs, rows, columns, videos=videos, keeps=keeps, gather=not kernels)
+    live = _live_elements(architecture, videos, rows, columns, chunk)
     finest = architecture.stages[-1].scale ** 2 * architecture.width
-    frames = batch * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns * chunk
+    # Images leave together.
+    pictures = batch * chunk if keeps else batch
+    frames = pictures * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns
     return DeviceMemory(
-        weights=(parameter_count(architecture) + (_folded_elements(architecture) if dtype in KERNEL_DTYPES else 0))
+        weights=(
+            parameter_count(architecture)
+            + (_folded_elements(architecture) if dtype in KERNEL_DTYPES else 0)
+            + (0 if keeps else _present_elements(_decoder_skeleton(architecture)))
+        )
         * dtype.itemsize,
         caches=kept * dtype.itemsize,
         step=(others + live) * dtype.itemsize
@@ -129,11 +137,14 @@ def encode_memory(
         kernels: as in `decode_memory`.
     """
     rows, columns = size
-    needs = _encoder_skeleton(architecture).page_needs(chunk)
+    needs = _encoder_skeleton(architecture).page_needs(chunk, image=image)
     kept, others = _page_elements(needs, rows, columns, videos=1, keeps=not image, gather=not kernels)
-    pixels = chunk * architecture.output_channels * architecture.spatial_ratio**2 * rows * columns
+    pixels = chunk * architecture.input_channels * architecture.encode_ratio**2 * rows * columns
     return DeviceMemory(
-        weights=encoder_parameter_count(architecture) * dtype.itemsize,
+        weights=(
+            encoder_parameter_count(architecture) + (_present_elements(_encoder_skeleton(architecture)) if image else 0)
+        )
+        * dtype.itemsize,
         caches=kept * dtype.itemsize,
         step=(others + _live_encoder_elements(architecture, rows, columns, chunk)) * dtype.itemsize
         + (0 if kernels else min(_NORM_BYTES, 8 * chunk * rows * columns * 64 * (architecture.encoder_width or 0)))
@@ -166,7 +177,7 @@ def largest_encode_chunk(
 ) -> int:
     """`largest_chunk` for an encode of ``frames`` (None if that is not known) to latents of ``size`` ``(h, w)``."""
     rows, columns = size
-    height, width = architecture.frame_size(rows, columns)
+    height, width = (side * architecture.encode_ratio for side in size)
     enough = _ENOUGH_ENCODED_PIXELS / (height * width)
     if device_type == "cpu":
         positions = rows * columns * architecture.down_stages[0].scale ** 2
@@ -178,6 +189,17 @@ def largest_encode_chunk(
         return needed.total <= _USABLE * free
 
     return _largest(max(1, min(round(enough), most)), fits)
+
+
+def images_that_pay(architecture: Architecture, rows: int, columns: int) -> int:
+    """How many images of ``rows`` x ``columns`` latents are worth decoding together: enough to keep a device busy."""
+    height, width = architecture.frame_size(rows, columns)
+    return max(1, round(_ENOUGH_PIXELS * architecture.upscale**2 / (height * width)))
+
+
+def most_at_once(batch: int, latent_frames: int) -> int:
+    """The largest chunk that makes a difference: all latent frames but a video's first, or a batch's images."""
+    return latent_frames - 1 if latent_frames > 1 else batch
 
 
 def _largest(chunk: int, fits: Callable[[int], bool]) -> int:
@@ -200,9 +222,10 @@ def largest_chunk(
 
     On CPUs it is no more than some seconds' work, since progress and cancelling come with each step.
     """
-    _, latent_frames, rows, columns = shape
+    batch, latent_frames, rows, columns = shape
     height, width = architecture.frame_size(rows, columns)
-    enough = _ENOUGH_PIXELS / (height * width)
+    # Frames of twice the size are as much work as ordinary ones.
+    enough = _ENOUGH_PIXELS * architecture.upscale**2 / (height * width)
     if device_type == "cpu":
         # Of Wan 2.2, whose pixels are folded into channels, the positions that its last layers compute.
         positions = rows * columns * architecture.stages[-1].scale ** 2
@@ -212,7 +235,7 @@ def largest_chunk(
         needed = decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=kernels)
         return needed.total <= _USABLE * free
 
-    return _largest(max(1, min(round(enough), latent_frames - 1)), fits)
+    return _largest(max(1, min(round(enough), most_at_once(batch, latent_frames))), fits)
 
 
 def largest_frame(
@@ -333,10 +356,26 @@ def _encoder_skeleton(architecture: Architecture) -> WanEncoder:
         return WanEncoder(architecture)
 
 
+def decoder_kinds(architecture: Architecture) -> list[LayerKind]:
+    """Of the decoder's convolutions."""
+    return [layer.kind for layer in _decoder_skeleton(architecture).convolutions()]
+
+
+def encoder_kinds(architecture: Architecture) -> list[LayerKind]:
+    """Of the encoder's convolutions."""
+    return [layer.kind for layer in _encoder_skeleton(architecture).convolutions()]
+
+
 def _folded_elements(architecture: Architecture) -> int:
     """Elements of weights as the kernels take them: upsamplings' 16 taps, not 9, and the head's, spread thrice."""
     convs = (module for module in _decoder_skeleton(architecture).modules() if isinstance(module, UpsampleConv))
     return sum(conv.weight.numel() // 9 * 16 for conv in convs) + 3 * _SPREAD_HEAD * architecture.width
+
+
+def _present_elements(model: WanDecoder | WanEncoder) -> int:
+    """Elements of the weights that images' convolutions have of their own: those of the present frame."""
+    convs = (module for module in model.modules() if isinstance(module, CausalConv3d))
+    return sum(conv.weight[:, :, -1].numel() for conv in convs if conv.weight.shape[2] > 1)
 
 
 def _page_elements(needs: Needs, rows: int, columns: int, *, videos: int, keeps: bool, gather: bool) -> tuple[int, int]:
@@ -357,7 +396,7 @@ def _live_elements(architecture: Architecture, batch: int, rows: int, columns: i
     positions = chunk * rows * columns
     first = architecture.first_channels
     # Attention: its input, norm, queries, keys and values, keys and values of all rows, two results.
-    live = [9 * first * positions + (WEIGHTS_AT_ONCE if first > FUSED_CHANNELS else 0)]
+    live = [9 * first * positions + _attention_weights(rows * columns, chunk)]
     sources = 0
     for stage in architecture.stages:
         at_scale = positions * stage.scale**2
@@ -367,12 +406,17 @@ def _live_elements(architecture: Architecture, batch: int, rows: int, columns: i
     return max(live)
 
 
+def _attention_weights(positions: int, chunk: int) -> int:
+    """Elements of attention's weights, at most: of wide layers, and on GPUs with little shared memory of all."""
+    return min(WEIGHTS_AT_ONCE, chunk * positions * (positions + 128))
+
+
 def _live_encoder_elements(architecture: Architecture, rows: int, columns: int, chunk: int) -> int:
     """The same of an encoder, with what waits in front of coarser stages."""
     stages = architecture.down_stages
     last = stages[-1].channels
     # Attention: as the decoder's.
-    live = [9 * last * chunk * rows * columns + (WEIGHTS_AT_ONCE if last > FUSED_CHANNELS else 0)]
+    live = [9 * last * chunk * rows * columns + _attention_weights(rows * columns, chunk)]
     for stage in stages:
         at_scale = chunk * rows * columns * stage.scale**2
         # A block's input and result, and what a shortcut waits with: for its other half, too.

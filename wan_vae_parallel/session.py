@@ -19,22 +19,25 @@ from .architecture import Architecture
 from .cancel import cancellable
 from .devices import parse_devices, parse_dtype, parse_rank_device
 from .errors import ArgumentError, CheckpointError, ClosedError, WanVAEError, WorkerError
-from .files.checkpoint import Checkpoint
+from .files.checkpoint import Checkpoint, not_finite
+from .files.key_layouts import listed
 from .files.weights import SameWeights
 from .memory import (
     UNLIMITED,
     decode_memory,
+    decoder_kinds,
     encode_memory,
+    encoder_kinds,
     encoder_parameter_count,
     largest_chunk,
     largest_encode_chunk,
     parameter_count,
 )
-from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.encode_run import LocalEncodeRun
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
+from .runtime.tuning import kernels_planned
 from .workers.encode_run import PoolEncodeRun
 from .workers.pool import WORKER_BYTES, WorkerPool
 from .workers.run import PoolRun
@@ -90,7 +93,7 @@ class Session:
             )
         self._closed = False
         # The engine gets these and not the VAE: a VAE that is dropped takes its workers along.
-        unchanged = SameWeights(weights)
+        unchanged = self._weights = SameWeights(weights)
         self.architecture: Architecture = unchanged.architecture
         self._engine: LocalEngine | WorkerPool | GroupEngine
         self._group = group
@@ -146,7 +149,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.dtype)
+        kernels = kernels_planned(decoder_kinds(self.architecture), self.devices, self.dtype)
         chunk = self._chunk_number or largest_chunk(
             self.architecture,
             size,
@@ -172,7 +175,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (min(plan.tallest + 1, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.encode_dtype)
+        kernels = kernels_planned(encoder_kinds(self.architecture), self.devices, self.encode_dtype)
         chunk = self._chunk_number or largest_encode_chunk(
             self.architecture,
             size,
@@ -191,6 +194,19 @@ class Session:
             kernels=kernels,
         )
         return needed.total
+
+    def take_over(self, other: Session) -> None:
+        """Goes on with ``other``'s worker processes, which `other` will start anew if it wants some.
+
+        Nothing happens unless both have the same several devices, ``other``'s workers are there and idle, and none of
+        this VAE's are in use.
+        """
+        mine, theirs = self._engine, other._engine
+        if not isinstance(mine, WorkerPool) or not isinstance(theirs, WorkerPool) or mine is theirs:
+            return
+        if mine.devices == theirs.devices and not mine.running and theirs.stage in ("ready", "parked"):
+            mine.stop(grace=0.0)
+            mine.take_over(theirs)
 
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""
@@ -317,9 +333,15 @@ class Session:
     def _check(self, run: DecodeRun | EncodeRun) -> None:
         self._check_open()
         if not run.finite:
-            if isinstance(run, DecodeRun):
-                raise WanVAEError(_why_nan("frames", "latents", self.dtype))
-            raise WanVAEError(_why_nan("latents", "frames", self.encode_dtype))
+            decoded = isinstance(run, DecodeRun)
+            results, inputs = ("frames", "latents") if decoded else ("latents", "frames")
+            checkpoint = self._weights()
+            if damaged := not_finite(checkpoint.decoder if decoded else checkpoint.encoder):
+                raise CheckpointError(
+                    f"the {results} are NaN, since {checkpoint.source} has weights that are no numbers: "
+                    f"{listed(damaged)}; fetch the VAE again"
+                )
+            raise WanVAEError(_why_nan(results, inputs, self.dtype if decoded else self.encode_dtype))
 
 
 def _why_nan(results: str, inputs: str, dtype: torch.dtype) -> str:

@@ -66,7 +66,9 @@ def output_settings(
         audio = Audio(*audio)
     elif isinstance(audio, str):
         audio = Path(audio)
-    return OutputSettings(fps=USUAL_FPS[architecture.family] if fps is None else fps, audio=audio, **options)
+    return OutputSettings(
+        fps=USUAL_FPS.get(architecture.family, USUAL_FPS["wan2.1"]) if fps is None else fps, audio=audio, **options
+    )
 
 
 def joined(latents: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from .errors import ClosedError, FrameError
 from .files.formats import Quality
 from .files.latents import check_fits, check_latents, check_normalizable, denormalize, normalize
-from .frames import check_frames, check_part
+from .frames import check_frames, check_length, check_part
 from .memory import check_host_room, host_room
 from .ops.pixel_format import PixelFormat
 from .runtime.source import Source, StreamSource, TensorSource
@@ -271,6 +271,7 @@ class VAE(Session):
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
         size, dtype = first.shape[1:], first.dtype
+        check_length(len(first), self.architecture)
         shape = [1, *first.shape]  # so far
 
         def others() -> Iterator[torch.Tensor]:
@@ -281,6 +282,7 @@ class VAE(Session):
                         f"{part.dtype}, and those before {tuple(size)} in {dtype}"
                     )
                 shape[1] += len(part)
+                check_length(shape[1], self.architecture)
                 yield part
 
         begin = self._encode_run(StreamSource(first, others(), self.architecture))
@@ -294,9 +296,9 @@ class VAE(Session):
     def latent_shape(self, shape: Sequence[int]) -> torch.Size:
         """``[B, z, 1 + (T - 1) // 4, h, w]`` of the latents that frames of ``shape`` ``[B, T, H, W, C]`` encode to."""
         batch, frames, height, width = shape[:4]
-        ratio = self.architecture.spatial_ratio
         latent_frames = self.architecture.latent_frames(self.architecture.encoded_frames(frames))
-        return torch.Size((batch, self.architecture.z_dim, latent_frames, height // ratio, width // ratio))
+        rows, columns = self.architecture.latent_size(height, width)
+        return torch.Size((batch, self.architecture.z_dim, latent_frames, rows, columns))
 
     def output_shape(self, shape: Sequence[int]) -> torch.Size:
         """``[B, 4 * (T - 1) + 1, H, W, C]`` of the frames that latents of ``shape`` ``[B, z, T, h, w]`` decode to."""

@@ -233,7 +233,7 @@ def test_free_releases_the_engine_and_the_next_prompt_works(server, send, receiv
     [
         ("channels", torch.randn(1, 48, 2, 3, 4), ["48 channels", "takes 16", "Wan 2.2 5B"]),  # the wrong VAE
         ("nan", torch.full((1, 16, 2, 3, 4), float("nan")), ["384 NaN"]),  # a sampler that blew up
-        ("axes", torch.randn(16, 3, 4), ["3 axes", "[B, C, T, h, w]"]),
+        ("axes", torch.randn(16, 4), ["2 axes", "[B, C, T, h, w]"]),
     ],
 )
 def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, received, name, latents, words):

@@ -150,10 +150,10 @@ def test_the_bomb_would_have_gone_off(tmp_path):
     assert (tmp_path / "unpickled").exists()
 
 
-def test_a_safetensors_file_named_like_a_pickle_is_refused_by_its_name(plain, tmp_path):
-    save_file(plain, tmp_path / "vae.pt")
-    with pytest.raises(CheckpointError, match="is a pickle"):
-        read_checkpoint(tmp_path / "vae.pt")
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".sft", ""])
+def test_a_safetensors_file_is_one_by_any_name(plain, tmp_path, suffix):
+    save_file(plain, tmp_path / f"vae{suffix}")
+    assert read_checkpoint(tmp_path / f"vae{suffix}").architecture.family == "wan2.1"
 
 
 def _with_header(header: bytes, body: bytes, length: int | None = None) -> bytes:
@@ -170,7 +170,6 @@ def _described(*, dtype="F32", shape=(2, 2), offsets=(0, 16)) -> bytes:
     [
         b"",  # nothing was downloaded
         b"\x10",  # not even a header's length
-        b"<!DOCTYPE html><html><body>404 Not Found</body></html>",  # an error page saved under the file's name
         _with_header(b"{garbage", bytes(16)),  # no JSON
         _with_header(b"[1, 2]", bytes(16)),  # JSON, but no table
         _with_header(b"\xff\xfe\xfd\xfc", bytes(16)),  # no text
@@ -269,7 +268,7 @@ def test_an_image_vae_is_called_one(tensors):
         ({"decoder.1.weight": torch.zeros(8, 16, 3, 3)}, "decoder.1.weight: a small VAE for previews"),
         (
             {"net.decoder.conv1.weight": torch.zeros(8, 4, 3, 3, 3)},
-            "its keys begin with 'net.', where 'model.', 'vae.'",
+            "it lacks decoder.head.0.gamma",
         ),
     ],
 )
@@ -280,7 +279,7 @@ def test_what_is_known_of_another_file_is_said(tensors, words):
 
 
 def test_a_wan_vae_with_a_convolution_of_four_axes_is_refused(plain):
-    with pytest.raises(CheckpointError, match=r"is not a Wan VAE: its decoder\.conv1\.weight has the shape"):
+    with pytest.raises(CheckpointError, match=r"is not a Wan VAE: its convolutions see different numbers"):
         read({**plain, "decoder.conv1.weight": torch.zeros(8, 4, 3, 3)})
 
 
@@ -360,20 +359,15 @@ def test_diffusers_keys_that_nobody_knows_are_named_as_they_came(oracle):
         read({**oracle.state_dict(), "decoder.up_blocks.0.surplus.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_quantised_weights_are_refused(plain, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32], ids=str)
+def test_whole_numbers_are_refused(plain, tmp_path, dtype):
     # Their scales lie elsewhere: cast alone, they would decode to noise.
     path = tmp_path / "vae.safetensors"
     save_file({key: tensor.to(dtype) if tensor.dim() == 5 else tensor for key, tensor in plain.items()}, path)
-    with pytest.raises(CheckpointError, match=rf"no fp32, bf16 or fp16: .*{dtype}.* and \d+ more; take the VAE in one"):
+    with pytest.raises(
+        CheckpointError, match=rf"no fp32, bf16, fp16 or fp8: .*{dtype}.* and \d+ more; take the VAE in"
+    ):
         read_checkpoint(path)
-
-
-@pytest.mark.parametrize("prefix", ["model.", "vae."])
-def test_a_file_that_holds_more_than_a_vae_is_refused(plain, prefix):
-    tensors = {prefix + key: tensor for key, tensor in plain.items()}
-    with pytest.raises(CheckpointError, match=rf"outside its prefix '{prefix}': text_encoder\.weight; .* alone"):
-        read({**tensors, "text_encoder.weight": torch.zeros(1)})
 
 
 def test_a_head_that_makes_no_whole_patches_is_refused():

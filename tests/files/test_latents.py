@@ -7,9 +7,11 @@ import math
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from wan_vae_parallel import Architecture, LatentError
-from wan_vae_parallel.files.latents import check_latents, denormalize
+from wan_vae_parallel.files.latents import check_latents, denormalize, read_latents
+from wan_vae_parallel.ops.dispatch import say_once
 
 WAN21, WAN22 = Architecture.published("wan2.1"), Architecture.published("wan2.2")
 
@@ -48,7 +50,11 @@ def test_nan_and_infinity_are_counted_together():
     ("architecture", "channels", "advice"),
     [
         (WAN21, 48, "this is a Wan 2.1 VAE and takes 16; these are latents of the Wan 2.2 5B model: load the VAE"),
-        (WAN22, 16, r"this is a Wan 2.2 VAE and takes 48; these are latents of Wan 2.1 \(and the Wan 2.2 14B models\)"),
+        (
+            WAN22,
+            16,
+            r"this is a Wan 2.2 VAE and takes 48; these are latents of Wan 2.1 \(and the Wan 2.2 14B models, and",
+        ),
         (WAN21, 4, "takes 16; connect the VAE that the video was sampled for"),  # an image model's
         (WAN22, 128, "takes 48; connect the VAE that the video was sampled for"),
     ],
@@ -72,7 +78,7 @@ def test_empty_latents_are_refused(shape):
         check_latents(torch.zeros(shape), WAN21)
 
 
-@pytest.mark.parametrize("shape", [(), (16,), (16, 3, 3), (1, 1, 16, 2, 3, 3)])
+@pytest.mark.parametrize("shape", [(), (16,), (16, 3), (1, 1, 16, 2, 3, 3)])
 def test_other_numbers_of_axes_are_refused(shape):
     with pytest.raises(LatentError, match=rf"latents have {len(shape)} axes .* five, \[B, C, T, h, w\], or four"):
         check_latents(torch.zeros(shape), WAN21)
@@ -122,3 +128,100 @@ def test_denormalize_refuses_channels_without_published_statistics(family, z_dim
     architecture = Architecture(family=family, z_dim=z_dim, width=8)
     with pytest.raises(LatentError, match=f"none are published for Wan .* with {z_dim} channels; de-normalise them"):
         denormalize(torch.zeros(1, z_dim, 1, 1, 1), architecture)
+
+
+def film(frames, channels, rows=6, columns=7, seed=0):
+    """``[T, C, h, w]`` as a model's are: channels that differ, and frames that follow one another."""
+    generator = torch.Generator().manual_seed(seed)
+    still = torch.randn(1, channels, rows, columns, generator=generator)
+    steps = 0.2 * torch.randn(frames, channels, rows, columns, generator=generator)
+    return still + steps.cumsum(0)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 21])
+@pytest.mark.parametrize(
+    ("order", "shaped"),
+    [
+        ("[B, T, C, h, w]", lambda film: film[None]),
+        ("[B, T, h, w, C]", lambda film: film[None].movedim(2, 4)),
+        ("[C, T, h, w]", lambda film: film.movedim(0, 1)),
+    ],
+)
+def test_another_order_is_taken_where_it_alone_fits_and_said(frames, order, shaped, caplog):
+    say_once.cache_clear()
+    latents = film(frames, 16)
+    checked = check_latents(shaped(latents), WAN21)
+    assert torch.equal(checked, latents.movedim(0, 1)[None])
+    assert f"latents are taken as {order}: of the orders that are known it alone has the 16 channels" in caplog.text
+
+
+def test_one_picture_without_its_batch():
+    picture = torch.randn(16, 3, 4)
+    assert torch.equal(check_latents(picture, WAN21), picture[None, :, None])
+
+
+def test_orders_of_which_several_fit_are_shown():
+    with pytest.raises(LatentError, match=r"have 16 channels as \[B, h, w, C\] or \[T, h, w, C\], and it is not clear"):
+        check_latents(torch.zeros(5, 3, 4, 16), WAN21)
+    with pytest.raises(LatentError, match=r"as \[C, T, h, w\] or \[B, h, w, C\] or \[T, h, w, C\]"):
+        check_latents(torch.zeros(16, 5, 4, 16), WAN21)
+    with pytest.raises(LatentError, match=r"have 48 channels as \[B, T, C, h, w\] or \[B, T, h, w, C\]"):
+        check_latents(torch.zeros(1, 5, 48, 4, 48), WAN22)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_as_many_frames_as_channels_are_told_by_their_values(seed):
+    latents = film(16, 16, seed=seed)
+    # As documented: 61 frames, and 16 pictures.
+    video, pictures = latents.movedim(0, 1)[None], torch.stack([film(1, 16, seed=10 + i)[0] for i in range(16)])
+    assert check_latents(video, WAN21) is video
+    assert check_latents(pictures, WAN21).shape == (16, 16, 1, 6, 7)
+    with pytest.raises(
+        LatentError, match=r"can be \[B, C, T, h, w\] or \[B, T, C, h, w\], and their values say the lat"
+    ):
+        check_latents(latents[None], WAN21)
+    with pytest.raises(
+        LatentError, match=r"can be \[B, C, h, w\] or \[C, T, h, w\], and their values .* permute them to"
+    ):
+        check_latents(latents.movedim(0, 1), WAN21)
+
+
+@pytest.mark.parametrize(
+    "latents", [torch.randn(1, 16, 16, 5, 16), torch.zeros(1, 16, 16, 5, 5), torch.randn(16, 16, 4, 4)]
+)
+def test_noise_and_nothing_are_taken_as_documented(latents):
+    checked = check_latents(latents, WAN21)
+    assert torch.equal(checked, latents if latents.dim() == 5 else latents.unsqueeze(2))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "advice"),
+    [
+        (WAN21, 32, "twice as many are mean and log variance, as an encoder makes them: pass the first 16, the mean"),
+        (WAN22, 96, "twice as many are mean and log variance, .*: pass the first 48"),
+        (
+            WAN21,
+            36,
+            "an image-to-video model reads: noise, a mask of 4 and the picture's latents. Pass what the sampler",
+        ),
+        (WAN21, 20, "an image-to-video model's condition, a mask of 4 and latents: pass the last 16"),
+    ],
+)
+def test_other_channels_that_are_known_get_advice_of_their_own(architecture, channels, advice):
+    with pytest.raises(LatentError, match=advice):
+        check_latents(torch.zeros(1, channels, 2, 3, 3), architecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("samples", {"noise_mask": torch.ones(1, 1, 2, 3, 3)}),
+        ("samples", {"noise_mask": torch.ones(1, 3, 3), "batch_index": torch.arange(1)}),
+        ("latents", {"latents_mean": torch.zeros(1, 16, 1, 1, 1), "latents_std": torch.ones(1, 16, 1, 1, 1)}),
+        ("latent", {"mask": torch.ones(1, 1, 2, 3, 3)}),
+    ],
+)
+def test_latents_beside_other_tensors(tmp_path, name, beside):
+    latents = torch.randn(1, 16, 2, 3, 3)
+    save_file({name: latents, **beside}, tmp_path / "latents.safetensors")
+    assert torch.equal(read_latents(tmp_path / "latents.safetensors"), latents)

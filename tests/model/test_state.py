@@ -102,7 +102,7 @@ def test_needs_add_up_where_frames_stay_and_take_turns_where_they_pass():
     assert both == PageNeed(convs=2, kept=4, passing=3, waiting=6)
     assert both.slots(1, keeps=True) == 4 + 3
     assert both.slots(2, keeps=True) == 2 * 4 + 3 + 6
-    assert both.slots(1, keeps=False) == 1 + 3  # a blank frame
+    assert both.slots(1, keeps=False) == 3  # images have no past, not even a blank one
     assert PageNeed(passing=3).slots(1, keeps=False) == 3
 
 

@@ -1,4 +1,4 @@
-"""The shell's way in: ``demo``, ``decode``, ``encode``, ``info`` and ``bench``."""
+"""The shell's way in: ``demo``, ``decode``, ``encode``, ``info``, ``bench`` and ``workflow``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .._version import __version__
 from ..errors import ArgumentError, OutOfMemoryError, WanVAEError
 from ..torchrun import launched
-from . import bench, decode, demo, encode, info
+from . import bench, decode, demo, encode, info, workflow
 from .shared import signals
 
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals.listen()
     try:
         if launched() and not getattr(options, "together", False):
-            raise ArgumentError("torchrun's processes decode or encode together; run demo, info and bench without it")
+            raise ArgumentError("torchrun's processes decode or encode together; run the other commands without it")
         options.run(options)
     except WanVAEError as error:
         if signals.stopped:  # ffmpeg may hear of a Ctrl-C first
@@ -48,8 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wan-vae-parallel", description="Decode and encode Wan videos exactly: no tiles, no seams, any length."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in (demo, decode, encode, bench, info):
+    for command in (demo, decode, encode, bench, info, workflow):
         command.add_parser(commands)
     return parser

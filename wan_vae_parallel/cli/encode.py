@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
             options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
         ) as vae:
             if options.size:
-                latent_size(vae.architecture, options.size)
+                latent_size(vae.architecture, options.size, encoded=True)
             if is_tensor(options.frames):
                 latents, taken = _encode_tensor(vae, options, shown=first)
             else:
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
     """Latents of frames that are all in memory, and how many frames a video has."""
-    frames = read_frames(options.frames, colours=vae.architecture.output_channels)
+    frames = read_frames(options.frames, colours=vae.architecture.input_channels)
     frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
     if options.size:
         frames = resized(frames, options.size)
@@ -94,7 +94,7 @@ def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tup
             source = stack.enter_context(
                 open_frames(
                     options.frames,
-                    colours=vae.architecture.output_channels,
+                    colours=vae.architecture.input_channels,
                     most=options.most,
                     any_size=options.size is not None,
                 )

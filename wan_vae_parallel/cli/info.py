@@ -15,15 +15,17 @@ from ..files.checkpoint import describe_checkpoint
 from ..memory import (
     DeviceMemory,
     decode_memory,
+    decoder_kinds,
     encode_memory,
+    encoder_kinds,
     encoder_parameter_count,
     free_memory,
     gibibytes,
     largest_chunk,
     largest_encode_chunk,
 )
-from ..ops.dispatch import kernels_expected
 from ..parallel.plan import ShardPlan, describe_plan, plan_shards
+from ..runtime.tuning import kernels_planned
 from .shared import add_engine_options, dtype_name, frame_size, latent_size, positive
 
 
@@ -42,6 +44,8 @@ def _run(options: argparse.Namespace) -> None:
     architecture = checkpoint.architecture
     devices = parse_devices(options.devices)
     dtype = parse_dtype(options.dtype, devices[0])
+    if architecture.images_only:
+        options.frames = 1
     rows, columns = latent_size(architecture, options.size)
     plan = plan_shards(rows, columns, len(devices))
     free = min(free_memory(device) for device in devices)
@@ -64,7 +68,8 @@ def _run(options: argparse.Namespace) -> None:
         parameters = encoder_parameter_count(architecture)
         lines["encoder"] = f"{parameters / 1e6:.1f} million parameters, width {architecture.encoder_width}"
         label = f"encode {of_size}, {architecture.encoded_frames(options.frames)} frames"
-        lines[label] = _encode_needs(architecture, plan, devices, dtype, free, options)
+        encoded = plan_shards(*latent_size(architecture, options.size, encoded=True), len(devices))
+        lines[label] = _encode_needs(architecture, encoded, devices, dtype, free, options)
     lines["frames on host"] = gibibytes(host)
     longest = max(len(label) for label in lines) + 1
     for label, text in lines.items():
@@ -83,7 +88,8 @@ def _decode_needs(
     # A shard holds its neighbours' rows too.
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, architecture.latent_frames(options.frames), tallest, plan.columns)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    kernels = kernels_planned(decoder_kinds(architecture), devices, dtype)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     chunk = options.chunk
     if chunk == "auto":
         chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
@@ -101,7 +107,8 @@ def _encode_needs(
     """The same of an encode, as runtime/shard.py and runtime/encode_run.py plan it."""
     size = (plan.tallest + (plan.shards > 1), plan.columns)  # a row of the lower neighbour
     frames = architecture.encoded_frames(options.frames)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels_expected(devices[0], dtype)}
+    kernels = kernels_planned(encoder_kinds(architecture), devices, dtype)
+    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     chunk = options.chunk
     if chunk == "auto":
         chunk = largest_encode_chunk(architecture, size, frames=frames, free=free, device_type=devices[0].type, **given)

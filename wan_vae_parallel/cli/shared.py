@@ -106,8 +106,8 @@ def quality(text: str) -> int | str:
 
 
 def chunk_size(text: str) -> int | str:
-    """Frames at once, or ``auto``."""
-    return text if text == "auto" else positive(text)
+    """Frames at once; ``auto``, or 0 as in the nodes, to have them chosen."""
+    return "auto" if text in ("auto", "0") else positive(text)
 
 
 def frame_size(text: str) -> tuple[int, int]:
@@ -123,9 +123,9 @@ def frame_sizes(text: str) -> list[tuple[int, int]]:
     return [frame_size(part) for part in text.split(",")]
 
 
-def latent_size(architecture: Architecture, size: tuple[int, int]) -> tuple[int, int]:
-    """Latent rows and columns of frames of ``size`` (width, height)."""
-    ratio = architecture.spatial_ratio
+def latent_size(architecture: Architecture, size: tuple[int, int], *, encoded: bool = False) -> tuple[int, int]:
+    """Latent rows and columns of frames of ``size`` (width, height), which are decoded or ``encoded``."""
+    ratio = architecture.encode_ratio if encoded else architecture.spatial_ratio
     if size[0] % ratio or size[1] % ratio:
         raise ArgumentError(
             f"frames of {architecture.name} have a multiple of {ratio} pixels a side, not {size[0]}x{size[1]}; "

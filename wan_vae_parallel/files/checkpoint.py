@@ -1,17 +1,15 @@
-"""Safetensors in, a strict state dict in Wan's original key layout out.
-
-Two layouts are in use: Wan's own, which ComfyUI's files have, and diffusers'. Either may carry a ``model.`` or
-``vae.`` prefix. Nothing is ever unpickled.
-"""
+"""Safetensors in, a strict state dict in Wan's original key layout out. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -19,27 +17,21 @@ from ..architecture import Architecture
 from ..errors import CheckpointError
 from ..model.decoder import WanDecoder
 from ..model.encoder import WanEncoder
+from .key_layouts import Layout, listed, originally_named, own_keys, own_tensors
+from .kinds import user_path
+from .locate import ANOTHER, Located, locate_weights
+from .quantised import dequantised
 from .tensor_file import FileVersion, TensorFile
 
-Layout = Literal["original", "diffusers"]
+logger = logging.getLogger(__name__)
 
-_PREFIXES = ("", "model.", "vae.")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-# A diffusers model folder keeps its VAE's weights under this name.
-_DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-# Names that wrappers put into the keys of what they wrap: torch.compile, data parallelism, sharding, checkpointing.
-_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Keys that tell other models' files, and what to call these.
-_OTHERS = (
-    (r"lora_|\.lora\.|\.(alpha|diff)$", "a LoRA"),
-    (r"(^|\.)(self_attn|cross_attn|ffn)\.|^model\.diffusion_model\.", "a diffusion model, not its VAE"),
-    (r"^taesd_decoder\.|^decoder\.\d+\.", "a small VAE for previews (TAE)"),
-    (r"(^|\.)decoder\.conv_in\.conv\.", "the VAE of another video model"),
-)
 # The encoder's keys.
 _ENCODER_PREFIXES = ("encoder.", "conv1.")
-_MOST_NAMED = 5
+# A config's statistics that differ by less are the published ones.
+_SAME_STATISTICS = 1e-6
+
+Version = tuple[FileVersion, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +44,7 @@ class Checkpoint:
         encoder: the encoder's tensors by their original keys, complete and of the right shapes; empty if there is none.
         layout: the key layout that they came in.
         source: what to call it in messages.
-        version: of the file that it was read from, if it was one.
+        version: of the files that it was read from, if it was.
     """
 
     architecture: Architecture
@@ -60,7 +52,7 @@ class Checkpoint:
     encoder: Mapping[str, torch.Tensor] = field(repr=False)
     layout: Layout
     source: str
-    version: FileVersion | None = None
+    version: Version | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,67 +65,106 @@ class Checkpoint:
         return sum(tensor.numel() for tensor in self.decoder.values())
 
 
-def read_checkpoint(path: str | Path, version: FileVersion | None = None) -> Checkpoint:
-    """Reads a Wan VAE from a safetensors file, or from a folder in diffusers' format.
+def read_checkpoint(path: str | Path, version: Version | None = None) -> Checkpoint:
+    """Reads a Wan VAE from a safetensors file or its shards, or from a folder in diffusers' format.
 
-    The tensors are in this process's own memory: whatever becomes of the file, they stay as they are.
+    The tensors are in this process's own memory: whatever becomes of the file, they stay as they are. Of a file that
+    holds other models too only the VAE is read.
 
     Args:
-        path: of the file or folder.
-        version: what the file was when it was loaded; another one is refused.
+        path: of the file, of one of its shards, of their index, or of the folder, which may be a whole pipeline's.
+        version: what the files were when they were loaded; others are refused.
 
     Raises:
-        CheckpointError: there is no such file, it is a pickle, it is damaged, it is no Wan VAE, it changed while it was
-            read, or it is not the ``version`` that it was.
+        CheckpointError: there is no such file, it is a pickle or another kind of file, it is damaged, it is no Wan VAE,
+            it changed while it was read, or it is not the ``version`` that it was.
         OutOfMemoryError: the host has no room for it.
     """
-    with _opened(Path(path), version) as file:
-        _checked(
-            file, file.described(), described=True
-        )  # so that of another model's large file no more than the header is read
-        return _checked(file, file.read())
+    with _opened(path, version) as (located, files):
+        # All is checked by the headers, so that no more of another model's large file is read.
+        described = _described(files, located.name)
+        _checked(located, files, described, described=True)
+        own = own_keys(described, located.name)
+        tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            there = file.described() if len(files) > 1 else described
+            tensors |= file.read([key for key in own if key in there])
+        return _checked(located, files, tensors)
 
 
-def describe_checkpoint(path: str | Path, version: FileVersion | None = None) -> Checkpoint:
-    """Like `read_checkpoint`, but its tensors are on the meta device, without values: only the header is read."""
-    with _opened(Path(path), version) as file:
-        return _checked(file, file.described(), described=True)
+def describe_checkpoint(path: str | Path, version: Version | None = None) -> Checkpoint:
+    """Like `read_checkpoint`, but its tensors are on the meta device, without values: only headers are read."""
+    with _opened(path, version) as (located, files):
+        return _checked(located, files, _described(files, located.name), described=True)
 
 
-def _opened(path: Path, version: FileVersion | None) -> TensorFile:
-    file = TensorFile(
-        checkpoint_file(path), CheckpointError, another="name a Wan VAE's safetensors file", again="fetch it again"
+@contextlib.contextmanager
+def _opened(path: str | Path, version: Version | None) -> Iterator[tuple[Located, Sequence[TensorFile]]]:
+    """Within it the files are open."""
+    given = user_path(path, CheckpointError, another=ANOTHER)
+    located = locate_weights(given)
+    if "NVFP4" in str(located.settings().get("quant_algo", located.settings().get("quantization", ""))).upper():
+        raise CheckpointError(
+            f"{given} has weights in NVFP4, as its {located.config} says, which TensorRT and ModelOpt make for their "
+            f"own kernels; take the VAE in bf16, fp16 or fp32"
+        )
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(TensorFile(file, CheckpointError, holds="VAE", another=ANOTHER, again="fetch it again"))
+            for file in located.files
+        ]
+        if version not in (None, tuple(file.version for file in files)):
+            raise CheckpointError(f"{given} was replaced since it was loaded; load the VAE again")
+        yield located, files
+
+
+def _described(files: Sequence[TensorFile], name: str) -> dict[str, torch.Tensor]:
+    """All tensors of the files without values."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        described = file.described()
+        if twice := sorted(tensors.keys() & described.keys()):
+            raise CheckpointError(f"{name} has tensors in several of its shards: {listed(twice)}; fetch it again")
+        tensors |= described
+    return tensors
+
+
+def _checked(
+    located: Located, files: Sequence[TensorFile], tensors: Mapping[str, torch.Tensor], *, described: bool = False
+) -> Checkpoint:
+    checkpoint = checkpoint_from_state_dict(tensors, source=located.name, described=described)
+    return dataclasses.replace(
+        checkpoint,
+        version=tuple(file.version for file in files),
+        architecture=with_statistics(checkpoint.architecture, located.settings(), f"{located.name}'s config.json"),
     )
-    try:
-        if version not in (None, file.version):
-            raise CheckpointError(f"{path} was replaced since it was loaded; load the VAE again")
-        _refuse_pickle(file)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
-def _checked(file: TensorFile, tensors: Mapping[str, torch.Tensor], *, described: bool = False) -> Checkpoint:
-    checkpoint = checkpoint_from_state_dict(tensors, source=file.path.name, described=described)
-    return dataclasses.replace(checkpoint, version=file.version)
-
-
-def checkpoint_file(path: Path) -> Path:
-    """The file with the weights: ``path`` itself, or the one in a folder in diffusers' format.
+def with_statistics(architecture: Architecture, settings: Mapping[str, Any], source: str) -> Architecture:
+    """``architecture`` with the ``latents_mean`` and ``latents_std`` of ``settings``, if it has some of its own.
 
     Raises:
-        CheckpointError: it is a folder without one.
+        CheckpointError: they can't be used.
     """
+    mean, std = settings.get("latents_mean"), settings.get("latents_std")
+    if mean is None or std is None:
+        return architecture
     try:
-        if not path.is_dir():
-            return path
-        file = path / _DIFFUSERS_FILE
-        if file.exists():
-            return file
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be opened ({error}); name a Wan VAE's safetensors file") from error
-    raise CheckpointError(f"{path} is a folder without {_DIFFUSERS_FILE}; name the safetensors file itself")
+        own = tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} has statistics of latents that are no numbers ({error})") from None
+    if [len(one) for one in own] != [architecture.z_dim] * 2:
+        # What diffusers' classes say where nobody said otherwise.
+        logger.debug("%s has statistics of %d channels, and latents %d", source, len(own[0]), architecture.z_dim)
+        return architecture
+    if not all(abs(value) < float("inf") for one in own for value in one) or min(own[1]) <= 0:
+        raise CheckpointError(f"{source} has statistics of latents that are not finite, or deviations of 0 or less")
+    published = architecture.latents_mean, architecture.latents_std
+    if published[0] is not None and published[1] is not None:
+        pairs = zip((*own[0], *own[1]), (*published[0], *published[1]), strict=True)
+        if all(abs(a - b) <= _SAME_STATISTICS for a, b in pairs):
+            return architecture
+    return dataclasses.replace(architecture, mean=own[0], std=own[1])
 
 
 def checkpoint_from_state_dict(
@@ -153,205 +184,89 @@ def checkpoint_from_state_dict(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in state_dict.items()
     ):
         raise CheckpointError(f"{source} is no mapping of names to tensors; pass a module's state dict")
-    layout, tensors = _original_layout(_unwrapped(state_dict, source), source)
+    layout, tensors = own_tensors(state_dict, source)
+    tensors = dequantised(tensors, source)
+    if layout == "diffusers":
+        tensors = originally_named(tensors, source)
     try:
         architecture = Architecture.from_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     except CheckpointError as error:
         raise CheckpointError(f"{source} is not a Wan VAE: {error}") from None
     encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(_ENCODER_PREFIXES)}
     decoder = {key: tensor for key, tensor in tensors.items() if key not in encoder}
-    with torch.device("meta"):
-        expected = {key: tuple(tensor.shape) for key, tensor in WanDecoder(architecture).state_dict().items()}
     named = f"{source}, read as a {architecture.name} VAE of width {architecture.width},"
-    _check_against(expected, decoder, named)
+    decoder = _fitted(_shapes(WanDecoder, architecture), decoder, named)
     if any(key.startswith("encoder.") for key in encoder):
         # All of an encoder or nothing: whoever encodes with part of one gets noise.
         whole = architecture
         if whole.encoder_width is None:  # its first convolution is missing
             whole = dataclasses.replace(whole, encoder_width=whole.width)
-        with torch.device("meta"):
-            expected = {key: tuple(tensor.shape) for key, tensor in WanEncoder(whole).state_dict().items()}
-        _check_against(expected, encoder, named)
+        encoder = _fitted(_shapes(WanEncoder, whole), encoder, named)
     else:
         encoder = {}
     empty = [key for key, tensor in (*decoder.items(), *encoder.items()) if tensor.is_meta]
     if empty and not described:
         raise CheckpointError(
-            f"{named} has weights without values (on the meta device): {_listed(empty)}; something has moved them "
+            f"{named} has weights without values (on the meta device): {listed(empty)}; something has moved them "
             f"away: take the VAE from its file"
         )
     return Checkpoint(architecture=architecture, decoder=decoder, encoder=encoder, layout=layout, source=source)
 
 
-def _refuse_pickle(file: TensorFile) -> None:
-    # A safetensors file begins with its header's length in eight bytes, of any value, and the header's brace.
-    pickled = file.head[8:] != b"{" and re.match(rb"PK\x03\x04|\x80[\x00-\x05]", file.head)
-    if file.path.suffix.lower() in _PICKLE_SUFFIXES or pickled:
-        raise CheckpointError(
-            f"{file.path} is a pickle, which can run any code when it is opened, so it is not opened; "
-            f"take the same VAE as .safetensors, or convert it on a machine where you trust the file"
-        )
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The keys of those of ``tensors`` that hold NaN or infinity."""
+    return [key for key, tensor in tensors.items() if not tensor.is_meta and not bool(tensor.isfinite().all())]
 
 
-def _unwrapped(state_dict: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """The same tensors by the keys that they had before modules were wrapped, as by torch.compile."""
-    plain: dict[str, str] = {}
-    for key in state_dict:
-        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-        if name in plain:
-            raise CheckpointError(
-                f"{source} has both {plain[name]} and {key}, which are the same tensor wrapped; save the VAE anew"
-            )
-        plain[name] = key
-    return {name: state_dict[key] for name, key in plain.items()}
+@functools.lru_cache(maxsize=64)
+def _shapes(model: type[WanDecoder | WanEncoder], architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the model's parameters."""
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in model(architecture).state_dict().items()}
 
 
-def _original_layout(state_dict: Mapping[str, torch.Tensor], source: str) -> tuple[Layout, dict[str, torch.Tensor]]:
-    for prefix in _PREFIXES:
-        if prefix + "decoder.conv1.weight" in state_dict:
-            return "original", _stripped(state_dict, prefix, source)
-        conv_in = state_dict.get(prefix + "decoder.conv_in.weight")
-        if conv_in is not None and conv_in.dim() == 5 and prefix + "decoder.norm_out.gamma" in state_dict:
-            tensors = _stripped(state_dict, prefix, source)
-            blocks = {
-                m.group(1) for m in map(re.compile(r"decoder\.up_blocks\.\d+\.(upsamplers?)\.").match, tensors) if m
-            }
-            residual = "upsampler" in blocks
-            return "diffusers", _renamed(tensors, residual, source)
-    raise CheckpointError(
-        f"{source} is not a Wan VAE: {_what_else(state_dict)}; take the VAE that came with the Wan model"
-    )
+def _fitted(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], named: str
+) -> dict[str, torch.Tensor]:
+    """``tensors`` if they are the expected ones; what differs in axes of size 1 alone gets them.
 
-
-def _what_else(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Why the tensors are no Wan VAE's, and what they are if that can be told."""
-    if not state_dict:
-        return "it has no tensors at all"
-    keys = sorted(state_dict)
-    for key in keys:
-        if key.endswith("decoder.conv_in.weight"):
-            shape = tuple(state_dict[key].shape)
-            if len(shape) == 4:
-                return (
-                    f"its {key} has four axes {shape}, where a video VAE's has five, so it is an image VAE, such as "
-                    f"Stable Diffusion's or Flux's"
-                )
-            if len(shape) != 5:
-                return f"its {key} has {len(shape)} axes {shape}, where five belong"
-            if key.removesuffix("conv_in.weight") + "norm_out.gamma" in state_dict:
-                return _foreign_prefix(key.removesuffix("decoder.conv_in.weight"))
-            return (
-                f"it has {key}, as in diffusers' layout, but lacks {key.removesuffix('conv_in.weight')}norm_out.gamma, "
-                f"so it is incomplete or the VAE of another video model"
-            )
-        if key.endswith("decoder.conv1.weight"):
-            return _foreign_prefix(key.removesuffix("decoder.conv1.weight"))
-    why = f"it has neither decoder.conv1.weight nor decoder.conv_in.weight, but {_listed(keys)}"
-    for pattern, name in _OTHERS:
-        if any(re.search(pattern, key) for key in keys):
-            return f"{why}: {name}"
-    return why
-
-
-def _foreign_prefix(prefix: str) -> str:
-    known = ", ".join(repr(prefix) for prefix in _PREFIXES if prefix)
-    return f"its keys begin with {prefix!r}, where {known} or nothing is known: save the VAE's tensors alone"
-
-
-def _renamed(tensors: Mapping[str, torch.Tensor], residual: bool, source: str) -> dict[str, torch.Tensor]:
-    renamed: dict[str, str] = {}
-    for key in tensors:
-        original = _original_key(key, residual=residual)
-        if original in renamed:
-            raise CheckpointError(
-                f"{source} has both {renamed[original]} and {key}, which are the same layer; save the VAE anew"
-            )
-        renamed[original] = key
-    return {original: tensors[key] for original, key in renamed.items()}
-
-
-def _stripped(state_dict: Mapping[str, torch.Tensor], prefix: str, source: str) -> dict[str, torch.Tensor]:
-    foreign = sorted(key for key in state_dict if not key.startswith(prefix))
-    if foreign:
-        raise CheckpointError(
-            f"{source} has keys outside its prefix {prefix!r}: {_listed(foreign)}; "
-            f"it holds more than a VAE: save the VAE's tensors alone"
-        )
-    return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
-
-
-_RESNET = {
-    "norm1.gamma": "residual.0.gamma",
-    "conv1.weight": "residual.2.weight",
-    "conv1.bias": "residual.2.bias",
-    "norm2.gamma": "residual.3.gamma",
-    "conv2.weight": "residual.6.weight",
-    "conv2.bias": "residual.6.bias",
-    "conv_shortcut.weight": "shortcut.weight",
-    "conv_shortcut.bias": "shortcut.bias",
-}
-
-
-def _original_key(key: str, *, residual: bool) -> str:
-    """A diffusers key in Wan's original layout; unknown keys stay as they are, for the strict check to name."""
-    rules: list[tuple[str, str]] = [
-        (r"post_quant_conv\.", "conv2."),
-        (r"quant_conv\.", "conv1."),
-        (r"(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-        (r"(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-        (r"(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-        (r"(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
-        (r"(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
-        (r"(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
-    ]
-    if residual:
-        rules += [
-            (r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r"decoder.upsamples.\1.upsamples.\2."),
-            (r"decoder\.up_blocks\.(\d+)\.upsampler\.", r"decoder.upsamples.\1.upsamples.3."),
-            (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.downsamples.\1.downsamples.\2."),
-            (r"encoder\.down_blocks\.(\d+)\.downsampler\.", r"encoder.downsamples.\1.downsamples.2."),
-        ]
-    else:
-        rules += [(r"encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1.")]
-        match = re.match(r"decoder\.up_blocks\.([0-3])\.(?:resnets\.([0-2])|upsamplers\.0)\.(.*)", key)
-        if match:
-            # Wan 2.1 numbers blocks and upsamplings through: four to a stage.
-            block = match.group(2) if match.group(2) is not None else "3"
-            key = f"decoder.upsamples.{4 * int(match.group(1)) + int(block)}.{match.group(3)}"
-    for pattern, replacement in rules:
-        key, found = re.subn("^" + pattern, replacement, key)
-        if found:
-            break
-    if ".upsamples." in key or ".downsamples." in key or ".middle." in key:
-        for theirs, ours in _RESNET.items():
-            if key.endswith("." + theirs):
-                return key.removesuffix(theirs) + ours
-    return key
-
-
-def _check_against(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], named: str) -> None:
+    Raises:
+        CheckpointError: they are not.
+    """
+    fitted = {}
+    for key, tensor in tensors.items():
+        shape = expected.get(key)
+        alike = shape is not None and _long_axes(tensor.shape) == _long_axes(shape)
+        fitted[key] = tensor.reshape(shape) if shape is not None and alike else tensor
     problems = []
-    if missing := [key for key in expected if key not in tensors]:
-        problems.append(f"lacks {_listed(missing)}")
-    if unexpected := [key for key in tensors if key not in expected]:
-        problems.append(f"has unexpected {_listed(unexpected)}")
+    if missing := [key for key in expected if key not in fitted]:
+        problems.append(f"lacks {listed(missing)}")
+    if unexpected := [key for key in fitted if key not in expected]:
+        problems.append(f"has unexpected {listed(unexpected)}")
     misshapen = [
-        f"{key} {tuple(tensors[key].shape)} instead of {shape}"
+        f"{key} {tuple(fitted[key].shape)} instead of {shape}"
         for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
+        if key in fitted and tuple(fitted[key].shape) != shape
     ]
     if misshapen:
-        problems.append(f"has misshapen {_listed(misshapen)}")
+        problems.append(f"has misshapen {listed(misshapen)}")
     if problems:
-        raise CheckpointError(f"{named} {'; '.join(problems)}; take the VAE as it was published")
-    odd = [f"{key} {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]
+        # A damaged or edited file differs in a few.
+        other = len(missing) + len(misshapen) > len(expected) // 4
+        advice = (
+            "it is built otherwise, as LightVAE Pro and Lite are, and can't be decoded exactly here: take Wan's own "
+            "VAE, or one that was only pruned in width"
+            if other
+            else "take the VAE as it was published"
+        )
+        raise CheckpointError(f"{named} {'; '.join(problems)}; {advice}")
+    odd = [f"{key} {tensor.dtype}" for key, tensor in fitted.items() if tensor.dtype not in _DTYPES]
     if odd:
         raise CheckpointError(
-            f"{named} has weights that are no fp32, bf16 or fp16: {_listed(odd)}; take the VAE in one of these"
+            f"{named} has weights that are no fp32, bf16, fp16 or fp8: {listed(odd)}; take the VAE in one of these"
         )
+    return fitted
 
 
-def _listed(items: Iterable[str]) -> str:
-    items = list(items)
-    more = len(items) - _MOST_NAMED
-    return ", ".join(items[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+def _long_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(extent for extent in shape if extent != 1)

@@ -96,7 +96,7 @@ def read_frames(path: Path, *, colours: int) -> torch.Tensor:
         with _told(path):
             _check_file(path)
         return _read_picture(path, colours)
-    with TensorFile(path, FrameError, another=_NAME_ANOTHER, again="write it again") as file:
+    with TensorFile(path, FrameError, holds="frames", another=_NAME_ANOTHER, again="write it again") as file:
         described = file.described()
         key = _frames_key(described, path)
         if described[key].dim() not in (4, 5):

@@ -11,12 +11,16 @@ from safetensors.torch import save_file
 
 from ..architecture import Architecture
 from ..errors import LatentError, OutputError
+from .kinds import user_path
+from .latent_axes import in_order
 from .tensor_file import TensorFile
 from .whole import check_writable, replacing
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What latents are written to: ComfyUI's own kind, or one plain tensor.
 LATENT_SUFFIXES = (".latent", ".safetensors")
+# What latents are called beside other tensors.
+_NAMES = ("samples", "latents", "latent", "z")
 # The tensors in the files of ComfyUI's SaveLatent.
 _COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
 
@@ -34,21 +38,21 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
     """Makes sure that ``latents`` can be decoded.
 
     Args:
-        latents: ``[B, z, T, h, w]``, or ``[B, z, h, w]`` for one latent frame each; any float dtype and device.
+        latents: ``[B, z, T, h, w]``, or ``[B, z, h, w]`` for one latent frame each; any float dtype and device. Axes in
+            another order are taken where it alone fits, see `latent_axes`.
         architecture: the VAE that will decode them.
 
     Returns:
         ``[B, z, T, h, w]``, a view.
 
     Raises:
-        LatentError: wrong type, number of axes, channels, an empty axis, or values that are not finite.
+        LatentError: wrong type, number of axes, channels, an empty axis, an order of axes that is not clear, several
+            latent frames for a VAE of images, or values that are not finite.
     """
     if not isinstance(latents, torch.Tensor):
         raise LatentError(f"latents are a {type(latents).__name__}; they must be a torch tensor [B, C, T, h, w]")
     shape = tuple(latents.shape)
-    if latents.dim() == 4:
-        latents = latents.unsqueeze(2)
-    if latents.dim() != 5:
+    if latents.dim() not in (3, 4, 5):
         raise LatentError(
             f"latents have {len(shape)} axes {shape}; they must have five, [B, C, T, h, w], or four for one frame"
         )
@@ -59,8 +63,15 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
         raise LatentError(f"latents are a {kind} tensor; they must be an ordinary, dense one")
     if latents.numel() == 0:
         raise LatentError(f"latents are empty, {shape}; every axis must be at least 1")
-    if latents.shape[1] != architecture.z_dim:
-        raise LatentError(_wrong_channels(latents.shape[1], architecture))
+    ordered = in_order(latents, architecture)
+    if ordered is None:
+        raise LatentError(_wrong_channels(shape, architecture))
+    latents = ordered
+    if architecture.images_only and latents.shape[2] > 1:
+        raise LatentError(
+            f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; pass "
+            f"pictures as a batch, [B, C, 1, h, w]"
+        )
     # The largest is NaN if any is; counting them all takes ten times as long.
     if not math.isfinite(_largest(latents)):
         finite = int(latents.isfinite().sum())
@@ -117,9 +128,25 @@ def _largest(latents: torch.Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def _wrong_channels(channels: int, architecture: Architecture) -> str:
-    text = f"latents have {channels} channels, but this is a {architecture.name} VAE and takes {architecture.z_dim}"
-    models = {16: "Wan 2.1 (and the Wan 2.2 14B models)", 48: "the Wan 2.2 5B model"}
+def _wrong_channels(shape: tuple[int, ...], architecture: Architecture) -> str:
+    channels, own = shape[1] if len(shape) > 3 else shape[0], architecture.z_dim
+    text = f"latents have {channels} channels, but this is a {architecture.name} VAE and takes {own}"
+    models = {
+        16: "Wan 2.1 (and the Wan 2.2 14B models, and Qwen-Image)",
+        48: "the Wan 2.2 5B model",
+        64: "Qwen-Image-2.1",
+    }
+    if channels == 2 * own:
+        return (
+            f"{text}; twice as many are mean and log variance, as an encoder makes them: pass the first {own}, the mean"
+        )
+    if channels == 2 * own + 4:
+        return (
+            f"{text}; so many has what an image-to-video model reads: noise, a mask of 4 and the picture's latents. "
+            f"Pass what the sampler made, its first {own} at the most"
+        )
+    if channels == own + 4:
+        return f"{text}; so many has an image-to-video model's condition, a mask of 4 and latents: pass the last {own}"
     if channels in models:
         return f"{text}; these are latents of {models[channels]}: load the VAE that belongs to it"
     return f"{text}; connect the VAE that the video was sampled for"
@@ -129,7 +156,8 @@ def read_latents(path: str | Path) -> torch.Tensor:
     """Reads latents from a file.
 
     Args:
-        path: what ComfyUI's SaveLatent writes (``.latent``), or a safetensors file with one 5-D (or 4-D) tensor.
+        path: what ComfyUI's SaveLatent writes (``.latent``), or a safetensors file with one 5-D (or 4-D) tensor, or
+            with one that is called latents among others.
 
     Returns:
         ``[B, z, T, h, w]`` or ``[B, z, h, w]`` as they are in the file.
@@ -140,7 +168,8 @@ def read_latents(path: str | Path) -> torch.Tensor:
         OutOfMemoryError: the host has no room for it.
     """
     name_another = "name a .latent or .safetensors file with latents"
-    with TensorFile(Path(path), LatentError, another=name_another, again=name_another) as file:
+    path = user_path(path, LatentError, another=name_another)
+    with TensorFile(path, LatentError, holds="latents", another=name_another, again=name_another) as file:
         key = _latents_key(file.described(), file.path)  # before all of a file that may be a whole model's is read
         return file.read()[key]
 
@@ -151,6 +180,10 @@ def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
         if _COMFYUI_VERSION not in tensors:
             raise LatentError(f"{path} is a latent of a ComfyUI from before 2023, which made none of videos")
         return _COMFYUI_LATENT
+    # What else lies beside is a mask, statistics, or the like.
+    named = [key for key in _NAMES if key in tensors and tensors[key].dim() in (4, 5)]
+    if len(named) == 1:
+        return named[0]
     for axes in (5, 4):
         candidates = [key for key, tensor in tensors.items() if tensor.dim() == axes]
         if len(candidates) == 1:

@@ -8,11 +8,12 @@ process's own, and the safetensors library maps and checks the copy.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from ..anonymous import anonymous_file
 from ..cancel import LOOK_SECONDS, check_cancelled
 from ..errors import OutOfMemoryError, WanVAEError, is_out_of_memory
+from .kinds import HEAD_BYTES, other_kind
 
 # The library refuses longer headers.
 _LONGEST_HEADER = 100_000_000
 # A block that stays in a core's cache between reading and writing; threads beyond which memory is the limit.
 _BLOCK = 256 * 2**10
 _THREADS = 4
-# Files of less are copied by one thread.
+# Less is copied by one thread.
 _SMALL = 32 * 2**20
 
 
@@ -57,19 +59,19 @@ class TensorFile:
     Attributes:
         path: where it is.
         version: of the file that was opened.
-        head: its first bytes.
 
     Args:
         path: of a file.
         error_class: what is raised about the file.
+        holds: what is wanted of it, such as ``"VAE"``.
         another: how to name another file, for one that is not there.
         again: what to do about a damaged one.
 
     Raises:
-        error_class: there is no such file, or it can't be opened.
+        error_class: there is no such file, it can't be opened, or it is a file of another kind.
     """
 
-    def __init__(self, path: Path, error_class: type[WanVAEError], *, another: str, again: str) -> None:
+    def __init__(self, path: Path, error_class: type[WanVAEError], *, holds: str, another: str, again: str) -> None:
         self.path = path
         self._error_class = error_class
         self._again = again
@@ -86,7 +88,9 @@ class TensorFile:
             raise error_class(f"{path} can't be opened ({error}); {another}") from error
         with self._closing_after_errors(), self._told():
             self.version = FileVersion.of(os.fstat(self._file.fileno()))
-            self.head = self._file.read(9) or b""
+            self._head = self._file.read(HEAD_BYTES) or b""
+            if kind := other_kind(self._head, path, holds=holds):
+                raise error_class(f"{path} {kind}")
 
     def __enter__(self) -> TensorFile:
         return self
@@ -111,11 +115,11 @@ class TensorFile:
         """
         with self._told():
             copy = self._with_header()
-            tensors = self._loaded() if copy is None else self._mapped(copy)
+            tensors = self._loaded() if copy is None else self._mapped(copy, None)
             return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """All tensors, in memory that is not the file's.
+    def read(self, keys: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of these ``keys``, by default all, in memory that is not the file's.
 
         Raises:
             error_class: the file is damaged, or changed since it was opened.
@@ -124,10 +128,11 @@ class TensorFile:
         with self._told():
             copy = self._with_header()
             if copy is None:
-                return self._loaded()
-            self._fill(copy)
+                tensors = self._loaded()
+                return tensors if keys is None else {key: tensors[key] for key in keys}
+            self._fill(copy, [(0, self.version.size)] if keys is None else self._spans(copy, keys))
             self._check_same()
-            return self._mapped(copy)
+            return self._mapped(copy, keys)
 
     def _loaded(self) -> dict[str, torch.Tensor]:
         """By way of bytes: where there are no files in memory."""
@@ -138,10 +143,22 @@ class TensorFile:
             raise self._changed()
         return safetensors.torch.load(content)
 
-    def _mapped(self, descriptor: int) -> dict[str, torch.Tensor]:
-        """The tensors of an open file that nobody can make shorter."""
+    def _mapped(self, descriptor: int, keys: Collection[str] | None) -> dict[str, torch.Tensor]:
+        """The tensors of an open file that nobody can make shorter; all of them without ``keys``."""
         with safe_open(f"/proc/self/fd/{descriptor}", framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+
+    def _spans(self, copy: int, keys: Collection[str]) -> list[tuple[int, int]]:
+        """Where the values of ``keys`` lie, first and last byte (exclusive); neighbours are one span."""
+        begin = 8 + int.from_bytes(self._head[:8], "little")
+        header = json.loads(os.pread(copy, begin - 8, 8))  # which the library has checked
+        spans: list[tuple[int, int]] = []
+        for start, stop in sorted(header[key]["data_offsets"] for key in keys):
+            if spans and spans[-1][1] == begin + start:
+                spans[-1] = (spans[-1][0], begin + stop)
+            else:
+                spans.append((begin + start, begin + stop))
+        return spans
 
     def _with_header(self) -> int | None:
         """A file in memory of the same size, with the header alone: the library looks at no more to check it.
@@ -159,29 +176,32 @@ class TensorFile:
             if is_out_of_memory(error):
                 raise
             return None
-        (length,) = struct.unpack("<Q", self.head[:8]) if len(self.head) >= 8 else (0,)
+        (length,) = struct.unpack("<Q", self._head[:8]) if len(self._head) >= 8 else (0,)
         # Of a length that can't be, the library tells from its first bytes.
         self._copy_span(self._copy, 0, 8 + length if length <= min(_LONGEST_HEADER, size - 8) else min(8, size))
         return self._copy
 
-    def _fill(self, copy: int) -> None:
-        size = self.version.size
+    def _fill(self, copy: int, spans: Sequence[tuple[int, int]]) -> None:
+        """Copies the bytes of ``spans``."""
+        size = sum(stop - start for start, stop in spans)
         threads = min(_THREADS, len(os.sched_getaffinity(0))) if size >= _SMALL else 1
-        bounds = [size * i // threads // _BLOCK * _BLOCK for i in range(threads)] + [size]
         stop = threading.Event()
         if threads == 1:
-            self._copy_span(copy, 0, size)
+            for start, end in spans:
+                self._copy_span(copy, start, end)
             return
+        length = max(_BLOCK, size // threads // _BLOCK * _BLOCK)
+        pieces = [(at, min(at + length, end)) for start, end in spans for at in range(start, end, length)]
         with ThreadPoolExecutor(threads) as pool:
-            spans = [pool.submit(self._copy_span, copy, bounds[i], bounds[i + 1], stop) for i in range(threads)]
+            copied = [pool.submit(self._copy_span, copy, start, end, stop) for start, end in pieces]
             try:
-                while wait(spans, LOOK_SECONDS, return_when=FIRST_EXCEPTION).not_done:
+                while wait(copied, LOOK_SECONDS, return_when=FIRST_EXCEPTION).not_done:
                     check_cancelled()
-                    if any(span.done() and span.exception() for span in spans):
+                    if any(piece.done() and piece.exception() for piece in copied):
                         break
-                for span in spans:
-                    if span.done():
-                        span.result()
+                for piece in copied:
+                    if piece.done():
+                        piece.result()
             finally:
                 stop.set()
 

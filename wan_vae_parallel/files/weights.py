@@ -6,19 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import WanVAEError
-from .checkpoint import Checkpoint, describe_checkpoint, read_checkpoint
-from .tensor_file import FileVersion
+from .checkpoint import Checkpoint, Version, describe_checkpoint, read_checkpoint
 
 
 class FileWeights:
     """Reads a checkpoint's file whenever it is called, and sees to it that it is the same file each time.
 
     Args:
-        path: of a safetensors file or a folder in diffusers' format.
-        version: of the file, where it was read before.
+        path: as `read_checkpoint` takes it.
+        version: of the files, where they were read before.
     """
 
-    def __init__(self, path: Path, version: FileVersion | None = None) -> None:
+    def __init__(self, path: Path, version: Version | None = None) -> None:
         self.path = path
         self._version = version
 

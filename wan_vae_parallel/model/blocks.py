@@ -33,19 +33,20 @@ def add_needs(needs: Iterable[Needs]) -> Needs:
 class ResidualBlock(nn.Module):
     """Norm, SiLU and causal convolution, twice, added to the input."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, scale: int, kernel_frames: int = 3) -> None:
         super().__init__()
+        kernel = (kernel_frames, 3, 3)
         # Tuples of modules, which nn.Module does not register: the published names are given below.
-        self._first = RMSNorm(in_channels), CausalConv3d(in_channels, out_channels, scale=scale)
-        self._second = RMSNorm(out_channels), CausalConv3d(out_channels, out_channels, scale=scale)
+        self._first = RMSNorm(in_channels), CausalConv3d(in_channels, out_channels, scale=scale, kernel=kernel)
+        self._second = RMSNorm(out_channels), CausalConv3d(out_channels, out_channels, scale=scale, kernel=kernel)
         # The indices are those of the published nn.Sequential, whose SiLUs and dropout hold nothing.
         names = ("0", "2", "3", "6")
         self.residual = nn.ModuleDict(dict(zip(names, (*self._first, *self._second), strict=True)))
         self.shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
-    def needs(self, chunk: int) -> Needs:
+    def needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that it uses."""
-        return add_needs(conv.needs(chunk) for _, conv in (self._first, self._second))
+        return add_needs(conv.needs(chunk, image=image) for _, conv in (self._first, self._second))
 
     def forward(
         self, x: torch.Tensor, state: StreamState, *, into: Frames | None = None, keep: bool = False
@@ -70,7 +71,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = PointwiseConv(channels, 3 * channels, axes=2)
         self.proj = PointwiseConv(channels, channels, axes=2)
 
-    def needs(self, chunk: int) -> Needs:  # noqa: ARG002 (as the other blocks)
+    def needs(self, chunk: int, *, image: bool = False) -> Needs:  # noqa: ARG002 (as the other blocks)
         """The pages that it uses."""
         return {}
 
@@ -88,6 +89,12 @@ class AttentionBlock(nn.Module):
 
 
 Block = ResidualBlock | AttentionBlock
+
+
+def middle_modules(channels: int, kernel_frames: int = 3) -> list[Block]:
+    """The blocks at the latent's resolution; each convolution sees so many frames."""
+    first, last = (ResidualBlock(channels, channels, scale=1, kernel_frames=kernel_frames) for _ in range(2))
+    return [first, AttentionBlock(channels), last]
 
 
 @dataclass(frozen=True)
@@ -129,20 +136,21 @@ class Resample(nn.Module):
     next.
     """
 
-    def __init__(self, channels: int, out_channels: int, *, scale: int, time: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, *, scale: int, time: bool, kernel_frames: int = 3) -> None:
         super().__init__()
         self._conv = (UpsampleConv(channels, out_channels, scale=scale),)
         # "1" is the index in the published nn.Sequential, whose upsampling holds nothing.
         self.resample = nn.ModuleDict({"1": self._conv[0]})
         # Two halves: each frame's channels are the two frames that it becomes.
-        self.time_conv = CausalConv3d(channels, 2 * channels, scale=scale, kernel=(3, 1, 1), halves=2) if time else None
+        kernel = (kernel_frames, 1, 1)
+        self.time_conv = CausalConv3d(channels, 2 * channels, scale=scale, kernel=kernel, halves=2) if time else None
         self.time_factor = 2 if time else 1
 
-    def needs(self, chunk: int) -> Needs:
+    def needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that it uses."""
         # Passing: what the time convolution makes; or, without one, what the last block reads and what it writes.
         own = {self._conv[0].key: PageNeed(passing=2 * chunk, waiting=chunk * self.time_factor)}
-        return add_needs([own, self.time_conv.needs(chunk) if self.time_conv else {}])
+        return add_needs([own, self.time_conv.needs(chunk) if self.time_conv and not image else {}])
 
     def take(self, count: int, state: StreamState) -> Frames:
         """Where the stage's last block writes ``count`` frames."""
@@ -171,19 +179,32 @@ class Resample(nn.Module):
 class UpBlock(nn.Module):
     """A stage of Wan 2.2: residual blocks, the upsampling if there is one, and a shortcut around both."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, kernel_frames: int = 3) -> None:
         super().__init__()
-        self.upsamples = nn.ModuleList(stage_modules(stage))
+        self.upsamples = nn.ModuleList(stage_modules(stage, kernel_frames))
 
 
-def stage_modules(stage: Stage) -> list[nn.Module]:
-    """The residual blocks and the upsampling of ``stage``, in order."""
+def stage_modules(stage: Stage, kernel_frames: int = 3) -> list[nn.Module]:
+    """The residual blocks and the upsampling of ``stage``, in order; each convolution sees so many frames."""
     modules: list[nn.Module] = [
-        ResidualBlock(stage.in_channels if i == 0 else stage.channels, stage.channels, scale=stage.scale)
+        ResidualBlock(
+            stage.in_channels if i == 0 else stage.channels,
+            stage.channels,
+            scale=stage.scale,
+            kernel_frames=kernel_frames,
+        )
         for i in range(stage.blocks)
     ]
     if stage.upsample:
-        modules.append(Resample(stage.channels, stage.out_channels, scale=stage.scale, time=stage.upsample == "3d"))
+        modules.append(
+            Resample(
+                stage.channels,
+                stage.out_channels,
+                scale=stage.scale,
+                time=stage.upsample == "3d",
+                kernel_frames=kernel_frames,
+            )
+        )
     return modules
 
 
@@ -213,10 +234,10 @@ class StageRun:
         self.exit = exit
         self.shortcut = shortcut
 
-    def needs(self, chunk: int) -> Needs:
+    def needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that it uses."""
         modules: list[Block | Resample] = [*self.lead, *self.blocks, *([self.exit] if self.exit else [])]
-        return add_needs(module.needs(chunk) for module in modules)
+        return add_needs(module.needs(chunk, image=image) for module in modules)
 
     def enter(self, waiting: Waiting, state: StreamState) -> torch.Tensor:
         """Doubles rows and columns of frames that waited; ``[T, H, W, C]``."""

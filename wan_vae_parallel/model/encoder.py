@@ -22,7 +22,7 @@ from torch import nn
 from ..architecture import Architecture, DownStage
 from ..ops.pixels import Margins
 from ..ops.shortcut import add_averaged
-from .blocks import AttentionBlock, Block, Needs, ResidualBlock, add_needs
+from .blocks import Block, Needs, ResidualBlock, add_needs, middle_modules
 from .layers import CausalConv3d, DownConv, PixelConv, PointwiseConv, RMSNorm, TimeDownConv, norm_silu_frames
 from .state import Frames, PageKey, PageNeed, Pages, SlotLists, StreamState, make_pages
 
@@ -46,36 +46,42 @@ class Piece:
 class Downsample(nn.Module):
     """Halves rows and columns, and for ``"3d"`` the number of frames."""
 
-    def __init__(self, channels: int, *, scale: int, time: bool) -> None:
+    def __init__(self, channels: int, *, scale: int, time: bool, kernel_frames: int = 3) -> None:
         super().__init__()
         self.conv = (DownConv(channels, scale=scale),)  # a tuple, so not registered twice
         # "1" is the index in the published nn.Sequential, whose padding holds nothing.
         self.resample = nn.ModuleDict({"1": self.conv[0]})
-        self.time_conv = TimeDownConv(channels, scale=scale // 2) if time else None
+        self.time_conv = TimeDownConv(channels, scale=scale // 2, kernel_frames=kernel_frames) if time else None
 
-    def needs(self, chunk: int) -> Needs:
+    def needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that it uses."""
         # Passing: what the last block reads and what it writes.
         own = {self.conv[0].key: PageNeed(passing=2 * chunk)}
-        return add_needs([own, self.time_conv.needs(chunk) if self.time_conv else {}])
+        return add_needs([own, self.time_conv.needs(chunk, image=image) if self.time_conv else {}])
 
 
 class DownBlock(nn.Module):
     """A stage of Wan 2.2: residual blocks, the downsampling if there is one, and a shortcut around both."""
 
-    def __init__(self, stage: DownStage) -> None:
+    def __init__(self, stage: DownStage, kernel_frames: int = 3) -> None:
         super().__init__()
-        self.downsamples = nn.ModuleList(down_modules(stage))
+        self.downsamples = nn.ModuleList(down_modules(stage, kernel_frames))
 
 
-def down_modules(stage: DownStage) -> list[nn.Module]:
-    """The residual blocks and the downsampling of ``stage``, in order."""
+def down_modules(stage: DownStage, kernel_frames: int = 3) -> list[nn.Module]:
+    """The residual blocks and the downsampling of ``stage``, in order; each convolution sees so many frames."""
     modules: list[nn.Module] = [
-        ResidualBlock(stage.in_channels if i == 0 else stage.channels, stage.channels, scale=stage.scale)
+        ResidualBlock(
+            stage.in_channels if i == 0 else stage.channels,
+            stage.channels,
+            scale=stage.scale,
+            kernel_frames=kernel_frames,
+        )
         for i in range(stage.blocks)
     ]
     if stage.downsample:
-        modules.append(Downsample(stage.channels, scale=stage.scale, time=stage.downsample == "3d"))
+        time = stage.downsample == "3d"
+        modules.append(Downsample(stage.channels, scale=stage.scale, time=time, kernel_frames=kernel_frames))
     return modules
 
 
@@ -294,10 +300,10 @@ class DownStageRun:
         # Convolutions over three frames, one after the other.
         self.depth = _BLOCK_DEPTH * len(residual) + (conv is not None) + head
 
-    def needs(self, chunk: int) -> Needs:
+    def needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that it uses."""
-        modules: list[Any] = [*self.blocks, *self.tail]
-        return add_needs(module.needs(chunk) for module in (self.conv, *modules, self.exit) if module is not None)
+        modules: list[Any] = [self.conv, *self.blocks, *self.tail, self.exit]
+        return add_needs(module.needs(chunk, image=image) for module in modules if module is not None)
 
     def run(self, x: torch.Tensor, state: StreamState) -> tuple[torch.Tensor | Frames, torch.Tensor]:
         """From ``[n, H, W, C]`` that come in to what the downsampling reads, or to the result of the last stage.
@@ -392,7 +398,7 @@ class Encoding:
             yield from join.put(None, None, counts, state) if join else [Piece(None, counts)]
             return
         if stage.conv:
-            x = stage.conv.convolve(x, state, patch=self._encoder.architecture.patch, margins=self._margins)
+            x = stage.conv.convolve(x, state, patch=self._encoder.architecture.encoder_patch, margins=self._margins)
         left, source = stage.run(x, state)
         del x
         if isinstance(left, torch.Tensor):
@@ -431,17 +437,15 @@ class _Encoder(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        stages = architecture.down_stages
-        colours, last = architecture.output_channels * architecture.patch**2, stages[-1].channels
-        self.conv1 = PixelConv(colours, stages[0].in_channels, scale=stages[0].scale)
+        stages, seen = architecture.down_stages, architecture.kernel_frames
+        colours, last = architecture.input_channels * architecture.encoder_patch**2, stages[-1].channels
+        self.conv1 = PixelConv(colours, stages[0].in_channels, scale=stages[0].scale, kernel_frames=seen)
         if architecture.residual:
-            self.downsamples = nn.ModuleList([DownBlock(stage) for stage in stages])
+            self.downsamples = nn.ModuleList([DownBlock(stage, seen) for stage in stages])
         else:
-            self.downsamples = nn.ModuleList([m for stage in stages for m in down_modules(stage)])
-        self.middle = nn.ModuleList(
-            [ResidualBlock(last, last, scale=1), AttentionBlock(last), ResidualBlock(last, last, scale=1)]
-        )
-        self.output = RMSNorm(last), CausalConv3d(last, 2 * architecture.z_dim, scale=1)
+            self.downsamples = nn.ModuleList([m for stage in stages for m in down_modules(stage, seen)])
+        self.middle = nn.ModuleList(middle_modules(last, seen))
+        self.output = RMSNorm(last), CausalConv3d(last, 2 * architecture.z_dim, scale=1, kernel=(seen, 3, 3))
         # "0" and "2" are the indices of the published nn.Sequential.
         self.head = nn.ModuleDict(dict(zip(("0", "2"), self.output, strict=True)))
 
@@ -473,11 +477,13 @@ class WanEncoder(nn.Module):
 
     def convolutions(self) -> list[CausalConv3d | DownConv]:
         """All layers that see more than one position; the others are matrix products, and take little time."""
-        return [module for module in self.modules() if isinstance(module, (CausalConv3d, DownConv))]
+        found = (module for module in self.modules() if isinstance(module, (CausalConv3d, DownConv)))
+        return [module for module in found if module.kind.kernel != (1, 1, 1)]
 
-    def page_needs(self, chunk: int) -> Needs:
+    def page_needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that an encode of ``chunk`` frames at once writes its convolutions' inputs to."""
-        return add_needs([*(stage.needs(chunk) for stage in self.stages()), self.encoder.output[1].needs(chunk)])
+        stages = (stage.needs(chunk, image=image) for stage in self.stages())
+        return add_needs([*stages, self.encoder.output[1].needs(chunk, image=image)])
 
     def pages(
         self,
@@ -491,9 +497,8 @@ class WanEncoder(nn.Module):
         lists: SlotLists | None = None,
     ) -> dict[PageKey, Pages]:
         """Pages for a video of ``rows`` x ``columns`` latents; ``lists`` of earlier ones save time."""
-        return make_pages(
-            self.page_needs(chunk), rows, columns, videos=1, keeps=keeps, dtype=dtype, device=device, lists=lists
-        )
+        needs = self.page_needs(chunk, image=not keeps)
+        return make_pages(needs, rows, columns, videos=1, keeps=keeps, dtype=dtype, device=device, lists=lists)
 
     def begin(self, state: StreamState, chunk: int, margins: Margins | None = None) -> Encoding:
         """Begins a video.

@@ -5,7 +5,7 @@ T frames, H rows, W columns, C channels; activations are contiguous ``[T, H, W, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ class CausalConv3d(_Weights):
     Its input are frames in pages: `take` some, write them, call the layer. It remembers those that it will want to
     have seen. Two ``halves`` make two frames of half the channels of each; a ``time_stride`` of 2 makes one of two.
 
+    Images have no past, so of the weights only those of the present frame are used: the others would meet zeros, which
+    change no bit of a sum.
+
     Attributes:
         kind: what it has in common with other layers.
         cudnn: whether PyTorch's convolution does the work, see `runtime.tuning`.
@@ -87,9 +90,16 @@ class CausalConv3d(_Weights):
         self.bias = _empty(out_channels)
         self.past_frames = kernel[0] - time_stride
         self.key = PageKey(scale, in_channels, kernel[1] // 2)
+        self._present: torch.Tensor | None = None
 
-    def needs(self, chunk: int) -> dict[PageKey, PageNeed]:
-        """The pages that it uses, for ``chunk`` frames at once."""
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._present = None
+
+    def needs(self, chunk: int, *, image: bool = False) -> dict[PageKey, PageNeed]:
+        """The pages that it uses, for ``chunk`` frames at once, or ``chunk`` images."""
+        if image or not self.past_frames:
+            return {self.key: PageNeed(passing=chunk)}
         return {self.key: PageNeed(convs=1, kept=self.past_frames, passing=chunk)}
 
     def take(self, count: int, state: StreamState) -> Frames:
@@ -121,7 +131,7 @@ class CausalConv3d(_Weights):
         result = conv(
             seen.arena,
             seen.index,
-            self.arena_weight(),
+            self.present_weight() if state.image else self.arena_weight(),
             self.bias,
             residual=residual,
             out=into.arena if into else out,
@@ -138,22 +148,35 @@ class CausalConv3d(_Weights):
         """The weight for frames as they lie in the arena."""
         return self.weight
 
+    def present_weight(self) -> torch.Tensor:
+        """The part of `arena_weight` that the present frame meets, ``[O, C, 1, kh, kw]``."""
+        weight = self.arena_weight()
+        if weight.shape[2] == 1:
+            return weight
+        if self._present is None:
+            self._present = weight[:, :, -1:].contiguous(memory_format=self.memory_format)
+        return self._present
+
     def see(self, frames: Frames, state: StreamState) -> Frames:
-        """``frames`` with their halo, behind the past ones."""
+        """``frames`` with their halo, behind the past ones; images have none."""
         if self.key.border:
             # Past frames kept the halo that they got when they were new.
             state.edges.fill_halo(frames)
-        return state.with_past(self, frames, self.past_frames)
+        return state.with_past(self, frames, 0 if state.image else self.past_frames)
 
 
 class TimeDownConv(CausalConv3d):
     """Makes one frame of two, and of the last one before them; the video's first frame stays as it is."""
 
-    def __init__(self, channels: int, *, scale: int) -> None:
-        super().__init__(channels, channels, scale=scale, kernel=(3, 1, 1), time_stride=2)
+    def __init__(self, channels: int, *, scale: int, kernel_frames: int = 3) -> None:
+        # Of images alone, whose kernels see one frame, it has weights and never convolves.
+        stride = 2 if kernel_frames > 1 else 1
+        super().__init__(channels, channels, scale=scale, kernel=(kernel_frames, 1, 1), time_stride=stride)
 
-    def needs(self, chunk: int) -> dict[PageKey, PageNeed]:
+    def needs(self, chunk: int, *, image: bool = False) -> dict[PageKey, PageNeed]:
         """The pages that it uses, for ``chunk`` frames at once, and `model.encoder.Join`'s copies."""
+        if image:
+            return {self.key: PageNeed(passing=chunk)}
         # It never sees a blank past. One may wait for its other half, and two be copied.
         return {self.key: PageNeed(kept=self.past_frames, passing=chunk + 3)}
 
@@ -165,9 +188,9 @@ class TimeDownConv(CausalConv3d):
 class PixelConv(CausalConv3d):
     """The encoder's first convolution, from pixels; they come with their neighbourhoods, see `ops.pixels`."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
-        super().__init__(tap_channels(in_channels), out_channels, scale=scale, kernel=(3, 1, 1))
-        self.weight = _empty(out_channels, in_channels, 3, 3, 3)
+    def __init__(self, in_channels: int, out_channels: int, *, scale: int, kernel_frames: int = 3) -> None:
+        super().__init__(tap_channels(in_channels), out_channels, scale=scale, kernel=(kernel_frames, 1, 1))
+        self.weight = _empty(out_channels, in_channels, kernel_frames, 3, 3)
         self._spread: torch.Tensor | None = None
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -194,28 +217,48 @@ class PixelConv(CausalConv3d):
 
 
 class HeadConv(CausalConv3d):
-    """The last convolution, to a few channels."""
+    """The last convolution, to a few channels.
 
-    def __init__(self, in_channels: int, out_channels: int, *, scale: int) -> None:
-        super().__init__(in_channels, out_channels, scale=scale)
+    Its channels may be computed in another order than they were published in: ``order`` says which one comes where.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        scale: int,
+        kernel_frames: int = 3,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, scale=scale, kernel=(kernel_frames, 3, 3))
         self.kind = self.kind._replace(op="head_conv")
-        self._prepared: dict[tuple[int, bool], PreparedHead | None] = {}
+        self._order = list(order) if order else None
+        self._prepared: dict[tuple[int, bool, bool], PreparedHead | None] = {}
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self._order:
+            ordered = {
+                key: state_dict[key][self._order]
+                for key in (f"{prefix}weight", f"{prefix}bias")
+                if key in state_dict and len(state_dict[key]) == len(self._order)
+            }
+            state_dict = {**state_dict, **ordered}
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._prepared = {}
 
     def forward(self, frames: Frames, state: StreamState) -> torch.Tensor:  # type: ignore[override]  # writes nowhere else
         """Convolves frames that `take` gave and a producer wrote, to ``[T, H, W, O]``."""
         seen = self.see(frames, state)
+        weight = self.present_weight() if state.image else self.weight
         # What three frames want is what four do, and more.
-        key = min(1 << (len(frames) - 1).bit_length(), 4), state.transposed
+        key = min(1 << (len(frames) - 1).bit_length(), 4), state.transposed, state.image
         if key not in self._prepared and not self.cudnn:
-            self._prepared[key] = prepare_head(self.weight, key[0], transposed=state.transposed)
+            self._prepared[key] = prepare_head(weight, key[0], transposed=state.transposed)
         result = head_conv(
             seen.arena,
             seen.index,
-            self.weight,
+            weight,
             self.bias,
             prepared=self._prepared.get(key),
             transposed=state.transposed,

@@ -54,10 +54,9 @@ class PageNeed:
     def slots(self, videos: int, *, keeps: bool) -> int:
         """All slots for so many videos that take turns; images keep nothing.
 
-        The blank frame that stands for a missing past costs an image one more. In a video it has the place of a past
-        frame that is not there yet.
+        The blank frame that stands for a missing past has the place of a past frame that is not there yet.
         """
-        past = videos * self.kept if keeps else min(1, self.convs)
+        past = videos * self.kept if keeps else 0
         return past + self.passing + (videos - 1) * self.waiting
 
 
@@ -260,6 +259,7 @@ class StreamState:
         edges: who knows the rows beyond this shard.
         transposed: whether rows and columns of the video have changed places.
         first: whether this step holds the video's first frame, and first latent frame (which stand alone).
+        image: whether there is one frame, or several images that know nothing of one another.
     """
 
     def __init__(
@@ -276,13 +276,13 @@ class StreamState:
             pages: by what the model's ``page_needs`` names; videos that take turns may share them.
             edges: see above.
             transposed: see above.
-            keeps: whether past frames will be wanted: an image has no future.
+            keeps: whether past frames will be wanted: images have neither future nor past.
         """
         self.edges = edges
         self.transposed = transposed
         self.first = True
+        self.image = not keeps
         self._pages = pages
-        self._keeps = keeps
         self._past: dict[Hashable, Frames] = {}
         # Convolutions whose past is still a blank one, or partly.
         self._blank: set[Hashable] = set()
@@ -293,6 +293,8 @@ class StreamState:
 
     def with_past(self, conv: Hashable, frames: Frames, past: int) -> Frames:
         """``frames`` behind the ``past`` ones that ``conv`` saw last; blank ones if it saw none."""
+        if not past:
+            return frames
         if conv not in self._past:
             self._blank.add(conv)
             return Frames(frames.pages, (0,) * past + frames.slots)
@@ -300,9 +302,9 @@ class StreamState:
 
     def keep_past(self, conv: Hashable, seen: Frames, past: int) -> None:
         """Keeps the last ``past`` of what ``conv`` saw for its next step, and lets go of the others."""
-        gone = len(seen) - past if self._keeps else len(seen)
+        gone = len(seen) if self.image else len(seen) - past
         seen.pages.give(seen.slots[:gone])
-        if not self._keeps:
+        if self.image or not past:
             return
         self._past[conv] = Frames(seen.pages, seen.slots[gone:])
         if conv in self._blank and 0 not in seen.slots[gone:]:

@@ -83,9 +83,9 @@ class LocalEncodeRun:
         """Latents of one video; out of memory starts over with smaller chunks and skips what has left already."""
         engine, source = self._engine, self._source
         architecture = engine.encoder().architecture
-        ratio = architecture.spatial_ratio
+        ratio = architecture.encode_ratio
         size = (source.rows, source.columns)
-        window = PixelWindow.of(plan_shards(*size, 1), 0, ratio=ratio, patch=architecture.patch)
+        window = PixelWindow.of(plan_shards(*size, 1), 0, ratio=ratio, patch=architecture.encoder_patch)
         chunk, sent, said = self._first_chunk(size), 0, False
         while True:
             skip, self.chunk = sent, chunk

@@ -13,7 +13,15 @@ import torch
 
 from ..errors import OutOfMemoryError, is_out_of_memory
 from ..files.checkpoint import Checkpoint
-from ..memory import decode_memory, free_memory, gibibytes, give_back_host_memory, largest_chunk, largest_frame
+from ..memory import (
+    decode_memory,
+    free_memory,
+    gibibytes,
+    give_back_host_memory,
+    largest_chunk,
+    largest_frame,
+    most_at_once,
+)
 from ..ops.pixel_format import PixelFormat
 from .device_to_host import to_host
 from .encode_run import LocalEncodeRun
@@ -173,7 +181,7 @@ class LocalRun:
 
     def _first_chunk(self, size: tuple[int, int, int, int]) -> int:
         if self._chunk:
-            return min(self._chunk, max(1, size[1] - 1))
+            return min(self._chunk, most_at_once(size[0], size[1]))
         engine = self._engine
         decoder = engine.decoder()
         free = free_memory(engine.device)

@@ -14,10 +14,11 @@ import torch
 
 from ..architecture import Architecture
 from ..cancel import check_cancelled
+from ..memory import most_at_once
 from ..model.decoder import WanDecoder
 from ..model.encoder import Piece, WanEncoder
 from ..model.state import Edges, PageKey, Pages, SlotLists, StreamState, WholePicture
-from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
+from ..ops.dispatch import KERNEL_DTYPES, kernels_failed, kernels_multiply
 from ..ops.frames import to_frames
 from ..parallel.coordination import Coordinator
 from ..parallel.window import PixelWindow
@@ -79,7 +80,8 @@ class _LocalModel:
     def kernels(self) -> bool:
         """Whether our own kernels do all of the work."""
         ours = kernels_multiply(self.device, self.dtype)
-        return ours and not any(conv.cudnn for conv in self._layers.convolutions())
+        given_away = kernels_failed(self.device) or any(conv.cudnn for conv in self._layers.convolutions())
+        return ours and not given_away
 
     def _compile(self, key: tuple[Any, ...], run: Callable[[], None]) -> None:
         """Compiles the kernels that ``run()`` launches, all at once; what was compiled for ``key`` before is there."""
@@ -122,11 +124,11 @@ class LocalDecoder(_LocalModel):
     def stream(
         self, latents: torch.Tensor, chunk: int, edges: Edges | None = None, *, transposed: bool = False
     ) -> Iterator[torch.Tensor]:
-        """Decodes ``latents`` ``[B, z, T, h, w]``, de-normalised.
+        """Decodes ``latents`` ``[B, z, T, h, w]``, de-normalised. Several images go through together.
 
         Args:
             latents: of any strides, dtype and device; a shard's own rows, if ``edges`` are a shard's.
-            chunk: latent frames at once.
+            chunk: latent frames at once, or images.
             edges: what lies around the rows; by default nothing.
             transposed: rows and columns of ``latents`` have changed places.
 
@@ -135,12 +137,12 @@ class LocalDecoder(_LocalModel):
             before.
         """
         count, _, steps, rows, columns = latents.shape
-        chunk = max(1, min(chunk, steps - 1))
+        chunk = min(chunk, most_at_once(count, steps))
         pages = self.model.pages(
             rows,
             columns,
             chunk=chunk,
-            videos=count,
+            videos=count if steps > 1 else 1,
             keeps=steps > 1,
             dtype=self.dtype,
             device=self.device,
@@ -148,11 +150,14 @@ class LocalDecoder(_LocalModel):
         )
         edges = edges or WholePicture()
         self._compile_for(latents.shape, pages, chunk, edges, transposed)
+        if steps == 1:
+            yield self._images(latents, pages, chunk, edges, transposed)
+            return
         videos = [
             self.model.stream(
                 # Whatever strides the caller's latents have, inside it is [T, h, w, z].
                 video.to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous(),
-                StreamState(pages, edges=edges, transposed=transposed, keeps=steps > 1),
+                StreamState(pages, edges=edges, transposed=transposed),
                 chunk,
             )
             for video in latents
@@ -169,13 +174,39 @@ class LocalDecoder(_LocalModel):
             del frames
             yield batch
 
+    def _images(
+        self, latents: torch.Tensor, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, transposed: bool
+    ) -> torch.Tensor:
+        """``[B, 1, H, W, C]`` of latents ``[B, z, 1, h, w]``."""
+        state = StreamState(pages, edges=edges, transposed=transposed, keeps=False)
+        positions = latents[:, :, 0].to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous()
+        images: torch.Tensor | None = None
+        done = 0
+        with exact_arithmetic(self.device, self.dtype):
+            for raw in self.model.stream(positions, state, chunk):
+                some = to_frames(raw, self.architecture.patch, transposed=transposed)
+                del raw
+                if len(some) == len(positions):
+                    return some[:, None]
+                if images is None:
+                    images = some.new_empty((len(positions), *some.shape[1:]))
+                images[done : done + len(some)] = some
+                done += len(some)
+                check_cancelled()
+        assert images is not None, "a batch has images"
+        return images[:, None]
+
     def _compile_for(
         self, shape: torch.Size, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, transposed: bool
     ) -> None:
         """Compiles the kernels for latents of ``shape``."""
-        _, channels, steps, rows, columns = shape
+        batch, channels, steps, rows, columns = shape
         # The first frame, a whole chunk, and what is left: other numbers of frames may take other kernels.
-        counts = dict.fromkeys(1 + n for n in (chunk, (steps - 1) % chunk) if n and steps > 1) or {1: None}
+        counts: dict[int, None]
+        if steps > 1:
+            counts = dict.fromkeys(1 + n for n in (chunk, (steps - 1) % chunk) if n)
+        else:
+            counts = dict.fromkeys(n for n in (chunk, batch % chunk) if n)
 
         def run() -> None:
             for count in counts:
@@ -186,7 +217,7 @@ class LocalDecoder(_LocalModel):
                 for one in pages.values():
                     one.reset()
 
-        self._compile((rows, columns, tuple(counts), chunk, transposed), run)
+        self._compile((rows, columns, tuple(counts), chunk, transposed, steps > 1), run)
 
 
 class LocalEncoder(_LocalModel):
@@ -291,7 +322,7 @@ class LocalEncoder(_LocalModel):
             for count in counts:
                 state = StreamState(pages, edges=edges.silent(), transposed=window.transposed, keeps=not image)
                 frames = 1 if image else 1 + 2 * count
-                shape = (frames, *window.shape, self.architecture.output_channels)
+                shape = (frames, *window.shape, self.architecture.input_channels)
                 blank = torch.empty(shape, dtype=pixels, device=self.device)
                 encoding = self.model.begin(state, count, window.margins)
                 for _ in itertools.chain(encoding.push(Piece(blank, (0,) * frames)), encoding.end()):

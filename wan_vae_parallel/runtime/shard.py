@@ -186,7 +186,7 @@ class ShardEncoder(_ShardModel[LocalEncoder]):
 
     def window(self, plan: ShardPlan, shard: int) -> PixelWindow:
         """The pixels that ``shard`` reads."""
-        ratio, patch = self.architecture.spatial_ratio, self.architecture.patch
+        ratio, patch = self.architecture.encode_ratio, self.architecture.encoder_patch
         return PixelWindow.of(plan, shard, ratio=ratio, patch=patch)
 
     def steps(

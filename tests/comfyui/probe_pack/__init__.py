@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+import comfy.latent_formats
+import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
 import comfy.model_management as model_management
 import comfy.sd
@@ -154,6 +156,8 @@ class AlterVAE(io.ComfyNode):
             diff = torch.randn(shape, generator=torch.Generator().manual_seed(9)) / shape[1:].numel() ** 0.5
             altered.patcher = altered.patcher.clone()
             assert altered.patcher.add_patches({f"{part}.conv1.weight": ("diff", (diff,))}, 0.5)
+        elif how == "bf16":
+            model.to(torch.bfloat16)
         elif how == "circular":
             for module in model.modules():
                 if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -234,16 +238,16 @@ class ChosenDevices(io.ComfyNode):
 
     @classmethod
     def execute(cls, devices, put_on):
-        engines, parsing = of_the_pack("nodes.engines"), of_the_pack("wan_vae_parallel.devices")
+        choices, parsing = of_the_pack("nodes.choices"), of_the_pack("wan_vae_parallel.devices")
         there = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
-        was = engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
-        engines.available_devices = parsing.available_devices = lambda: there
+        was = choices.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
+        choices.available_devices = parsing.available_devices = lambda: there
         parsing._why_alone = lambda _: ""
         model_management.vae_device = lambda: there[1]
         try:
-            chosen = engines._choose_devices(devices, torch.device(put_on) if put_on else None)
+            chosen = choices.choose_devices(devices, torch.device(put_on) if put_on else None)
         finally:
-            engines.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
+            choices.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
         return io.NodeOutput(ui={"devices": [str(device) for device in chosen]})
 
 
@@ -330,6 +334,64 @@ class SmallCoreVAE(io.ComfyNode):
             return io.NodeOutput(comfy.sd.VAE(sd=weights))
         finally:
             comfy.ldm.wan.vae2_2.WanVAE = was
+
+
+class WanVideoVAE(torch.nn.Module):
+    """What WanVideoWrapper's loader returns, as far as its nodes look at it: the model, and latents' statistics."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.model = comfy.ldm.wan.vae.WanVAE(
+            dim=weights["decoder.head.0.gamma"].shape[0], z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+            attn_scales=[], temperal_downsample=[False, True, True], dropout=0.0,
+        )  # fmt: skip
+        self.model.load_state_dict(weights)
+        statistics = comfy.latent_formats.Wan21()
+        self.mean, self.std = statistics.latents_mean.flatten(), statistics.latents_std.flatten()
+        self.dtype, self.upsampling_factor = torch.float32, 8
+
+
+class TAEHV(torch.nn.Module):
+    """The wrapper's network for previews."""
+
+
+class WrapperVAE(io.ComfyNode):
+    """A VAE as WanVideoWrapper's loader makes it."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeWrapperVAE",
+            category="probe",
+            inputs=[io.String.Input("vae_name")],
+            outputs=[io.Custom("WANVAE").Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae_name):
+        if vae_name == "taew2_1":
+            return io.NodeOutput(TAEHV())
+        return io.NodeOutput(WanVideoVAE(load_file(folder_paths.get_full_path_or_raise("vae", vae_name))))
+
+
+class AddWords(io.ComfyNode):
+    """Adds to a LATENT what JSON says; a list of numbers becomes a tensor."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeAddWords",
+            category="probe",
+            inputs=[io.Latent.Input("latent"), io.String.Input("words")],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, latent, words):
+        added = {key: torch.tensor(v) if isinstance(v, list) else v for key, v in json.loads(words).items()}
+        if added.pop("as_video", False):
+            return io.NodeOutput({"video": latent["samples"]})
+        return io.NodeOutput({**latent, **added})
 
 
 class CompareNodes(io.ComfyNode):
@@ -442,6 +504,8 @@ class ProbeExtension(ComfyExtension):
             EncodeAsLaterCores,
             EncodePictures,
             SmallCoreVAE,
+            WrapperVAE,
+            AddWords,
             CompareNodes,
         ]
 

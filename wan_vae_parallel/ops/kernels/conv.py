@@ -70,14 +70,14 @@ def _where(p, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr):
     return h * SCALE + py, w * SCALE + px, (h < H) & (w < W)
 
 
-@triton.jit(do_not_specialize=["H", "W", "rows", "tap_stride", "o_stride"])
+@triton.jit(do_not_specialize=["H", "W", "rows"])
 def _conv_kernel(
     source, weight0, weight1, slots, bias, residual, out, out_slots,
-    H, W, rows, tap_stride, o_stride,
+    H, W, rows,
     C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BORDER: tl.constexpr,
+    BORDER: tl.constexpr, TAP_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
+    OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, HIDE: tl.constexpr,
 ):
@@ -117,6 +117,8 @@ def _conv_kernel(
 
     h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
     place = h * (W * SCALE) + w
+    if WIDE:  # frames of 2^31 values and more
+        place = place.to(tl.int64)
     if HAS_RESIDUAL:
         residual = frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
     n0 = n + tl.arange(0, N0)
@@ -136,10 +138,10 @@ def _conv_kernel(
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
         x = _load_positions(source, row, c, rows, C, BM, BK, TMA)
-        w0 = load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
+        w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
+            w1 = load_weights(weight1, tap, first_channel + n + N0, c, TAP_STRIDE, O_STRIDE, C, O, N1, BK, TMA)
             acc1 = dot(x, w1, acc1, SWAP)
 
     if HIDE:
@@ -151,6 +153,8 @@ def _conv_kernel(
     W *= SCALE
     out = frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
     place = (h + OUT_BORDER // 2) * (W + OUT_BORDER) + w + OUT_BORDER // 2
+    if WIDE:
+        place = place.to(tl.int64)
     store(acc0, n0, out, place, stored, CO, SWAP)
     if N1 > 0:
         store(acc1, n1, out, place, stored, CO, SWAP)
@@ -167,8 +171,8 @@ def takes(arena: torch.Tensor, weight: torch.Tensor, *, scale: int = 1, time_str
         and weight.dtype == arena.dtype
         and tuple(weight.shape[2:]) in (_KERNELS if time_stride == 1 else _STRIDED_KERNELS)
         and arena.shape[:3].numel() < 2**31
-        # Of an output frame, with a border.
-        and (arena.shape[1] * scale + 2) * (arena.shape[2] * scale + 2) * weight.shape[0] < 2**31
+        # Positions of an output frame, with a border.
+        and (arena.shape[1] * scale + 2) * (arena.shape[2] * scale + 2) < 2**31
     )
 
 
@@ -186,6 +190,7 @@ def conv(
     transposed: bool,
     tile: Tile | None = None,
     descriptors: bool | None = None,
+    wide: bool | None = None,
 ) -> None:
     """`ops.conv.conv` on the GPU.
 
@@ -202,6 +207,7 @@ def conv(
         transposed: as there.
         tile: overrides `tiles.choose_tile`, for benchmarks.
         descriptors: overrides whether tiles are read through TMA descriptors, for tests.
+        wide: overrides whether places in a frame have 64 bits, for tests.
 
     Raises:
         ValueError: a shape, dtype or layout that the kernel can't take.
@@ -219,7 +225,7 @@ def conv(
     _launch(
         arena, slots, as_matrix, bias, kind=kind, kernel=kind.kernel,
         strides=(channels, math.prod(kernel) * channels), border=kernel[1] - 1, residual=residual, out=out,
-        out_slots=out_slots, transposed=transposed, tile=tile, descriptors=descriptors,
+        out_slots=out_slots, transposed=transposed, tile=tile, descriptors=descriptors, wide=wide,
     )  # fmt: skip
 
 
@@ -233,6 +239,7 @@ def upsample_conv(
     transposed: bool,
     tile: Tile | None = None,
     descriptors: bool | None = None,
+    wide: bool | None = None,
 ) -> None:
     """`ops.conv.upsample_conv` on the GPU, as four 2x2 convolutions of the small frame: 4/9 of the work.
 
@@ -245,6 +252,7 @@ def upsample_conv(
         transposed: as there.
         tile: overrides `tiles.choose_tile`, for benchmarks.
         descriptors: overrides whether tiles are read through TMA descriptors, for tests.
+        wide: as `conv`'s.
 
     Raises:
         ValueError: a shape, dtype or layout that the kernel can't take.
@@ -253,7 +261,7 @@ def upsample_conv(
     _launch(
         arena, slots, folded, bias, kind=LayerKind("upsample_conv", channels, out_channels, (1, 3, 3)),
         kernel=(1, 2, 2), strides=(out_channels * channels, channels), border=2, residual=None, out=out,
-        out_slots=None, transposed=transposed, tile=tile, descriptors=descriptors,
+        out_slots=None, transposed=transposed, tile=tile, descriptors=descriptors, wide=wide,
     )  # fmt: skip
 
 
@@ -273,6 +281,7 @@ def _launch(
     transposed: bool,
     tile: Tile | None,
     descriptors: bool | None,
+    wide: bool | None,
 ) -> None:
     channels, out_channels, scale = arena.shape[3], kind.out_channels, kind.scale
     check_tensors(arena, slots, weight, bias, residual=residual, out=out, out_slots=out_slots)
@@ -281,9 +290,9 @@ def _launch(
         kind, tuple(arena.shape), slots.numel(), bias.numel(), kernel, strides, border,
         None if residual is None else tuple(residual.shape), tuple(out.shape),
         None if out_slots is None else out_slots.numel(), transposed, tile, tma, arena.dtype, arena.device,
-        tiles.changes(),
+        tiles.changes(), wide,
     )  # fmt: skip
-    tile, call, numbers = _plan(geometry)
+    tile, call, numbers, tma = _plan(geometry)
     source: Any = arena
     weights: list[Any] = [weight, weight]
     if tma:
@@ -313,11 +322,15 @@ class _Geometry(NamedTuple):
     device: torch.device
     # What `choose_tile` goes by may become better known.
     changes: int
+    wide: bool | None = None
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
-    """The tile, the launch, and the kernel's integers; raises `ValueError` as `conv` does."""
+def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...], bool]:
+    """The tile, the launch, the kernel's integers, and whether it reads through descriptors.
+
+    Raises `ValueError` as `conv` does.
+    """
     kind, kernel, scale, halves = geometry.kind, geometry.kernel, geometry.kind.scale, geometry.kind.halves
     rows, columns = geometry.arena[1] - geometry.border, geometry.arena[2] - geometry.border
     frames = (geometry.slots - kernel[0]) // kind.time_stride + 1
@@ -338,7 +351,8 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
     if geometry.out != wanted or geometry.residual not in (None, shape):
         raise ValueError(f"out must be {wanted} and a residual {shape}, not {geometry.out} and {geometry.residual}")
     positions = math.prod(geometry.arena[:3])
-    if positions >= 2**31 or (shape[1] + 2) * (shape[2] + 2) * own >= 2**31:
+    in_bordered = (shape[1] + 2) * (shape[2] + 2)
+    if positions >= 2**31 or in_bordered >= 2**31:
         raise ValueError(f"a frame of {shape[1:]} or an arena {geometry.arena} overflows the kernel's int32")
 
     pitch = columns + geometry.border
@@ -346,15 +360,19 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
     tile = geometry.tile or tiles.choose_tile(
         kind, in_frame, frames * halves * scale**2, dtype=geometry.dtype, device=geometry.device
     )
+    tma = geometry.tma and tile.descriptors
     parts = -(-own // (tile.first + tile.second)) * halves * scale**2
     call = Call(
         _conv_kernel,
         (-(-in_frame // tile.positions) * frames * parts,),
         C=kind.channels, O=kind.out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=geometry.border,
+        TAP_STRIDE=geometry.strides[0], O_STRIDE=geometry.strides[1],
         SCALE=scale, HALVES=halves, TIME_STRIDE=kind.time_stride, HAS_RESIDUAL=geometry.residual is not None,
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
-        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
-        HIDE=geometry.device.type == "cuda",
+        WIDE=in_bordered * own >= 2**31 if geometry.wide is None else geometry.wide,
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
+        # Triton's interpreter knows no assembly.
+        HIDE=isinstance(_conv_kernel, triton.JITFunction),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return tile, call, (rows, columns, positions, *geometry.strides)
+    return tile, call, (rows, columns, positions), tma

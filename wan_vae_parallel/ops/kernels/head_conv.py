@@ -1,7 +1,8 @@
 """The decoder's last convolution, to a few channels, bound by how often it reads its input.
 
 T frames, H rows, W columns, C channels in, O channels out, S slots of an arena
-Layout  The input is an arena ``[S, H + 2, W + 2, C]`` with zero borders; ``slots[T + 2]`` say where its frames lie.
+Layout  The input is an arena ``[S, H + 2, W + 2, C]`` with zero borders; ``slots[T + 2]`` say where its frames lie, or
+        ``slots[T]`` for images, of whose weights only those of the present frame are used (kt is 1 then, else 3).
 Tile    256 positions of a row x (output frames x output rows x O), so that what is read once serves several frames
         and rows: 0.68 ms for four frames of 720p on an H200, where a plain implicit product takes 2.6.
 Bits    fp32 accumulation that starts at the bias, taps in the picture's order; the same for every T, H, W, split axis
@@ -32,7 +33,7 @@ MAX_COLUMNS = 64
 @triton.jit(do_not_specialize=["T", "H", "W"])
 def _head_kernel(
     source, weight, slots, bias, out, T, H, W,
-    C: tl.constexpr, O: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -45,7 +46,7 @@ def _head_kernel(
     h = pid // across % down * ROWS
     t = pid // (across * down) * FRAMES
     # Frames past the last serve no output that is stored; they are read from a slot that has finite numbers.
-    last = T + 1
+    last = T + (KT - 2)
     slot0 = tl.load(slots + t)
     slot1 = tl.load(slots + tl.minimum(t + 1, last))
     slot2 = tl.load(slots + tl.minimum(t + 2, last))
@@ -57,7 +58,7 @@ def _head_kernel(
     o = n % O
     acc = tl.zeros((BM, N), tl.float32)
     acc += tl.load(bias + o).to(tl.float32)[None, :]
-    for k in range((FRAMES + 2) * READ_ROWS * 3 * STEPS):
+    for k in range((FRAMES + KT - 1) * READ_ROWS * 3 * STEPS):
         c = k % STEPS * BK
         tap = k // STEPS
         f = tap // (READ_ROWS * 3)
@@ -105,36 +106,37 @@ def spread_weight(weight: torch.Tensor, frames: int, rows: int, *, transposed: b
     """Lays a few-channel weight out so that one tile of the input serves several output frames and rows.
 
     Args:
-        weight: ``[O, C, 3, 3, 3]``.
+        weight: ``[O, C, kt, 3, 3]``.
         frames: output frames a program makes, 1 to 4.
         rows: output rows of the arena a program makes.
         transposed: the arena's rows are the picture's columns.
 
     Returns:
-        ``[(frames + 2) * (rows + 2) * 3, N, C]``: for each input frame, row and column tap the weights of every
+        ``[(frames + kt - 1) * (rows + 2) * 3, N, C]``: for each input frame, row and column tap the weights of every
         (output frame, output row, O), zero where a tap doesn't reach it. N is ``frames * rows * O``, rounded up to a
         power of two of at least 16.
 
     Raises:
-        ValueError: more columns than `MAX_COLUMNS`, more than 4 frames, or no 3x3x3 weight.
+        ValueError: more columns than `MAX_COLUMNS`, more than 4 frames, or no 3x3x3 or 1x3x3 weight.
     """
     out_channels, channels, *kernel = weight.shape
     used = frames * rows * out_channels
-    if kernel != [3, 3, 3] or used > MAX_COLUMNS or not 1 <= frames <= 4:
+    if kernel not in ([3, 3, 3], [1, 3, 3]) or used > MAX_COLUMNS or not 1 <= frames <= 4:
         raise ValueError(
-            f"spread_weight takes a 3x3x3 weight, up to 4 frames and frames x rows x channels up to {MAX_COLUMNS}, "
-            f"not {tuple(weight.shape)} with {frames} frames and {rows} rows"
+            f"spread_weight takes a 3x3x3 or 1x3x3 weight, up to 4 frames and frames x rows x channels up to "
+            f"{MAX_COLUMNS}, not {tuple(weight.shape)} with {frames} frames and {rows} rows"
         )
     columns = max(16, triton.next_power_of_2(used))
     # Frame, row and column taps of the arena, then N and C.
     taps = weight.detach().permute(2, 3, 4, 0, 1)
     if transposed:
         taps = taps.transpose(1, 2)
-    spread = weight.new_zeros(frames + 2, rows + 2, 3, columns, channels)
+    seen = kernel[0]
+    spread = weight.new_zeros(frames + seen - 1, rows + 2, 3, columns, channels)
     for frame in range(frames):
         for row in range(rows):
             first = (frame * rows + row) * out_channels
-            spread[frame : frame + 3, row : row + 3, :, first : first + out_channels] = taps
+            spread[frame : frame + seen, row : row + 3, :, first : first + out_channels] = taps
     if transposed:
         spread = spread.transpose(1, 2)
     return spread.flatten(0, 2).contiguous()
@@ -153,7 +155,7 @@ def head_conv(
     tile: Tile | None = None,
     descriptors: bool | None = None,
 ) -> None:
-    """A 3x3x3 convolution to a few channels, which is bound by how often it reads its input.
+    """A 3x3x3 or 1x3x3 convolution to a few channels, which is bound by how often it reads its input.
 
     A plain implicit matrix product reads each input 27 times from L2 for 3 columns of a matrix. Here the columns are
     (output frame, output row, channel): with 4 frames and 4 rows an input is read 6.75 times. Products with the
@@ -162,7 +164,7 @@ def head_conv(
 
     Args:
         arena: ``[S, H + 2, W + 2, C]``, contiguous, bf16 or fp16, borders zero, finite in every slot named.
-        slots: ``[T + 2]`` int32.
+        slots: ``[T + kt - 1]`` int32.
         spread: what `spread_weight` made for these ``frames`` and ``rows`` (see `tiling`); the result is the same
             whichever was chosen.
         bias: ``[O]``.
@@ -178,9 +180,14 @@ def head_conv(
     """
     out_channels = out.shape[-1]
     taps, columns, channels = spread.shape
-    count, height, width = slots.numel() - 2, arena.shape[1] - 2, arena.shape[2] - 2
+    seen = taps // ((rows + 2) * 3) - frames + 1
+    count, height, width = slots.numel() - seen + 1, arena.shape[1] - 2, arena.shape[2] - 2
     used = frames * rows * out_channels
-    if taps != (frames + 2) * (rows + 2) * 3 or columns != max(16, triton.next_power_of_2(used)):
+    if (
+        seen not in (1, 3)
+        or taps != (frames + seen - 1) * (rows + 2) * 3
+        or columns != max(16, triton.next_power_of_2(used))
+    ):
         raise ValueError(
             f"weights {tuple(spread.shape)} were not spread over {frames} frames and {rows} rows of {out_channels}"
         )
@@ -206,6 +213,6 @@ def head_conv(
         _head_kernel,
         grid,
         source, weight, slots, bias, out, count, height, width,
-        C=channels, O=out_channels, FRAMES=frames, ROWS=rows, TRANSPOSED=transposed,
+        C=channels, O=out_channels, KT=seen, FRAMES=frames, ROWS=rows, TRANSPOSED=transposed,
         BM=tile.positions, N=columns, BK=tile.step, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,0 +1,327 @@
+"""The family in a real ComfyUI: images, alpha, doubled size, and WanVideoWrapper's VAE and latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.comfyui.server import node
+from wan_vae_parallel import Architecture, vae_from_state_dict
+from wan_vae_parallel.bench import random_weights
+from wan_vae_parallel.files.latents import denormalize, normalize
+
+pytestmark = pytest.mark.usefixtures("files")
+
+WAN21 = Architecture.published("wan2.1", width=16)
+# Weights of the relatives' files by their names.
+MADE: dict[str, dict[str, torch.Tensor]] = {}
+LATENTS = torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def files(server):
+    """Relatives' files in models/vae; their weights."""
+    small = dataclasses.replace(WAN21, width=8, encoder_width=8)
+    made = {
+        "rgb.safetensors": random_weights(WAN21, seed=1),
+        "alpha.safetensors": random_weights(WAN21, seed=2),
+        "layered.safetensors": random_weights(dataclasses.replace(small, output_channels=4, input_channels=4)),
+        "upscale2x.safetensors": random_weights(dataclasses.replace(small, upscale=2)),
+        "qwen21.safetensors": random_weights(
+            dataclasses.replace(Architecture.published("qwen-image-2.1", width=16), encoder_width=16)
+        ),
+        "bf16.safetensors": {key: t.bfloat16() for key, t in random_weights(small).items()},
+    }
+    for name, tensors in made.items():
+        save_file(tensors, server.output.parent / "models" / "vae" / name)
+    MADE.update(made)
+    return made
+
+
+def loader(name, devices="cpu"):
+    return node("WanVAEParallelLoader", vae_name=name, devices=devices, dtype="auto", chunk=0)
+
+
+def apply(vae, dtype="auto"):
+    return node("WanVAEParallelApply", vae=[vae, 0], devices="cpu", dtype=dtype, chunk=0)
+
+
+def decode(samples="latent", vae="vae", decoder="WanVAEParallelDecode", **inputs):
+    return node(decoder, samples=[samples, 0], vae=[vae, 0], **inputs)
+
+
+def save(name, image, slot=0):
+    return node("ProbeSaveTensor", name=name, image=[image, slot])
+
+
+def close(frames, expected, bound=1e-4):
+    assert frames.shape == expected.shape
+    assert expected.std() > 0.05
+    assert (frames - expected).abs().max() <= bound
+
+
+@functools.cache
+def engine(name):
+    """The engine with a file's weights, which `files` has made."""
+    return vae_from_state_dict(MADE[name], "cpu")
+
+
+def engine_frames(name, latents):
+    return engine(name).decode(latents).flatten(0, 1)
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_rgba_is_cores_template_of_two_decodes_joined(server, send, received, devices):
+    graph = {"latent": send("rgba", LATENTS)}
+    for kind in ("rgb", "alpha"):
+        graph |= {
+            f"core {kind}": node("VAELoader", vae_name=f"{kind}.safetensors"),
+            f"decoded {kind}": decode(vae=f"core {kind}", decoder="VAEDecode"),
+            kind: loader(f"{kind}.safetensors", devices),
+        }
+    # As the official template for Wan-Alpha has it.
+    graph |= {
+        "mask": node("ImageToMask", image=["decoded alpha", 0], channel="red"),
+        "inverted": node("InvertMask", mask=["mask", 0]),
+        "joined": node("JoinImageWithAlpha", image=["decoded rgb", 0], alpha=["inverted", 0]),
+        "ours": node("WanVAEParallelDecodeRGBA", samples=["latent", 0], vae_rgb=["rgb", 0], vae_alpha=["alpha", 0]),
+    }
+    others = {
+        # Of VAEs that were not parallel, too.
+        "made so": node(
+            "WanVAEParallelDecodeRGBA", samples=["latent", 0], vae_rgb=["core rgb", 0], vae_alpha=["core alpha", 0]
+        ),
+        "webm": node("SaveWEBM", images=["ours", 0], filename_prefix="alpha", codec="vp9", fps=16.0, crf=32.0),
+    }
+    graph |= others if devices == "cpu" else {}
+    names = ["joined", "ours", *(["made so"] if devices == "cpu" else [])]
+    for name in names:
+        graph[f"save {name}"] = save(name, name)
+    server.run(graph).check()
+    assert received("ours").shape == (17, 32, 48, 4)
+    assert received("ours")[..., 3].std() > 0.05
+    for name in names[1:]:
+        close(received(name), received("joined"))
+    assert list(server.output.glob("alpha*.webm"))
+
+
+def test_layered_images_decode_and_encode_as_cores(server, send, received):
+    pixels = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+    graph = {
+        "latent": send("layers", LATENTS[:, :, :2]),
+        "pixels": send("opaque pixels", pixels),
+        "core": node("VAELoader", vae_name="layered.safetensors"),
+        "ours": loader("layered.safetensors"),
+    }
+    for kind in ("core", "ours"):
+        graph |= {
+            f"decoded {kind}": decode(vae=kind, decoder="VAEDecode"),
+            f"encoded {kind}": node("VAEEncode", pixels=["pixels", 1], vae=[kind, 0]),
+            f"save {kind}": save(f"layers of {kind}", f"decoded {kind}"),
+            f"save latents of {kind}": node(
+                "ProbeSaveTensor", name=f"latents of {kind}", latent=[f"encoded {kind}", 0]
+            ),
+        }
+    server.run(graph).check()
+    assert received("layers of ours").shape == (5, 32, 48, 4)
+    close(received("layers of ours"), received("layers of core"))
+    close(received("latents of ours"), received("latents of core"))
+
+
+def test_upscale2x_gives_frames_that_others_take(server, send, received):
+    graph = {
+        "latent": send("to double", LATENTS[:, :, :2]),
+        "vae": loader("upscale2x.safetensors"),
+        "ours": decode(),
+        "cores": decode(decoder="VAEDecode"),
+        "preview": node("PreviewImage", images=["ours", 0]),
+        "pixels": send("ordinary", torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(2))),
+        "encoded": node("VAEEncode", pixels=["pixels", 1], vae=["vae", 0]),
+        "save latents": node("ProbeSaveTensor", name="ordinary latents", latent=["encoded", 0]),
+    } | {f"save {name}": save(f"doubled {name}", name) for name in ("ours", "cores")}
+    server.run(graph).check()
+    assert received("doubled ours").shape == (5, 64, 96, 3)
+    close(received("doubled ours"), engine_frames("upscale2x.safetensors", LATENTS[:, :, :2]))
+    assert torch.equal(received("doubled ours"), received("doubled cores"))
+    assert received("ordinary latents").shape == (1, 16, 1, 4, 6)
+
+
+def test_qwen_image_21_decodes_and_encodes_images(server, send, received):
+    latents = torch.randn(3, 64, 1, 2, 3, generator=torch.Generator().manual_seed(3))
+    graph = {
+        "latent": send("qwen21", latents),
+        "flat": send("qwen21 flat", latents[:, :, 0]),
+        "vae": loader("qwen21.safetensors"),
+        "ours": decode(),
+        "of flat": decode(samples="flat", decoder="VAEDecode"),
+        "encoded": node("VAEEncode", pixels=["ours", 0], vae=["vae", 0]),
+        "save latents": node("ProbeSaveTensor", name="qwen21 latents", latent=["encoded", 0]),
+    } | {f"save {name}": save(f"qwen21 {name}", name) for name in ("ours", "of flat")}
+    server.run(graph).check()
+    images = received("qwen21 ours")
+    assert images.shape == (3, 32, 48, 4)
+    close(images, engine_frames("qwen21.safetensors", latents))
+    close(received("qwen21 of flat"), images)
+    close(received("qwen21 latents"), engine("qwen21.safetensors").encode(images[:, None]))
+
+
+def test_a_batch_of_images_is_cores(server, send, received):
+    graph = {
+        "latent": send("pictures", torch.randn(5, 16, 1, 4, 6, generator=torch.Generator().manual_seed(4))),
+        "core": node("VAELoader", vae_name="rgb.safetensors"),
+        "vae": loader("rgb.safetensors"),
+        "cores": decode(vae="core", decoder="VAEDecode"),
+        "ours": decode(),
+    } | {f"save {name}": save(f"pictures {name}", name) for name in ("ours", "cores")}
+    server.run(graph).check()
+    assert len(received("pictures ours")) == 5
+    close(received("pictures ours"), received("pictures cores"))
+
+
+# WanVideoWrapper.
+
+
+def test_wanvideowrappers_vae_speaks_normalised_latents(server, send, received):
+    pixels = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+    graph = {
+        "latent": send("wrapper's", normalize(LATENTS, WAN21)),
+        "pixels": send("wrapper's pixels", pixels),
+        "wrapper": node("ProbeWrapperVAE", vae_name="rgb.safetensors"),
+        "vae": apply("wrapper"),
+        "decode0": decode(),
+        "decode1": decode(decoder="VAEDecode"),
+        "decode2": decode(vae="wrapper"),  # without Apply
+        "encode0": node("WanVAEParallelEncode", pixels=["pixels", 1], vae=["vae", 0], chunk=0),
+        "encode1": node("VAEEncode", pixels=["pixels", 1], vae=["vae", 0]),
+    }
+    for i in range(3):
+        graph[f"save{i}"] = save(f"wrapper's {i}", f"decode{i}")
+    for i in range(2):
+        graph[f"save latents {i}"] = node("ProbeSaveTensor", name=f"wrapper's latents {i}", latent=[f"encode{i}", 0])
+    server.run(graph).check()
+    expected = engine_frames("rgb.safetensors", LATENTS)
+    for i in range(3):
+        close(received(f"wrapper's {i}"), expected)
+    latents = engine("rgb.safetensors").encode(pixels[None], normalized=True)
+    for i in range(2):
+        close(received(f"wrapper's latents {i}"), latents)
+
+
+def test_wanvideowrappers_preview_network_is_refused_by_name(server, send):
+    run = server.run(
+        {
+            "latent": send("never", LATENTS),
+            "wrapper": node("ProbeWrapperVAE", vae_name="taew2_1"),
+            "decode": decode(vae="wrapper"),
+            "save": save("never", "decode"),
+        }
+    )
+    assert run.ended == "execution_error"
+    assert "the connected VAE is a TAEHV, a small network for previews" in run.detail["exception_message"]
+
+
+WORDS = {
+    "has_ref": ({"has_ref": True, "drop_last": False, "looped": False}, slice(1, None)),
+    "drop_last": ({"has_ref": False, "drop_last": True}, slice(0, -1)),
+    "both": ({"has_ref": True, "drop_last": True}, slice(1, -1)),
+    "end_image": ({"has_ref": False, "end_image": [0.0]}, slice(0, -1)),
+    "neither": ({"has_ref": False, "drop_last": False, "looped": False, "end_image": None}, slice(0, None)),
+    # Core's own, which decoding does not look at.
+    "noise_mask": ({"noise_mask": [[1.0]], "batch_index": [0], "downscale_ratio_spacial": 8}, None),
+}
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "rescaled"])
+def test_what_a_sampler_says_beside_its_latents_is_followed(server, send, received, normalised):
+    """WanVideoWrapper's with its own node for the formula; a node of its rescales latents and leaves the words."""
+    as_made = torch.randn(1, 16, 3, 2, 3, generator=torch.Generator().manual_seed(6))
+    given = as_made if normalised else denormalize(as_made, WAN21)
+    graph = {"latent": send(f"said {normalised}", given), "vae": loader("rgb.safetensors")}
+    for name, (words, _) in WORDS.items():
+        graph |= {
+            f"{name} said": node("ProbeAddWords", latent=["latent", 0], words=json.dumps(words)),
+            f"{name} decoded": decode(samples=f"{name} said"),
+            f"{name} saved": save(f"said {name}", f"{name} decoded"),
+        }
+    server.run(graph).check()
+    for name, (_, kept) in WORDS.items():
+        latents = given if kept is None or not normalised else denormalize(given, WAN21)
+        expected = engine_frames("rgb.safetensors", latents[:, :, kept or slice(None)])
+        close(received(f"said {name}"), expected)
+
+
+def test_a_loop_is_closed_and_frames_that_are_there_are_passed_on(server, send, received):
+    frames = torch.rand(5, 16, 24, 3, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    graph = {
+        "latent": send("loop", normalize(LATENTS, WAN21)),
+        "loop": node("ProbeAddWords", latent=["latent", 0], words='{"looped": true, "has_ref": false}'),
+        "vae": loader("rgb.safetensors"),
+        "decoded": decode(samples="loop"),
+        "video": node("ProbeAddWords", latent=["frames", 0], words='{"as_video": true}'),
+        "frames": send("decoded before", frames),
+        "passed": decode(samples="video"),
+        "save loop": save("loop frames", "decoded"),
+        "save passed": save("passed", "passed"),
+    }
+    server.run(graph).check()
+    # The wrapper's formula: the end and the beginning once more, joined; 8 frames of that, and all from the fifth on.
+    turn = torch.cat([LATENTS[:, :, -3:], LATENTS[:, :, :2]], dim=2)
+    expected = torch.cat([engine_frames("rgb.safetensors", turn)[9:], engine_frames("rgb.safetensors", LATENTS)[5:]])
+    close(received("loop frames"), expected)
+    torch.testing.assert_close(received("passed"), (frames + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"samples": None}, "the LATENT has no samples, but samples"),
+        ({"looped": True, "end_image": [0.0]}, "is of a loop .looped., which takes 5 latent frames and no end picture"),
+    ],
+)
+def test_what_cant_be_followed_is_told(server, send, words, expected):
+    run = server.run(
+        {
+            "latent": send("unfollowed", LATENTS),
+            "said": node("ProbeAddWords", latent=["latent", 0], words=json.dumps(words)),
+            "vae": loader("rgb.safetensors"),
+            "decode": decode(samples="said"),
+            "save": save("never", "decode"),
+        }
+    )
+    assert run.ended == "execution_error"
+    assert expected.replace(".looped.", "(looped)") in run.detail["exception_message"]
+
+
+def test_weights_that_a_loader_rounded_are_said(server, send):
+    server.run(
+        {
+            "latent": send("rounded", LATENTS[:, :, :1]),
+            "core": node("VAELoader", vae_name="wan21.safetensors"),
+            "halved": node("ProbeAlterVAE", vae=["core", 0], how="bf16"),
+            "vae": apply("halved", dtype="float32"),
+            "decode": decode(),
+            "save": save("rounded", "decode"),
+        }
+    ).check()
+    assert "dtype float32 is asked for, and the connected VAE holds its weights in bfloat16" in server.log()
+
+
+def test_the_nodes_are_found_by_the_models_names(server):
+    info = server.get("/object_info")
+    aliases = [info[name].get("search_aliases") for name in ("WanVAEParallelLoader", "WanVAEParallelApply")]
+    if None in aliases:
+        pytest.skip("this ComfyUI's schema knows no search aliases")
+    for name in ("WanVAEParallelLoader", "WanVAEParallelApply"):
+        assert {"qwen image vae", "krea vae", "anima vae", "wan alpha vae"} <= set(info[name]["search_aliases"])
+        assert "Qwen-Image" in info[name]["description"]
+
+
+def test_a_random_checkpoint_is_what_the_server_reads(server, files):
+    """That the tests above compare with the weights that the nodes load."""
+    read = load_file(server.output.parent / "models" / "vae" / "rgb.safetensors")
+    assert torch.equal(read["conv2.weight"], files["rgb.safetensors"]["conv2.weight"])

@@ -1,0 +1,421 @@
+"""Files as people have them: other names, prefixes, dtypes, shards, folders; and what can't be loaded, told rightly."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.oracle import oracle_vae, original_state_dict
+from wan_vae_parallel import Architecture, CheckpointError, LatentError, load_vae, vae_from_state_dict
+from wan_vae_parallel.files import key_layouts, tensor_file
+from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
+from wan_vae_parallel.files.latents import denormalize, read_latents
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return oracle_vae("wan2.1")
+
+
+@pytest.fixture(scope="module")
+def original(oracle):
+    return original_state_dict(oracle)
+
+
+@pytest.fixture(scope="module")
+def layouts(oracle, original):
+    return {"original": original, "diffusers": dict(oracle.state_dict())}
+
+
+def read(tensors):
+    return checkpoint_from_state_dict(tensors, source="vae.safetensors")
+
+
+def assert_same(checkpoint, original):
+    """All of the VAE, under its own keys, and as it was."""
+    found = {**checkpoint.decoder, **checkpoint.encoder}
+    assert found.keys() == original.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, original[key]), key
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda key: "first_stage_model." + key,
+        lambda key: "module." + key,
+        lambda key: "vae.model." + key,
+        lambda key: "_orig_mod." + key,
+        lambda key: "anything.at.all." + key,
+        lambda key: "first_stage_model._orig_mod." + key.replace("decoder.", "decoder.module."),
+    ],
+)
+def test_any_prefix_in_either_layout(layouts, original, layout, wrap):
+    checkpoint = read({wrap(key): tensor for key, tensor in layouts[layout].items()})
+    assert checkpoint.layout == layout
+    assert_same(checkpoint, original)
+
+
+EXTRA = {
+    "mean": torch.zeros(16),
+    "std": torch.ones(16),
+    "scale.0": torch.ones(1),
+    "latents_mean": torch.zeros(16),
+    "decoder.head.0.num_batches_tracked": torch.zeros((), dtype=torch.int64),
+    "model_ema.decay": torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_what_belongs_to_no_layer_is_left_out_and_said_once(layouts, original, layout, prefix, caplog):
+    key_layouts._say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            tensors = {**layouts[layout], **EXTRA}
+            assert_same(read({prefix + key: tensor for key, tensor in tensors.items()}), original)
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert said.startswith("vae.safetensors: 6 tensors belong to no layer of the VAE")
+    assert prefix + "scale.0" in said
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_of_a_checkpoint_with_the_diffusion_model_only_the_vae_is_read(
+    layouts, original, layout, tmp_path, monkeypatch
+):
+    # Twenty times as large as the VAE, on both sides of it.
+    others = {f"model.diffusion_model.blocks.{i}.self_attn.q.weight": torch.full((300, 300), i / 1.0) for i in range(9)}
+    others |= {"conditioner.embedders.0.weight": torch.zeros(300, 300), "aaa.weight": torch.zeros(300, 300)}
+    path = tmp_path / "all_in_one.safetensors"
+    save_file({**others, **{f"first_stage_model.{key}": t.contiguous() for key, t in layouts[layout].items()}}, path)
+    copied = []
+    copy = tensor_file.TensorFile._copy_span
+    monkeypatch.setattr(
+        tensor_file.TensorFile,
+        "_copy_span",
+        lambda self, into, start, stop, *rest: (copied.append(stop - start), copy(self, into, start, stop, *rest)),
+    )
+    assert_same(read_checkpoint(path), original)
+    own = sum(tensor.numel() * 4 for tensor in original.values())
+    assert sum(copied) <= own + 200_000  # and headers
+    assert path.stat().st_size > own + 3_900_000
+
+
+def test_several_vaes_in_one_file_are_refused_with_their_prefixes(original):
+    both = {prefix + key: tensor for prefix in ("vae.", "vae_ema.") for key, tensor in original.items()}
+    with pytest.raises(CheckpointError, match=r"has several VAEs, under the prefixes 'vae\.', 'vae_ema\.'; save one"):
+        read(both)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_norms_may_be_stored_flat(layouts, original, layout):
+    flat = {key: tensor.flatten() if key.endswith("gamma") else tensor for key, tensor in layouts[layout].items()}
+    assert_same(read(flat), original)
+
+
+def test_dtypes_may_be_mixed(original, tmp_path):
+    mixed = {key: tensor.to(torch.bfloat16) if tensor.dim() == 5 else tensor for key, tensor in original.items()}
+    mixed["decoder.head.2.weight"] = original["decoder.head.2.weight"].half()
+    save_file(mixed, tmp_path / "vae.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "vae.safetensors")
+    assert_same(checkpoint, mixed)
+    # On several devices, where weights go to the workers in one block of memory.
+    latents = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    with load_vae(tmp_path / "vae.safetensors", "cpu") as one, load_vae(tmp_path / "vae.safetensors", "cpu,cpu") as two:
+        assert (one.decode(latents) - two.decode(latents)).abs().max() < 1e-5
+
+
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_plain_fp8_is_taken_as_it_is(original, dtype, tmp_path, caplog):
+    stored = {key: tensor.to(dtype) if tensor.dim() == 5 else tensor for key, tensor in original.items()}
+    save_file(stored, tmp_path / "vae.safetensors")
+    with caplog.at_level(logging.INFO):
+        checkpoint = read_checkpoint(tmp_path / "vae.safetensors")
+    assert_same(
+        checkpoint,
+        {key: tensor.float() for key, tensor in stored.items()}
+        | {key: tensor.to(torch.bfloat16) for key, tensor in stored.items() if tensor.dtype == dtype},
+    )
+    assert "weights in fp8 are taken as the numbers that they stand for" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    ("scale_name", "each"), [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)]
+)
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_scaled_fp8_is_multiplied_out(layouts, original, layout, scale_name, each, dtype):
+    stored, expected = {}, {}
+    for key, tensor in layouts[layout].items():
+        if tensor.dim() < 4 or not key.endswith("weight"):
+            stored[key] = expected[key] = tensor
+            continue
+        axes = (1,) * (tensor.dim() - 1)
+        largest = tensor.abs().amax(dim=tuple(range(1, tensor.dim()))) if each else tensor.abs().max()
+        scale = largest / torch.finfo(dtype).max
+        shaped = scale.view(-1, *axes) if each else scale
+        stored[key] = (tensor / shaped).to(dtype)
+        stored[key.removesuffix("weight") + scale_name] = scale
+        stored[key.removesuffix("weight") + "input_scale"] = torch.ones(())
+        expected[key] = stored[key].float() * shaped
+    checkpoint = read({**stored, "scaled_fp8": torch.zeros(2, dtype=dtype)})
+    assert_same(checkpoint, read(expected).decoder | read(expected).encoder)
+    # And they are the weights: rounded to two or three bits, not to noise.
+    error = (checkpoint.decoder["decoder.conv1.weight"] - original["decoder.conv1.weight"]).abs().max()
+    assert error < 0.1 * original["decoder.conv1.weight"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"decoder.conv1.weight_scale_2": torch.ones(())}, "NVFP4, which TensorRT and ModelOpt make"),
+        ({"decoder.conv1.weight_scale": torch.ones(8, 2)}, r"scales \(8, 2\) in torch.float32; only fp8 with one"),
+        ({"decoder.conv9.weight_scale": torch.ones(())}, r"scales of weights that it lacks: decoder\.conv9\.weight"),
+    ],
+)
+def test_other_quantised_weights_are_refused_by_name(original, extra, words):
+    with pytest.raises(CheckpointError, match=words):
+        read({**original, **extra})
+
+
+def test_a_bf16_weight_with_a_scale_is_refused(original):
+    with pytest.raises(CheckpointError, match=r"decoder\.conv1\.weight in torch\.float32 with scales"):
+        read({**original, "decoder.conv1.weight_scale": torch.ones(())})
+
+
+def _sharded(folder, tensors, stem="diffusion_pytorch_model", ending=".safetensors", index=True):
+    """Writes ``tensors`` in three shards; returns these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = sorted(tensors)
+    names = [f"{stem}-{i:05d}-of-00003{ending}" for i in (1, 2, 3)]
+    for i, name in enumerate(names):
+        save_file({key: tensors[key].contiguous() for key in keys[i::3]}, folder / name)
+    if index:
+        places = {key: names[i % 3] for i, key in enumerate(keys)}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_shards_by_their_folder_their_index_or_one_of_them(layouts, original, layout, tmp_path):
+    shards = _sharded(tmp_path, layouts[layout])
+    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors.index.json", shards[1], str(shards[2])):
+        assert_same(read_checkpoint(path), original)
+        assert describe_checkpoint(path).architecture == read(original).architecture
+
+
+def test_one_shard_whose_siblings_are_not_there(original, tmp_path):
+    shards = _sharded(tmp_path, original)
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors is shard 2 of 3, and .* lacks .*00001-of"):
+        read_checkpoint(shards[1])
+    with pytest.raises(
+        CheckpointError, match=r"index\.json names 3 files, and .* lacks diffusion_.*00001.*; fetch all"
+    ):
+        read_checkpoint(tmp_path)
+
+
+def test_shards_that_change_are_refused(original, tmp_path):
+    shards = _sharded(tmp_path, original)
+    version = read_checkpoint(tmp_path).version
+    os.utime(shards[2], ns=(1, 1))
+    with pytest.raises(CheckpointError, match="was replaced since it was loaded; load the VAE again"):
+        read_checkpoint(tmp_path, version)
+
+
+def test_tensors_in_several_shards_are_refused(original, tmp_path):
+    shards = _sharded(tmp_path, original)
+    shards[0].write_bytes(shards[1].read_bytes())
+    with pytest.raises(CheckpointError, match="has tensors in several of its shards: "):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "is no table but a list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', r"names files outside its folder: \.\./x\.safetensors"),
+    ],
+)
+def test_a_bad_index_is_told(tmp_path, content, words):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(index)
+
+
+def test_a_pipelines_folder_is_its_vaes(oracle, original, tmp_path):
+    oracle.save_pretrained(tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert_same(read_checkpoint(tmp_path / "pipeline"), original)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+def test_a_variants_file_is_taken(layouts, original, variant, tmp_path):
+    save_file(layouts["diffusers"], tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
+    assert_same(read_checkpoint(tmp_path), original)
+
+
+def test_of_several_variants_the_user_names_one(layouts, original, tmp_path):
+    for variant in ("fp16", "bf16"):
+        save_file(layouts["diffusers"], tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
+    with pytest.raises(CheckpointError, match=r"several files of weights: .*bf16\.safetensors, .*fp16.*; name one"):
+        read_checkpoint(tmp_path)
+    assert_same(read_checkpoint(tmp_path / "diffusion_pytorch_model.fp16.safetensors"), original)
+
+
+def test_of_a_models_folder_the_vae_is_taken(original, tmp_path):
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2)}, tmp_path / "diffusion_pytorch_model.bf16.safetensors")
+    save_file(original, tmp_path / "Wan2.1_VAE.safetensors")
+    assert_same(read_checkpoint(tmp_path), original)
+
+
+def test_a_folder_of_pickles_is_told_from_an_empty_one(tmp_path):
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError, match=r"without safetensors, and Wan2\.1_VAE\.pth can run any code"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(original, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(original, tmp_path / "vae.safetensors")
+    assert_same(read_checkpoint("~/vae.safetensors"), original)
+    with load_vae("~/vae.safetensors", "cpu") as vae:
+        assert vae.architecture.width == 8
+    with pytest.raises(CheckpointError, match=r"nothing.safetensors does not exist"):
+        load_vae("~/nothing.safetensors", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (None, "the path is None, a NoneType; it must be a str or a pathlib.Path: name a Wan VAE's safetensors file"),
+        (3, "the path is 3, a int"),
+        (b"vae.safetensors", r"the path is b'vae.safetensors', a bytes; .*: os.fsdecode makes a str of it"),
+    ],
+)
+def test_what_is_no_path_is_told(path, words):
+    with pytest.raises(CheckpointError, match=words):
+        load_vae(path, "cpu")
+    with pytest.raises(LatentError, match="the path is "):
+        read_latents(path)
+
+
+KINDS = {
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "is a GGUF file, .*; take the same VAE as .safetensors"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a Git LFS pointer, .*lfs pull"),
+    "page": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "is a web page that was saved .*itself"),
+    "page without a doctype": (b"\n <html lang='en'>", "is a web page that was saved under the file's name"),
+    "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "is the index of files with tensors, .*name their folder"),
+    "json": (b'{"_class_name": "AutoencoderKLWan"}', "is JSON, and holds no tensors"),
+    "numpy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "is a NumPy array; take the same VAE as .safetensors"),
+    "zip": (b"PK\x03\x04" + bytes(26) + b"vae.safetensors", "is a zip archive; unpack it"),
+    "gzip": (gzip.compress(b"vae"), "is a gzip archive; unpack it"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), KINDS.values(), ids=KINDS)
+def test_files_of_other_kinds_are_called_what_they_are(tmp_path, content, words):
+    path = tmp_path / "vae.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=words) as error:
+        read_checkpoint(path)
+    assert "damaged" not in str(error.value)
+    with pytest.raises(LatentError, match=words.replace("same VAE", "same latents")):
+        read_latents(path)
+
+
+@pytest.mark.parametrize(("suffix", "words"), [(".onnx", "is an ONNX model"), (".engine", "is a TensorRT engine")])
+def test_what_is_built_for_other_runtimes_is_called_by_its_name(tmp_path, suffix, words):
+    (tmp_path / f"vae{suffix}").write_bytes(b"\x08\x07\x12\x07pytorch")
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(tmp_path / f"vae{suffix}")
+
+
+def test_latents_in_torchs_and_numpys_files_are_told(tmp_path):
+    torch.save(torch.zeros(1, 16, 1, 2, 2), tmp_path / "latents.pt")
+    numpy.save(tmp_path / "latents.npy", numpy.zeros((1, 16, 1, 2, 2)))
+    with pytest.raises(LatentError, match=r"is a pickle, .*; take the same latents as \.safetensors"):
+        read_latents(tmp_path / "latents.pt")
+    with pytest.raises(
+        LatentError, match=r"is a NumPy array; take the same latents as \.safetensors, as by safetensors"
+    ):
+        read_latents(tmp_path / "latents.npy")
+
+
+def test_vaes_of_other_structures_are_named(original):
+    other = {
+        key: tensor[:2] if key.startswith("decoder.upsamples") and key.endswith("weight") else tensor
+        for key, tensor in original.items()
+    }
+    with pytest.raises(CheckpointError, match=r"it is built otherwise, as LightVAE Pro and Lite are, .* Wan's own VAE"):
+        read(other)
+    with pytest.raises(
+        CheckpointError, match=r"a small VAE for previews \(TAE, as taew2_1, taew2_2 and lighttaew2_1\)"
+    ):
+        read({"decoder.1.weight": torch.zeros(64, 16, 3, 3), "decoder.22.bias": torch.zeros(3)})
+
+
+def test_nvfp4_is_told_by_its_configuration(layouts, tmp_path):
+    save_file(layouts["diffusers"], tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text('{"quant_algo": "NVFP4"}')
+    with pytest.raises(CheckpointError, match=r"has weights in NVFP4, as its .*config.json says"):
+        read_checkpoint(tmp_path)
+
+
+def _with_config(folder, tensors, **settings):
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_statistics_of_the_files_own_are_taken(layouts, tmp_path):
+    mean, std = [0.1 * i for i in range(16)], [1.0 + i for i in range(16)]
+    folder = _with_config(tmp_path / "own", layouts["diffusers"], latents_mean=mean, latents_std=std)
+    latents = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    expected = latents * torch.tensor(std).view(1, -1, 1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1, 1)
+    with load_vae(folder, "cpu") as vae:
+        torch.testing.assert_close(denormalize(latents, vae.architecture), expected)
+        # And used: the same frames as of latents that were de-normalised before.
+        assert torch.equal(vae.decode(latents, normalized=True), vae.decode(expected))
+        frames = torch.rand(1, 1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+        again = denormalize(vae.encode(frames, normalized=True), vae.architecture)
+        torch.testing.assert_close(again, vae.encode(frames))
+
+
+def test_published_statistics_are_no_files_own(oracle, layouts, tmp_path):
+    config = oracle.config
+    folder = _with_config(
+        tmp_path / "same", layouts["diffusers"], latents_mean=config.latents_mean, latents_std=config.latents_std
+    )
+    assert read_checkpoint(folder).architecture == Architecture.published("wan2.1", width=8)
+    # Of another number of channels they are what diffusers' class says where nobody said otherwise.
+    folder = _with_config(tmp_path / "few", layouts["diffusers"], latents_mean=[1.0] * 4, latents_std=[1.0] * 4)
+    assert read_checkpoint(folder).architecture == Architecture.published("wan2.1", width=8)
+
+
+@pytest.mark.parametrize("std", [[0.0] * 16, [1e999] * 16, ["x"] * 16])
+def test_statistics_that_cant_be_are_refused(layouts, tmp_path, std):
+    folder = _with_config(tmp_path, layouts["diffusers"], latents_mean=[0.0] * 16, latents_std=std)
+    with pytest.raises(CheckpointError, match=r"config.json has statistics of latents that"):
+        read_checkpoint(folder)
+
+
+def test_weights_of_memory_load_alike(layouts):
+    """The same of a state dict: what was said of files holds for tensors."""
+    with vae_from_state_dict({f"first_stage_model.{k}": t for k, t in layouts["diffusers"].items()}, "cpu") as vae:
+        assert vae.architecture == Architecture.published("wan2.1", width=8)

@@ -1,0 +1,87 @@
+"""What a file is that is no safetensors file, by its first bytes and its name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import WanVAEError
+
+# Bytes of a file that are looked at.
+HEAD_BYTES = 4096
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+_BUILT_SUFFIXES = {".onnx": "an ONNX model", ".engine": "a TensorRT engine", ".plan": "a TensorRT engine"}
+_ARCHIVES = {b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive"}
+
+
+def user_path(path: Any, error_class: type[WanVAEError], *, another: str) -> Path:
+    """``path`` as a `Path`, with a ``~`` for the home folder written out.
+
+    Raises:
+        error_class: it is no path at all; ``another`` says what to name.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        advice = "os.fsdecode makes a str of it" if isinstance(path, bytes) else another
+        raise error_class(
+            f"the path is {path!r}, a {type(path).__name__}; it must be a str or a pathlib.Path: {advice}"
+        )
+    found = Path(path)
+    try:
+        if found.parts[:1] and found.parts[0].startswith("~") and not found.exists():
+            return found.expanduser()
+    except (OSError, RuntimeError):  # too long a name, or nobody's home: opening it says so
+        pass
+    return found
+
+
+def begins_as_safetensors(head: bytes) -> bool:
+    """Whether ``head`` are the first bytes of a safetensors file: its header's length, and the header's brace."""
+    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**40
+
+
+def other_kind(head: bytes, path: Path, *, holds: str) -> str:
+    """What ``path`` is instead of a safetensors file, and the way out; empty if that can't be told.
+
+    Args:
+        head: its first `HEAD_BYTES` bytes, or all.
+        path: its name.
+        holds: what is wanted of it, such as ``"VAE"``.
+    """
+    if begins_as_safetensors(head):
+        return ""
+    same = f"take the same {holds} as .safetensors"
+    if head.startswith(b"GGUF"):
+        return f"is a GGUF file, in which weights are quantised in blocks for programs of their own; {same}"
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "is a Git LFS pointer, a few lines of text in the place of the file; run `git lfs pull` in its repository, "
+            "or download the file by the link that its page has for that"
+        )
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:256].lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
+        return (
+            "is a web page that was saved under the file's name, as where a link leads to a file's page or wants a "
+            "login; download the file itself"
+        )
+    if text.startswith((b"{", b"[")) and head[:1].isascii():
+        if b'"weight_map"' in head:
+            return "is the index of files with tensors, and not named *.index.json; name their folder"
+        return f"is JSON, and holds no tensors; {same}"
+    if head.startswith(b"\x93NUMPY"):
+        return f"is a NumPy array; {same}, as by safetensors.torch.save_file of torch.from_numpy(numpy.load(...))"
+    for begin, what in _ARCHIVES.items():
+        if head.startswith(begin):
+            return f"is {what}; unpack it and name the file in it"
+    if head.startswith(b"PK\x03\x04") and b".pkl" not in head and path.suffix.lower() not in _PICKLE_SUFFIXES:
+        return "is a zip archive; unpack it and name the file in it"
+    pickled = re.match(rb"PK\x03\x04|\x80[\x00-\x05]", head)
+    if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
+        return (
+            f"is a pickle, which can run any code when it is opened, so it is not opened; {same}, or convert it on a "
+            f"machine where you trust the file"
+        )
+    if path.suffix.lower() in _BUILT_SUFFIXES:
+        return f"is {_BUILT_SUFFIXES[path.suffix.lower()]}, built for a runtime of its own; {same}"
+    return ""
