@@ -111,6 +111,22 @@ def test_a_batch_is_consecutive_parts_or_several_videos(server, send, received, 
     assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
 
 
+def words(words):
+    """Puts into the LATENT what WanVideoWrapper's sampler says beside its latents."""
+    return node("ProbeAddWords", latent=["raw", 0], words=words)
+
+
+def test_what_the_wrappers_sampler_says_is_followed_or_refused(server, send, received):
+    raw = send("l.safetensors", latents(frames=5))
+    graph = {**to_video(words('{"has_ref": true, "drop_last": true}')), "raw": raw, **components(), **decoded()}
+    server.run(graph).check()
+    assert len(received("frames.safetensors")) == 9
+    assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
+    run = server.run({**to_video(words('{"looped": true, "has_ref": false}')), "raw": raw})
+    assert run.ended == "execution_error"
+    assert "connect Wan VAE Decode (Parallel) and Create Video" in run.detail["exception_message"]
+
+
 def test_sound_is_muxed_and_trims_and_components_work(server, send, received):
     graph = {
         **to_video(send("l.safetensors", latents()), format="MP4 H.264 8 bit", audio=["a", 0]),
