@@ -7,19 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as model_management
 import torch
 
-from ..wan_vae_parallel.errors import CheckpointError, FrameError, OutOfMemoryError
+from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError, OutOfMemoryError
 from ..wan_vae_parallel.files.frames_in import open_frames, resized
 from ..wan_vae_parallel.files.latents import check_latents
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.to_video import joined, write_video
+from .latents import look_normalized, read_samples
 from .progress import ChunkProgress
 from .vaes import ParallelVAE, _output_dtype
 
 _check = model_management.throw_exception_if_processing_interrupted
+
+
+def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tuple[torch.Tensor, bool]:
+    """What of a LATENT is to be decoded to a file, ``[B, z, T, h, w]``, and whether it is normalised.
+
+    As `ParallelVAE.decode_samples` reads it, but for what needs frames to be put together.
+
+    Raises:
+        LatentError: it is a loop's, or has frames that were decoded already.
+    """
+    samples = read_samples(latent)
+    if samples.latents is None:
+        raise LatentError(
+            "the LATENT has frames that are decoded already (video); connect them to Create Video, by way of Wan VAE "
+            "Decode (Parallel)"
+        )
+    if samples.looped:
+        raise LatentError(
+            "the LATENT is of a loop (looped), whose last frames are decoded once more with its first ones; connect "
+            "Wan VAE Decode (Parallel) and Create Video"
+        )
+    latents = check_latents(samples.latents, vae._current_engine("decoder").architecture)
+    normalized = normalized or vae._normalized
+    return latents, normalized or (samples.from_wrapper and look_normalized(latents))
 
 
 def decode_to_file(
@@ -104,7 +130,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
 
         done = 0
         try:
-            for latents in engine.vae.encode_stream(frames(), on_wait=_check):
+            for latents in engine.vae.encode_stream(frames(), normalized=vae._normalized, on_wait=_check):
                 parts.append(latents)
                 done += latents.shape[2]
                 total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))

@@ -13,14 +13,13 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
 
-from ..wan_vae_parallel.errors import ArgumentError
+from ..wan_vae_parallel.errors import ArgumentError, LatentError
 from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.files.video_out import pictures_as_video
-from .schemas import _CATEGORY, _advanced, _chunk_input, _given
-from .streams import decode_to_file, encode_file
-from .vaes import ParallelVAE, apply_parallel
+from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
+from .streams import decode_to_file, encode_file, latents_for_file
 
 # What the node calls the engine's formats, and the suffix of their files.
 _FORMATS = {
@@ -70,7 +69,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="Wan latents, as the sampler returns them; a list of them, too."),
-                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                _vae_input("vae", "A Wan VAE; one that another loader made is made parallel on the way."),
                 io.Float.Input(
                     "fps",
                     optional=True,
@@ -181,8 +180,15 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
         normalized_latents: Sequence[bool] = (False,),
         ffmpeg: Sequence[str] = (_OWN_FFMPEG,),
     ) -> io.NodeOutput:
-        wan = vae[0] if isinstance(vae[0], ParallelVAE) else apply_parallel(vae[0])
-        parts = [part for one in samples for part in _plain(one["samples"]).split(1)]
+        wan = _parallel_vae(vae[0])
+        read = [latents_for_file(wan, one, normalized=normalized_latents[0]) for one in samples]
+        normalized = [one for latents, one in read for _ in latents]
+        parts = [part for latents, _ in read for part in latents.split(1)]
+        if join[0] and len(set(normalized)) > 1:
+            raise LatentError(
+                "some of the latents are normalised and some are not, so that they are no parts of one video; switch "
+                "join off, or take them all from one kind of sampler"
+            )
         videos = [parts] if join[0] else [[part] for part in parts]
         sounds = _sounds(audio)
         results, shown = [], []
@@ -199,7 +205,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 ffmpeg=None if ffmpeg[0] == _OWN_FFMPEG else "ffmpeg",
             )
             decode_to_file(
-                wan, latents, made.path, settings, normalized=normalized_latents[0], part=number, parts=len(videos)
+                wan, latents, made.path, settings, normalized=normalized[number], part=number, parts=len(videos)
             )
             results.append(made.video(settings))
             shown.append(made.shown)
@@ -264,7 +270,7 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
                 io.Combo.Input(
                     "file", options=_videos(), upload=io.UploadType.video, tooltip="From ComfyUI's input folder."
                 ),
-                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                _vae_input("vae", "A Wan VAE; one that another loader made is made parallel on the way."),
                 io.Int.Input(
                     "width",
                     optional=True,
@@ -308,18 +314,11 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
     def execute(
         cls, file: str, vae: Any, width: int = 0, height: int = 0, frames: int = 0, chunk: int = 0
     ) -> io.NodeOutput:
-        wan = vae if isinstance(vae, ParallelVAE) else apply_parallel(vae)
+        wan = _parallel_vae(vae)
         path = Path(folder_paths.get_annotated_filepath(file))
         return io.NodeOutput(
             {"samples": encode_file(wan, path, size=(width, height), most=frames or None, chunk=chunk)}
         )
-
-
-def _plain(latents: Any) -> Any:
-    """Of what a model with sound samples, the video."""
-    if getattr(latents, "is_nested", False):
-        latents = latents.unbind()[0]
-    return latents.unsqueeze(2) if latents.dim() == 4 else latents
 
 
 def _sounds(audio: Sequence[Any] | None) -> list[Audio]:

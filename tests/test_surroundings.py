@@ -59,6 +59,20 @@ def test_a_default_device_changes_nothing(oracle, latents):
     assert torch.equal(decoded, expected)
 
 
+def test_a_default_device_and_inference_mode_change_nothing_of_files(vae, latents, tmp_path):
+    sound = torch.rand(1, 48000) - 0.5
+    vae.decode_to_video(latents, tmp_path / "a.mkv", format="ffv1", audio=(sound, 48000))
+    vae.decode_to_video(latents, tmp_path / "a.safetensors")
+    with torch.device("meta"), torch.inference_mode():
+        taken = []
+        options = {"format": "ffv1", "audio": (sound, 48000), "on_chunk": lambda *call: taken.append(call[2](2))}
+        vae.decode_to_video(latents, tmp_path / "b.mkv", **options)
+        vae.decode_to_video(latents, tmp_path / "b.safetensors")
+    assert {picture.device.type for picture in taken} == {"cpu"}
+    for suffix in (".mkv", ".safetensors"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
 def test_a_compiled_function_may_decode(vae, latents):
     expected = vae.decode(latents)
 

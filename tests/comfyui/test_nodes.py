@@ -379,7 +379,7 @@ def test_nodes_describe_themselves(server):
         for key, value in inputs.items():
             assert value[1]["tooltip"], f"{name}.{key} has no tooltip"
         assert all(described["output_tooltips"])
-    assert len([name for name in info if name.startswith("WanVAEParallel")]) == 6
+    assert len([name for name in info if name.startswith("WanVAEParallel")]) == 7
     loader = info["WanVAEParallelLoader"]["input"]["optional"]
     assert loader["dtype"][1]["advanced"]
     assert loader["chunk"][1]["advanced"]

@@ -52,6 +52,21 @@ def test_all_frames_come_once_in_order_and_their_number_is_known_early(folder, n
     assert torch.equal((got * 255).round() / 255, got)
 
 
+@pytest.mark.parametrize(("format", "file", "error"), [("ffv1", "w.mkv", 1 / 65535), ("h265", "w.mp4", 0.02)])
+def test_of_more_than_8_bits_none_are_lost(tmp_path, format, file, error):
+    # A dark ramp, of which 8 bits have few steps.
+    frames = torch.linspace(0.1, 0.16, 96).view(1, 1, 1, 96, 1).expand(1, 3, 64, 96, 3)
+    with open_output(tmp_path / file, shape=frames.shape, fps=16, format=format, quality="best") as write:
+        write(frames)
+    got = read(tmp_path / file)
+    assert got.shape == frames.shape[1:]
+    assert (got - frames[0]).abs().max() <= error
+    assert len(got.unique()) > 40  # of 8 bits it has 17
+    rgba = read(tmp_path / file, colours=4)
+    assert torch.equal(rgba[..., 3], torch.ones_like(rgba[..., 3]))
+    assert (rgba[..., :3] - frames[0]).abs().max() <= error
+
+
 def test_the_first_frames_alone(folder):
     whole = read(folder / "v.mp4")
     assert torch.equal(read(folder / "v.mp4", most=5), whole[:5])

@@ -147,7 +147,7 @@ def test_cancelled(vae, latents, out, name, when):
 
     options = {"on_chunk": stop} if when == "chunk" else {"on_wait": stop}
     if when == "wait":
-        options["ffmpeg"] = script(out.parent, 'case "$*" in *pipe:0*) exec sleep 60;; esac')
+        options["ffmpeg"] = script(out.parent, 'case "$*" in *pipe:0*) sleep 60;; esac')
     with pytest.raises(Stop):
         vae.decode_to_video(latents, out / name, **options)
 
@@ -206,6 +206,17 @@ def test_the_decode_fails(vae, latents, out, monkeypatch):
     with pytest.raises(RuntimeError, match="fell off"):
         vae.decode_to_video(latents, out / "v.mp4")
     monkeypatch.undo()
+
+
+def test_nan_is_told_though_pixels_have_none(latents, tmp_path):
+    state = {key: tensor.clone() for key, tensor in oracle_vae("wan2.1").state_dict().items()}
+    state["decoder.conv_out.weight"][:] = torch.nan
+    with (
+        wvp.vae_from_state_dict(state, devices="cpu", dtype="float32") as vae,
+        pytest.raises(wvp.WanVAEError, match="frames are NaN"),
+    ):
+        vae.decode_to_video(latents, tmp_path / "v.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_slow_encoder_holds_the_decode_back(path, slow, tmp_path):

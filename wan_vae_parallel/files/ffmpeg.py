@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -27,6 +29,8 @@ _CONSEQUENCES = re.compile(
     r"Error muxing a packet|Error submitting a packet|Error closing file|Error writing trailer"
 )
 _LONGEST = 200
+# In names of pixel formats: yuv420p10le, gbrp16be, p010le, rgb48be, rgba64le, gray16be, x2rgb10le, gbrpf32le.
+_WIDE = re.compile(r"(9|10|12|14|16|32|48|64)(le|be)$")
 # Seconds between two looks whether a wait is over or cancelled.
 _LOOK_SECONDS = 0.1
 # Parts of a video that wait for the encoder: it works beside the decode, which is held back when these are full.
@@ -79,6 +83,19 @@ def _encoder_help(program: str, encoder: str) -> str:
     except OSError as error:
         raise OutputError(f"{program} can't be run ({error}); name another ffmpeg") from error
     return done.stdout.decode(errors="replace")
+
+
+def has_more_than_8_bits(program: str, path: Path) -> bool:
+    """Whether a file's first video has, as far as ffmpeg can tell."""
+    try:
+        done = subprocess.run(
+            [program, "-nostdin", "-hide_banner", "-i", f"file:{path}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    except OSError:
+        return False  # whoever reads the file will say it
+    found = re.search(r" Video: .*?, (\w+)[(,]", done.stderr.decode(errors="replace"))
+    return found is not None and _WIDE.search(found[1]) is not None
 
 
 def complaints(text: str) -> str:
@@ -158,8 +175,13 @@ class FedProcess:
         return int(counts[-1]) if counts else 0
 
     def close(self) -> None:
-        """Ends the process, wherever it is."""
-        self._process.kill()
+        """Ends the process, wherever it is, and what it has started: another ffmpeg may be a script."""
+        if self._process.poll() is None:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
         # The thread comes to its end, since what it waits for does.
         while self._thread.is_alive():
             try:

@@ -113,6 +113,8 @@ FORMATS = {
             suffixes=(".mp4", ".mkv", ".mov"),
             encoder="libx264",
             pixels=YUV420,
+            # Half of the usual frames to look ahead at: 60 MB less at 720p.
+            arguments=("-rc-lookahead", "20"),
             tags=_BT709,
             crf={"low": 28, "medium": 20, "high": 14, "best": 6},
             most_crf=51,
@@ -128,7 +130,7 @@ FORMATS = {
             encoder="libx265",
             pixels=YUV420_10,
             # hvc1: Apple's players take no other tag.
-            arguments=("-x265-params", "log-level=error", "-tag:v", "hvc1"),
+            arguments=("-x265-params", "log-level=error:frame-threads=2:rc-lookahead=15", "-tag:v", "hvc1"),
             tags=_BT709,
             crf={"low": 30, "medium": 22, "high": 16, "best": 8},
             most_crf=51,

@@ -133,8 +133,8 @@ def _fitted(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Frames with a row or a column more, which repeats the last one, or fewer."""
     if frames.shape[2:4] == (height, width):
         return frames
-    rows = torch.arange(height).clamp_(max=frames.shape[2] - 1)
-    columns = torch.arange(width).clamp_(max=frames.shape[3] - 1)
+    rows = torch.arange(height, device=frames.device).clamp_(max=frames.shape[2] - 1)
+    columns = torch.arange(width, device=frames.device).clamp_(max=frames.shape[3] - 1)
     return frames[:, :, rows][:, :, :, columns]
 
 
@@ -187,12 +187,12 @@ class TensorOutput:
 
     @contextlib.contextmanager
     def open(self, _: Check) -> Iterator[Callable[[torch.Tensor], None]]:
-        frames, done = torch.empty(0), 0
+        frames, done = torch.empty(0, device="cpu"), 0
 
         def write(newest: torch.Tensor) -> None:
             nonlocal frames, done
             if not done:
-                frames = torch.empty(tuple(self._shape), dtype=newest.dtype)
+                frames = torch.empty(tuple(self._shape), dtype=newest.dtype, device="cpu")
             frames[:, done : done + newest.shape[1]] = newest
             done += newest.shape[1]
 

@@ -15,13 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
 
+import numpy
 import torch
 
 from ..errors import FrameError
-from .ffmpeg import complaints
+from .ffmpeg import complaints, has_more_than_8_bits
 
-# Pixel formats by their number of colours; whatever a video has, ffmpeg makes 8-bit RGB of it.
+# Pixel formats by the number of colours: RGB of 8 bits, and of 16 where a video has more than 8.
 _FORMATS = {3: "rgb24", 4: "rgba"}
+_WIDE_FORMATS = {3: "rgb48be", 4: "rgba64be"}
 _NO_VIDEO = "matches no streams"
 
 
@@ -29,7 +31,8 @@ class VideoInput:
     """A video's frames as they come, each once and in order, whatever times the file gives them.
 
     A context manager with an ffmpeg process, which reads as far ahead as a pipe holds; the process ends with it.
-    Iterate it once. Colours are those that ffmpeg converts to 8-bit RGB; rotation that the file asks for is applied.
+    Iterate it once. Colours are those that ffmpeg converts to RGB, of 8 bits or, where the video has more, of 16;
+    rotation that the file asks for is applied.
 
     Args:
         path: of the file.
@@ -100,13 +103,17 @@ class VideoInput:
     def _start(self) -> subprocess.Popen[bytes]:
         import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
 
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        wide = has_more_than_8_bits(program, self._path)
+        pixels = (_WIDE_FORMATS if wide else _FORMATS)[self._colours]
         command = [
-            imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info",
+            program, "-nostdin", "-hide_banner", "-nostats", "-v", "level+info",
             # Whatever the name looks like, it is a file's; "V": no cover pictures.
             "-i", f"file:{self._path}", "-map", "0:V:0", "-fps_mode", "passthrough",
             *(["-frames:v", str(self._most)] if self._most else []),
             # Pictures that tell their own size.
-            "-c:v", "pam", "-pix_fmt", _FORMATS[self._colours], "-f", "image2pipe", "-",
+            *(["-sws_flags", "accurate_rnd+full_chroma_int"] if wide else []),
+            "-c:v", "pam", "-pix_fmt", pixels, "-f", "image2pipe", "-",
         ]  # fmt: skip
         try:
             # In a session of its own: a Ctrl-C is this process's to act upon.
@@ -130,13 +137,15 @@ class VideoInput:
             return None
         try:
             shape = 1, int(header["HEIGHT"]), int(header["WIDTH"]), self._colours
-            values = bytearray(math.prod(shape))
+            most = int(header["MAXVAL"])
+            values = bytearray(math.prod(shape) * (1 if most < 256 else 2))
             if cast(io.BufferedReader, stream).readinto(values) != len(values):
                 raise ValueError("end of the stream")
         except (KeyError, ValueError) as error:
             self._process.wait()
             raise self._failed(done, self._reason() or "ffmpeg ended in the middle of a frame") from error
-        return torch.frombuffer(values, dtype=torch.uint8).view(shape).float().div_(255)
+        whole = numpy.frombuffer(values, dtype=numpy.uint8 if most < 256 else ">u2").astype(numpy.float32)
+        return torch.from_numpy(whole).view(shape).div_(most)
 
     def _text(self) -> str:
         """What ffmpeg has said so far."""

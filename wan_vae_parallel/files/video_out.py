@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import subprocess
 import tempfile
@@ -29,6 +30,8 @@ Write = Callable[[torch.Tensor], None]
 
 # The longer side of a preview.
 _PREVIEW_PIXELS = 960
+# Threads of an encoder, at most, and the pixels of a frame beyond which it is half of them.
+_THREADS, _LARGE_PIXELS = 12, 1920 * 1088
 _FULL = re.compile(r"No space left|File too large|quota|Disk full", re.IGNORECASE)
 
 
@@ -153,6 +156,12 @@ class VideoOutput:
         return [word for name, value in self._format.tags.items() for word in (f"-{name}", value)]
 
     @property
+    def _threads(self) -> int:
+        """Of the encoder. Each of x264's holds frames: at 720p it takes 0.3 GB with 12, 0.6 with 32, 1.3 with 128."""
+        most = _THREADS if self._width * self._height <= _LARGE_PIXELS else _THREADS // 2
+        return min(most, os.cpu_count() or 1)
+
+    @property
     def _seconds(self) -> Fraction:
         return self._total / self._settings.rate
 
@@ -179,8 +188,8 @@ class VideoOutput:
         """How streams are encoded."""
         chosen = self._format
         arguments = [
-            "-map", "0:v:0", "-c:v", chosen.encoder, "-pix_fmt", self.pixels.name, *chosen.arguments, *self._quality,
-            *self._tags,
+            "-map", "0:v:0", "-c:v", chosen.encoder, "-threads", str(self._threads), "-pix_fmt", self.pixels.name,
+            *chosen.arguments, *self._quality, *self._tags,
         ]  # fmt: skip
         if self.pixels.halved_columns:
             arguments += ["-chroma_sample_location", "left"]
@@ -207,7 +216,8 @@ class VideoOutput:
         colours = "out_color_matrix=bt709:out_range=tv"
         arguments = [
             *("-map", "0:v:0", "-vf", f"scale={width}:{height}:{colours},format=yuv420p"),
-            *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-color_range", "tv", "-colorspace", "bt709"),
+            *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-threads", "4"),
+            *("-color_range", "tv", "-colorspace", "bt709"),
             *("-color_primaries", "bt709", "-color_trc", "bt709"),
         ]
         if self._settings.audio is not None:

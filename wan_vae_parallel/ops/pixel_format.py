@@ -109,7 +109,7 @@ class PixelFormat:
             columns: W of the frame.
             step: of that many rows and columns one is taken.
         """
-        y, x = torch.arange(0, rows, step), torch.arange(0, columns, step)
+        y, x = (torch.arange(0, count, step, device=frame.device) for count in (rows, columns))
         most, unit = 2**self.bits - 1, 2 ** (self.bits - 8)
         runs = self.row_runs(rows, columns, 0, rows)
         planes = [frame[start:stop].view(-1, self.sample_bytes) for start, stop in runs]
