@@ -7,6 +7,7 @@ import torch
 
 from tests.oracle import FAMILIES, RATIO, load, max_error, oracle_frames, oracle_latents, oracle_vae, random_latents
 from wan_vae_parallel import Architecture
+from wan_vae_parallel.files.latents import normalize
 from wan_vae_parallel.memory import decode_memory, images_that_pay, largest_chunk
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.model.encoder import WanEncoder
@@ -87,12 +88,52 @@ def test_videos_are_as_they_were(family, oracle, convolved):
     assert {slots for kernel, slots in convolved if kernel == (3, 3, 3)} == {3}
 
 
-def test_encoding_is_the_oracles(family, oracle):
-    frames = torch.rand(2, 1, 3 * RATIO[family], 2 * RATIO[family], 3, generator=torch.Generator().manual_seed(1))
+def pictures(family, count=5):
+    """``[B, 1, H, W, C]``, of which the third and fourth are the same."""
+    shape = (count, 1, 4 * RATIO[family], 3 * RATIO[family], 3)
+    frames = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    frames[3] = frames[2]
+    return frames
+
+
+@pytest.fixture(scope="module")
+def latents(family, oracle):
+    """What the oracle encodes `pictures` to, one after the other."""
+    return torch.stack([oracle_latents(oracle, picture).permute(3, 0, 1, 2) for picture in pictures(family)])
+
+
+@pytest.mark.parametrize("chunk", ["auto", 1, 2, 100])
+def test_pictures_encode_together_whatever_goes_at_once(family, oracle, latents, chunk):
+    seen = []
+    with load(oracle, chunk=chunk) as vae:
+        encoded = vae.encode(pictures(family), on_chunk=lambda done, total, newest: seen.append((done, total, newest)))
+        assert encoded.shape == latents.shape
+        assert encoded.is_contiguous()
+        assert max_error(encoded, latents) <= FP32_BOUND
+    assert seen[-1][:2] == (5, 5)
+    assert sum(newest.shape[2] for *_, newest in seen) == 5
+
+
+def test_pictures_encode_together_on_two_devices_along_either_axis(family, oracle, latents):
+    with load(oracle, devices="cpu,cpu", chunk=2) as vae:
+        assert max_error(vae.encode(pictures(family)), latents) <= FP32_BOUND
+        turned = pictures(family).transpose(2, 3)[:2]  # more columns than rows
+        expected = torch.stack([oracle_latents(oracle, picture).permute(3, 0, 1, 2) for picture in turned])
+        assert max_error(vae.encode(turned), expected) <= FP32_BOUND
+
+
+def test_a_picture_that_equals_the_one_before_is_not_computed_again(family, oracle, convolved):
+    with load(oracle, chunk=1) as vae:
+        vae.encode(pictures(family, 4)[:3])
+        three = len(convolved)
+        vae.encode(pictures(family, 4))
+    assert len(convolved) == 2 * three
+
+
+def test_an_encode_that_is_normalised_is_so_for_each_picture(family, oracle, latents):
     with load(oracle) as vae:
-        latents = vae.encode(frames)
-    for video, one in zip(frames, latents, strict=True):
-        assert max_error(one.permute(1, 2, 3, 0), oracle_latents(oracle, video)) <= FP32_BOUND
+        encoded = vae.encode(pictures(family), normalized=True)
+        torch.testing.assert_close(encoded, normalize(latents, vae.architecture), atol=FP32_BOUND, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model", [WanDecoder, WanEncoder])

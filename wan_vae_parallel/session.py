@@ -29,6 +29,7 @@ from .memory import (
     encoder_parameter_count,
     largest_chunk,
     largest_encode_chunk,
+    most_encoded_at_once,
     parameter_count,
 )
 from .ops.dispatch import kernels_expected
@@ -156,13 +157,15 @@ class Session:
     def encode_memory_needed(self, shape: Sequence[int]) -> int:
         """Bytes that encoding frames of ``shape`` ``[B, T, H, W, C]`` takes on each device, weights included.
 
-        Videos are encoded one after the other, so that B does not matter. Otherwise as `memory_needed`.
+        Videos are encoded one after the other, so that B does not matter; pictures, of one frame each, go several
+        together. Otherwise as `memory_needed`.
 
         Raises:
             CheckpointError: the VAE has no encoder.
         """
         self._check_encoder()
-        frames = self.architecture.encoded_frames(shape[1])
+        image = shape[1] == 1
+        frames = shape[0] if image else self.architecture.encoded_frames(shape[1])
         rows, columns = self.architecture.latent_size(*shape[2:4])
         size = (rows, columns)
         if len(self.device_names) > 1:
@@ -173,6 +176,7 @@ class Session:
             self.architecture,
             size,
             frames=frames,
+            image=image,
             dtype=self.encode_dtype,
             free=UNLIMITED,
             kernels=kernels,
@@ -181,8 +185,8 @@ class Session:
         needed = encode_memory(
             self.architecture,
             size,
-            chunk=min(chunk, max(1, frames - 1)),
-            image=frames == 1,
+            chunk=min(chunk, most_encoded_at_once(frames, image=image)),
+            image=image,
             dtype=self.encode_dtype,
             kernels=kernels,
         )
