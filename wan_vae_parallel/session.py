@@ -164,8 +164,9 @@ class Session:
             CheckpointError: the VAE has no encoder.
         """
         self._check_encoder()
-        image = shape[1] == 1
-        frames = shape[0] if image else self.architecture.encoded_frames(shape[1])
+        frames = self.architecture.encoded_frames(shape[1])
+        image = frames == 1
+        frames = shape[0] if image else frames
         rows, columns = self.architecture.latent_size(*shape[2:4])
         size = (rows, columns)
         if len(self.device_names) > 1:
