@@ -11,6 +11,7 @@ from .schemas import (
     WanVAEParallelEncode,
     WanVAEParallelLoader,
 )
+from .video import WanVAEParallelDecodeToVideo, WanVAEParallelLoadVideoToLatent
 
 
 class WanVAEParallelExtension(ComfyExtension):
@@ -23,6 +24,8 @@ class WanVAEParallelExtension(ComfyExtension):
             WanVAEParallelDecode,
             WanVAEParallelDecodeRGBA,
             WanVAEParallelEncode,
+            WanVAEParallelDecodeToVideo,
+            WanVAEParallelLoadVideoToLatent,
         ]
 
 

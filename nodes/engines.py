@@ -109,6 +109,15 @@ class Engine:
         """Whether it holds memory on its devices."""
         return self._vae.loaded
 
+    @property
+    def vae(self) -> VAE:
+        """What decodes and encodes; whoever uses it makes room before."""
+        return self._vae
+
+    def set_chunk(self, chunk: int) -> None:
+        """Has the next call take so many (latent) frames at once; 0 chooses."""
+        self._vae.chunk = chunk or "auto"
+
     def weights_size(self) -> int:
         """Bytes of the weights that are on each device; of the decoder's, while none are."""
         return self._vae.weights_size
@@ -152,13 +161,13 @@ class Engine:
             normalized: see `wan_vae_parallel.VAE.decode`.
             chunk: latent frames at once; 0 chooses.
         """
-        self._vae.chunk = chunk or "auto"
+        self.set_chunk(chunk)
         # Checked as a whole, then one after the other: a batch takes no more memory than one, and can be cancelled.
         # Images, which are less work, as many together as pay.
         latents = check_latents(latents, self.architecture)
         together = 1 if latents.shape[2] > 1 else images_that_pay(self.architecture, *latents.shape[3:])
         parts = latents.split(together)
-        self._make_room("decoder", self._vae.memory_needed(parts[0].shape))
+        self.make_room("decoder", self._vae.memory_needed(parts[0].shape))
         if len(parts) > 1:
             # The batch, and what is just being decoded.
             shape, dtype = self._vae.output_shape(parts[0].shape), torch.promote_types(self._vae.dtype, torch.float32)
@@ -196,8 +205,8 @@ class Engine:
                 f"{self.source.name} has no encoder, so that this VAE can only decode; encode with the whole Wan VAE"
             )
         frames = check_frames(frames, self.architecture)
-        self._vae.chunk = chunk * self.architecture.temporal_ratio or "auto"
-        self._make_room("encoder", self._vae.encode_memory_needed(frames.shape))
+        self.set_chunk(chunk * self.architecture.temporal_ratio)
+        self.make_room("encoder", self._vae.encode_memory_needed(frames.shape))
         return self._vae.encode(
             frames,
             normalized=normalized,
@@ -205,7 +214,7 @@ class Engine:
             on_wait=model_management.throw_exception_if_processing_interrupted,
         )
 
-    def _make_room(self, part: str, needed: int) -> None:
+    def make_room(self, part: str, needed: int) -> None:
         """Has ComfyUI free ``needed`` bytes on each device, less those of ``part``'s weights if they are there."""
         if part in self._vae.loaded_parts:
             needed -= self._vae.part_size(part)

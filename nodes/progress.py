@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import comfy.model_management as model_management
 import comfy.utils
@@ -15,6 +15,8 @@ from ..wan_vae_parallel.files.pictures import to_picture
 
 # Between two previews: nobody sees more, and several devices have a chunk ready every few hundredths of a second.
 _PREVIEW_SECONDS = 0.25
+# Every so many rows and columns of a frame, [H, W, C].
+_Picture = Callable[[int], torch.Tensor]
 
 
 class ChunkProgress:
@@ -31,21 +33,31 @@ class ChunkProgress:
         """What the engine is to call with each chunk of part ``index``."""
 
         def on_chunk(done: int, total: int, newest: torch.Tensor) -> None:
-            if self._bar is None:
-                self._bar = comfy.utils.ProgressBar(self._parts * total)
-            preview = None
-            if self._previews and done < total and time.monotonic() >= self._next_preview:
-                preview = ("JPEG", _preview(newest), args.preview_size)
-                self._next_preview = time.monotonic() + _PREVIEW_SECONDS
-            self._bar.update_absolute(index * total + done, preview=preview)
-            # Without a server there is no hook in the bar that looks.
-            model_management.throw_exception_if_processing_interrupted()
+            frame = newest[0, -1]
+            self._show(index, done, total, frame.shape[:2], lambda step: frame[::step, ::step])
 
         return on_chunk
 
+    def pictures_of(self, index: int, size: Sequence[int]) -> Callable[[int, int, _Picture], None]:
+        """The same for a decode of ``size`` (rows, columns) that goes to a file, and makes a picture if it is asked."""
 
-def _preview(frames: torch.Tensor) -> Image.Image:
-    """The newest frame, thinned out to about the size that ComfyUI shows."""
-    newest = frames[0, -1, ..., :3]
-    step = -(-max(newest.shape[:2]) // args.preview_size)
-    return to_picture(newest[::step, ::step])
+        def on_chunk(done: int, total: int, picture: _Picture) -> None:
+            self._show(index, done, total, size, picture)
+
+        return on_chunk
+
+    def _show(self, index: int, done: int, total: int, size: Sequence[int], picture: _Picture) -> None:
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(self._parts * total)
+        preview = None
+        if self._previews and done < total and time.monotonic() >= self._next_preview:
+            preview = ("JPEG", _preview(size, picture), args.preview_size)
+            self._next_preview = time.monotonic() + _PREVIEW_SECONDS
+        self._bar.update_absolute(index * total + done, preview=preview)
+        # Without a server there is no hook in the bar that looks.
+        model_management.throw_exception_if_processing_interrupted()
+
+
+def _preview(size: Sequence[int], picture: _Picture) -> Image.Image:
+    """A frame, thinned out to about the size that ComfyUI shows."""
+    return to_picture(picture(-(-max(size) // args.preview_size))[..., :3])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import imageio_ffmpeg
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ import wan_vae_parallel as wvp
 from tests.processes import MARK, children, patience, strays, wait_until
 from wan_vae_parallel import cli, memory
 from wan_vae_parallel.cli import main
+from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.latents import read_latents, save_latents
 from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.files.video_in import VideoInput
@@ -267,9 +267,11 @@ def test_errors_are_one_line_and_leave_nothing(files, tmp_path, capsys, argument
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["decode", "x", "--vae", "y", "-o", "z", "--chunk", "0"],
+        ["decode", "x", "--vae", "y", "-o", "z", "--chunk", "-1"],
         ["decode", "x", "--vae", "y", "-o", "z", "--fps", "-1"],
         ["decode", "x", "--vae", "y", "-o", "z", "--dtype", "int8"],
+        ["decode", "x", "--vae", "y", "-o", "z", "--quality", "fine"],
+        ["decode", "x", "--vae", "y", "-o", "z", "--format", "gif"],
         ["info", "x", "--size", "huge"],
         [],
     ],
@@ -346,34 +348,26 @@ def handlers():
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("when", ["opening", "writing", "closing", "writing, of which ffmpeg heard first"])
+@pytest.mark.parametrize("when", ["opening", "writing", "closing", "writing, and ffmpeg is gone too"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_waits_while_files_are_at_work(files, tmp_path, monkeypatch, capsys, when, number):
-    real = imageio_ffmpeg.write_frames
     went_on = []
 
-    def write_frames(*arguments, **options):
-        writer = real(*arguments, **options)
-
-        def at(now):
-            if when.startswith(now):
+    def told(real, now):
+        def function(self, *arguments):
+            result = real(self, *arguments) if now != "writing" else None
+            if when.startswith(now) and not went_on:
+                if when != now:
+                    os.kill(self.pid, signal.SIGKILL)
                 os.kill(os.getpid(), number)
                 went_on.append(now)
+            return real(self, *arguments) if now == "writing" else result
 
-        at("opening")
-        writer.send(None)
-        try:
-            while True:
-                frame = yield
-                at("writing")
-                if when != "writing" and when.startswith("writing"):
-                    raise OSError("ffmpeg is gone")
-                writer.send(frame)
-        finally:
-            at("closing")
-            writer.close()
+        return function
 
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", write_frames)
+    monkeypatch.setattr(FedProcess, "__init__", told(FedProcess.__init__, "opening"))
+    monkeypatch.setattr(FedProcess, "put", told(FedProcess.put, "writing"))
+    monkeypatch.setattr(FedProcess, "finish", told(FedProcess.finish, "closing"))
     out = tmp_path / "v.mp4"
     arguments = ["decode", files[0] / "video.latent", "--vae", files[0] / "vae.safetensors", "-o", out]
     assert main([*map(str, arguments), "--devices", "cpu"]) == 130
@@ -381,6 +375,7 @@ def test_a_signal_waits_while_files_are_at_work(files, tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.endswith("nothing was left half-written\n")
     # All of it was written when the signal came.
     assert [file.name for file in tmp_path.iterdir()] == (["v.mp4"] if when == "closing" else [])
+    assert not children()
 
 
 @pytest.mark.usefixtures("handlers")
@@ -404,7 +399,7 @@ def test_a_signal_in_an_encode_leaves_no_ffmpeg_and_no_half_a_file(
     monkeypatch.setattr(VideoInput, "_start", told(VideoInput._start, "opening"))
     monkeypatch.setattr(VideoInput, "_next", told(VideoInput._next, "reading"))
     monkeypatch.setattr(VideoInput, "close", told(VideoInput.close, "closing"))
-    monkeypatch.setattr(cli, "save_latents", told(cli.save_latents, "writing"))
+    monkeypatch.setattr(cli.encode, "save_latents", told(cli.encode.save_latents, "writing"))
     assert encode(files, shown[0] / "v.mp4", tmp_path / "o.latent") == 130
     assert capsys.readouterr().err.endswith("nothing was left half-written\n")
     # A process that is being started or ended, or a file that is being written, is no place to stop.
@@ -422,15 +417,15 @@ def test_a_signal_that_python_drops_ends_the_decode_too(files, tmp_path, monkeyp
             os.kill(os.getpid(), number)
             time.sleep(1)
 
-    stream = VAE.decode_stream
+    stream = VAE.pixel_stream
 
-    def decode_stream(*arguments, **options):
+    def pixel_stream(*arguments, **options):
         Dropping()
         dropped.append(True)
         return stream(*arguments, **options)
 
     dropped = []
-    monkeypatch.setattr(VAE, "decode_stream", decode_stream)
+    monkeypatch.setattr(VAE, "pixel_stream", pixel_stream)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     out = tmp_path / "v.mp4"
     arguments = ["decode", files[0] / "video.latent", "--vae", files[0] / "vae.safetensors", "-o", out]
@@ -445,6 +440,55 @@ def test_rates_may_be_fractions(files, tmp_path, capsys):
     arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "-o", tmp_path / "out.mp4"]
     assert main([*map(str, arguments), "--devices", "cpu", "--fps", "30000/1001"]) == 0
     assert "written" in capsys.readouterr().out
+
+
+def decode(files, output, *options, latents=None):
+    arguments = [
+        "decode",
+        *(latents or [files[0] / "video.latent"]),
+        "--vae",
+        files[0] / "vae.safetensors",
+        "-o",
+        output,
+    ]
+    return main([str(argument) for argument in [*arguments, "--devices", "cpu", *options]])
+
+
+def test_decode_writes_the_format_that_is_asked_for_with_sound(files, tmp_path, capsys):
+    assert decode(files, tmp_path / "sound.mp4") == 0
+    options = ["--format", "prores", "--quality", "high", "--audio", tmp_path / "sound.mp4"]
+    assert decode(files, tmp_path / "v.mov", *options) == 1  # a video without sound
+    assert "with sound: ffmpeg says" in capsys.readouterr().err
+    assert decode(files, tmp_path / "v.mov", *options[:4]) == 0
+    assert "prores (HQ)" in said_of(tmp_path / "v.mov")
+    assert decode(files, tmp_path / "v.webm", "--quality", "30") == 0
+    assert "vp9 (Profile 0), yuv420p(tv, bt709" in said_of(tmp_path / "v.webm")
+
+
+def said_of(path):
+    command = [find_ffmpeg(), "-hide_banner", "-i", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+def test_decode_joins_latents_in_time(files, tmp_path):
+    _, latents, frames = files
+    for name, part in (("a", latents[:, :, :1]), ("b", latents[:, :, 1:])):
+        save_latents(tmp_path / f"{name}.latent", part)
+    both = [tmp_path / "a.latent", tmp_path / "b.latent"]
+    assert decode(files, tmp_path / "out.safetensors", latents=both) == 0
+    assert (load_file(tmp_path / "out.safetensors")["frames"] - frames).abs().max() < 1e-5
+    save_latents(tmp_path / "c.latent", latents[..., :2])
+    assert decode(files, tmp_path / "no.mp4", latents=[*both, tmp_path / "c.latent"]) == 1
+
+
+def test_an_older_videos_pictures_are_refused_or_cleared(files, tmp_path, capsys):
+    assert decode(files, tmp_path / "%03d.png") == 0
+    save_latents(tmp_path / "short.latent", files[1][:, :, :2])
+    short = [tmp_path / "short.latent"]
+    assert decode(files, tmp_path / "%03d.png", latents=short) == 1
+    assert "005.png to 008.png of an older video" in capsys.readouterr().err
+    assert decode(files, tmp_path / "%03d.png", "--clear", "--format", "png16", latents=short) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{i:03d}.png" for i in range(5)]
 
 
 def test_a_demo_larger_than_memory_is_refused(capsys):

@@ -21,7 +21,8 @@ from .errors import (
     WanVAEError,
     WorkerError,
 )
-from .vae import VAE, load_vae, vae_from_state_dict
+from .loading import load_vae, vae_from_state_dict
+from .vae import VAE
 
 __all__ = [
     "VAE",

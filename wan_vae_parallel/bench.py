@@ -25,10 +25,11 @@ from .architecture import Architecture
 from .errors import WanVAEError, is_out_of_memory
 from .files.checkpoint import read_checkpoint
 from .files.whole import replacing
+from .loading import vae_from_state_dict
 from .model.decoder import WanDecoder
 from .model.encoder import WanEncoder
 from .ops.dispatch import torch_kernels_only
-from .vae import VAE, vae_from_state_dict
+from .vae import VAE
 
 Direction = Literal["decode", "encode"]
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")

@@ -23,7 +23,8 @@ from .model.decoder import WanDecoder
 from .model.encoder import WanEncoder
 from .model.layers import CausalConv3d, UpsampleConv
 from .ops.dispatch import KERNEL_DTYPES
-from .ops.limits import FUSED_CHANNELS, WEIGHTS_AT_ONCE
+from .ops.layer_kinds import LayerKind
+from .ops.limits import WEIGHTS_AT_ONCE
 from .ops.norm_silu import BLOCK_ELEMENTS
 
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
@@ -365,6 +366,16 @@ def _encoder_skeleton(architecture: Architecture) -> WanEncoder:
         return WanEncoder(architecture)
 
 
+def decoder_kinds(architecture: Architecture) -> list[LayerKind]:
+    """Of the decoder's convolutions."""
+    return [layer.kind for layer in _decoder_skeleton(architecture).convolutions()]
+
+
+def encoder_kinds(architecture: Architecture) -> list[LayerKind]:
+    """Of the encoder's convolutions."""
+    return [layer.kind for layer in _encoder_skeleton(architecture).convolutions()]
+
+
 def _folded_elements(architecture: Architecture) -> int:
     """Elements of weights as the kernels take them: upsamplings' 16 taps, not 9, and the head's, spread thrice."""
     convs = (module for module in _decoder_skeleton(architecture).modules() if isinstance(module, UpsampleConv))
@@ -395,7 +406,7 @@ def _live_elements(architecture: Architecture, batch: int, rows: int, columns: i
     positions = chunk * rows * columns
     first = architecture.first_channels
     # Attention: its input, norm, queries, keys and values, keys and values of all rows, two results.
-    live = [9 * first * positions + (WEIGHTS_AT_ONCE if first > FUSED_CHANNELS else 0)]
+    live = [9 * first * positions + _attention_weights(rows * columns, chunk)]
     sources = 0
     for stage in architecture.stages:
         at_scale = positions * stage.scale**2
@@ -405,12 +416,17 @@ def _live_elements(architecture: Architecture, batch: int, rows: int, columns: i
     return max(live)
 
 
+def _attention_weights(positions: int, chunk: int) -> int:
+    """Elements of attention's weights, at most: of wide layers, and on GPUs with little shared memory of all."""
+    return min(WEIGHTS_AT_ONCE, chunk * positions * (positions + 128))
+
+
 def _live_encoder_elements(architecture: Architecture, rows: int, columns: int, chunk: int) -> int:
     """The same of an encoder, with what waits in front of coarser stages."""
     stages = architecture.down_stages
     last = stages[-1].channels
     # Attention: as the decoder's.
-    live = [9 * last * chunk * rows * columns + (WEIGHTS_AT_ONCE if last > FUSED_CHANNELS else 0)]
+    live = [9 * last * chunk * rows * columns + _attention_weights(rows * columns, chunk)]
     for stage in stages:
         at_scale = chunk * rows * columns * stage.scale**2
         # A block's input and result, and what a shortcut waits with: for its other half, too.

@@ -25,18 +25,20 @@ from .files.weights import SameWeights
 from .memory import (
     UNLIMITED,
     decode_memory,
+    decoder_kinds,
     encode_memory,
+    encoder_kinds,
     encoder_parameter_count,
     largest_chunk,
     largest_encode_chunk,
     most_encoded_at_once,
     parameter_count,
 )
-from .ops.dispatch import kernels_expected
 from .parallel.plan import plan_shards
 from .runtime.encode_run import LocalEncodeRun
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
+from .runtime.tuning import kernels_planned
 from .workers.encode_run import PoolEncodeRun
 from .workers.pool import WORKER_BYTES, WorkerPool
 from .workers.run import PoolRun
@@ -129,6 +131,11 @@ class Session:
         self.close()
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group whose ranks work together, if one does."""
+        return self._group
+
+    @property
     def device_names(self) -> tuple[str, ...]:
         """Names of all devices that work together; of a group's, with their hosts."""
         return self._engine.names if isinstance(self._engine, GroupEngine) else tuple(map(str, self.devices))
@@ -143,7 +150,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.dtype)
+        kernels = kernels_planned(decoder_kinds(self.architecture), self.devices, self.dtype)
         chunk = self._chunk_number or largest_chunk(
             self.architecture,
             size,
@@ -172,7 +179,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (min(plan.tallest + 1, plan.rows), plan.columns)
-        kernels = kernels_expected(self.devices[0], self.encode_dtype)
+        kernels = kernels_planned(encoder_kinds(self.architecture), self.devices, self.encode_dtype)
         chunk = self._chunk_number or largest_encode_chunk(
             self.architecture,
             size,

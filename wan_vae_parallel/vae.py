@@ -6,22 +6,23 @@ B videos, T latent frames, h x w latent rows and columns, z latent channels; H x
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .errors import CheckpointError, ClosedError, FrameError
-from .files.checkpoint import Checkpoint, checkpoint_from_state_dict
-from .files.kinds import user_path
+from .errors import ClosedError, FrameError
+from .files.formats import Quality
 from .files.latents import check_fits, check_latents, check_normalizable, denormalize, normalize
-from .files.locate import ANOTHER
-from .files.weights import FileWeights
 from .frames import check_frames, check_length, check_part
 from .memory import check_host_room, host_room
+from .ops.pixel_format import PixelFormat
 from .runtime.source import Source, StreamSource, TensorSource
-from .session import IDLE_SECONDS, Chunk, DecodeRun, Devices, EncodeRun, Session
+from .session import DecodeRun, EncodeRun, Session
+from .to_video import AnyAudio, OnPicture, joined, output_settings, write_video
 from .workers.run import PoolRun
 from .workers.shared_memory import populating
 
@@ -30,72 +31,8 @@ OnChunk = Callable[[int, int, torch.Tensor], None]
 _STREAM = "take the frames from decode_stream"
 
 
-def load_vae(
-    path: str | Path,
-    devices: Devices = "auto",
-    dtype: str | torch.dtype = "auto",
-    chunk: Chunk = "auto",
-    idle_seconds: float = IDLE_SECONDS,
-    group: dist.ProcessGroup | None = None,
-    predecessor: VAE | None = None,
-    encode_dtype: str | torch.dtype = "auto",
-) -> VAE:
-    """Loads a Wan VAE.
-
-    The file is checked now, and its weights are read when a decode wants them. It must be the same file then: one that
-    was replaced or written to meanwhile is an error.
-
-    Args:
-        path: a safetensors file in Wan's original or diffusers' key layout, one of its shards or their index, or a
-            folder in diffusers' format, the VAE's or the whole pipeline's. ``~`` is the home folder.
-        devices: ``"auto"`` (all CUDA devices, else the CPU), ``"cpu"``, ``"cuda:0"``, or several with commas between
-            them, ``"cuda:0,cuda:1"``: one video is then decoded by all of them, each with a worker process.
-        dtype: ``"auto"`` (bf16 on GPUs that have it, fp32 on the CPU), ``"float32"``, ``"bfloat16"``,
-            ``"float16"`` or ``"float64"``.
-        chunk: frames that a layer works on at once, or ``"auto"``: latent frames of a decode, pictures of an encode. It
-            trades memory for speed, and changes neither pixels nor latents.
-        idle_seconds: workers that had no decode for so long since their last one end; the next decode starts new ones.
-        group: decode in this process group instead, with its ranks as workers, which may be on several machines.
-            Each rank makes the same calls; ``devices`` is its own one. The frames come to the group's first rank:
-            on the others `VAE.decode` returns none and `VAE.decode_stream` yields nothing.
-        predecessor: a VAE on the same devices that is not needed any more; its worker processes become this one's.
-        encode_dtype: like ``dtype``, for encodes alone; ``"auto"`` is the same as ``dtype``.
-
-    Raises:
-        CheckpointError: the file is not a Wan VAE that can be decoded with.
-        DeviceError: a device or dtype that is not there.
-    """
-    path = user_path(path, CheckpointError, another=ANOTHER).absolute()
-    return VAE(
-        FileWeights(path), devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, group=group,
-        predecessor=predecessor, encode_dtype=encode_dtype,
-    )  # fmt: skip
-
-
-def vae_from_state_dict(
-    state_dict: Mapping[str, torch.Tensor],
-    devices: Devices = "auto",
-    dtype: str | torch.dtype = "auto",
-    chunk: Chunk = "auto",
-    *,
-    name: str = "the state dict",
-    idle_seconds: float = IDLE_SECONDS,
-    encode_dtype: str | torch.dtype = "auto",
-) -> VAE:
-    """Like `load_vae`, from tensors that are loaded already; ``name`` is what errors call them.
-
-    The tensors are not copied before they go to a device: leave them as they are while the VAE is in use.
-    """
-    checkpoint = checkpoint_from_state_dict(state_dict, source=name)
-
-    def weights() -> Checkpoint:
-        return checkpoint
-
-    return VAE(weights, devices=devices, dtype=dtype, chunk=chunk, idle_seconds=idle_seconds, encode_dtype=encode_dtype)
-
-
 class VAE(Session):
-    """A Wan VAE, ready to decode and encode; make it with `load_vae`.
+    """A Wan VAE, ready to decode and encode; make it with `loading.load_vae`.
 
     A context manager: leaving it closes it. Several threads may decode and encode with it; on several devices they
     wait for one another.
@@ -174,7 +111,65 @@ class VAE(Session):
         Raises:
             LatentError, ClosedError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
         """
-        return self._host_stream(self._checked(latents, normalized), on_wait)
+        return self._own_frames(self._checked(latents, normalized), on_wait)
+
+    def decode_to_video(
+        self,
+        latents: torch.Tensor | Sequence[torch.Tensor],
+        path: str | Path,
+        fps: float | Fraction | None = None,
+        format: str | None = None,
+        quality: Quality = "high",
+        audio: AnyAudio | None = None,
+        normalized: bool = False,
+        on_chunk: OnPicture | None = None,
+        on_wait: Callable[[], None] | None = None,
+        **options: Any,
+    ) -> list[Path]:
+        """Decodes latents to a file, of which only a few steps' frames are ever in memory.
+
+        Frames become the format's integers on the device that decodes them, and are encoded while it decodes on; an
+        encoder that is slower than the decode holds that back. What can't work is refused before the first step.
+
+        Args:
+            latents: as `decode` takes them; several are parts of one video in time, and decoded without a seam.
+            path: ``.mp4``, ``.mkv``, ``.mov``, ``.webm``, pictures as ``frames/%04d.png``, or ``.safetensors``. Of
+                several videos each gets a file, with ``_1``, ``_2`` before the suffix.
+            fps: frames a second; None for what the model was trained at, 16 for Wan 2.1 and 24 for Wan 2.2.
+            format: ``"h264"``, ``"h265"``, ``"vp9"``, ``"prores"``, ``"ffv1"``, ``"png8"`` or ``"png16"``; None for
+                what the suffix usually means.
+            quality: ``"low"``, ``"medium"``, ``"high"``, ``"best"``, or the encoder's CRF.
+            audio: a file, or ``(samples [channels, N] in [-1, 1], rate)``; cut or filled with silence to the video's
+                length.
+            normalized: as `decode`'s.
+            on_chunk: called as ``on_chunk(done, total, picture)`` after each step; ``picture(step=1)`` is the newest
+                frame, every ``step``-th row and column of it, ``[H, W, C]`` in [0, 1]. What it raises ends the decode
+                and reaches the caller.
+            on_wait: as `decode`'s, and while the encoder is waited for.
+            options: ``metadata``, ``odd``, ``old_pictures``, ``preview`` and ``ffmpeg`` of `files.OutputSettings`.
+
+        Returns:
+            The files. Of a group's ranks only the first writes.
+
+        Raises:
+            OutputError: it can't be written so; nothing is left under a final name.
+            LatentError, ClosedError, OutOfMemoryError: as `decode` does.
+        """
+        settings = output_settings(self.architecture, fps=fps, format=format, quality=quality, audio=audio, **options)
+        return write_video(self, joined(latents), path, settings, normalized, on_chunk=on_chunk, on_wait=on_wait)
+
+    def pixel_stream(
+        self,
+        latents: torch.Tensor,
+        pixels: PixelFormat | None,
+        normalized: bool = False,
+        on_wait: Callable[[], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Like `decode_stream`, but frames come as bytes ``[B, t, n]`` of a pixel format; None for floats.
+
+        Each is valid until the next.
+        """
+        return self._host_stream(self._checked(latents, normalized), on_wait, pixels)
 
     def encode(
         self,
@@ -317,8 +312,10 @@ class VAE(Session):
             (batch, self.architecture.frame_count(frames), height, width, self.architecture.output_channels)
         )
 
-    def _decode_run(self, latents: torch.Tensor, shape: torch.Size) -> Callable[[], DecodeRun]:
-        return lambda: self._engine.run(latents, shape, self._chunk_number)
+    def _decode_run(
+        self, latents: torch.Tensor, shape: torch.Size, pixels: PixelFormat | None = None
+    ) -> Callable[[], DecodeRun]:
+        return lambda: self._engine.run(latents, shape, self._chunk_number, pixels)
 
     def _encode_run(self, source: Source) -> Callable[[], EncodeRun]:
         return lambda: self._engine.encode(source, self._chunk_number)
@@ -332,18 +329,24 @@ class VAE(Session):
         check_fits(latents, self.dtype)
         return latents
 
-    def _host_stream(self, latents: torch.Tensor, on_wait: Callable[[], None] | None) -> Iterator[torch.Tensor]:
+    def _own_frames(self, latents: torch.Tensor, on_wait: Callable[[], None] | None) -> Iterator[torch.Tensor]:
+        for frames in self._host_stream(latents, on_wait):
+            # The caller's own: the buffer is used again, and tensors of inference mode can't be written to outside it.
+            with host_room(frames.shape, frames.dtype):
+                own = frames.clone()
+            del frames
+            yield own
+            del own
+
+    def _host_stream(
+        self, latents: torch.Tensor, on_wait: Callable[[], None] | None, pixels: PixelFormat | None = None
+    ) -> Iterator[torch.Tensor]:
         shape = self.output_shape(latents.shape)
-        with self._running(self._decode_run(latents, shape), "decoded", shape, on_wait) as run:
+        with self._running(self._decode_run(latents, shape, pixels), "decoded", shape, on_wait) as run:
             done = 0
             for frames in self._steps(run, on_wait):
                 self._check(run)
-                # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
-                # outside it.
-                with host_room(frames.shape, frames.dtype):
-                    own = frames.clone()
-                yield own
-                del own
+                yield frames
                 done += frames.shape[1]
                 if isinstance(run, PoolRun):
                     run.discard(done)

@@ -27,7 +27,7 @@ def gpu_server(comfyui, tmp_path):
     models = tmp_path / "models" / "vae"
     models.mkdir(parents=True)
     random_checkpoint(models / "wan21.safetensors", width=96)
-    packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui_pack"}
+    packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui" / "pack"}
     running = Server(*comfyui, tmp_path, "--cuda-malloc", packs=packs)
     yield running
     running.stop()

@@ -11,7 +11,7 @@ from wan_vae_parallel import demo_latents, save_demo_checkpoint
 from wan_vae_parallel.files.latents import save_latents
 from wan_vae_parallel.files.video import open_output
 
-NAMES = ["decode_latent", "encode_video", "text_to_video"]
+NAMES = ["decode_latent", "decode_to_video", "encode_video", "text_to_video", "video_to_latent"]
 
 
 def workflow(name):
@@ -57,20 +57,23 @@ def test_the_editors_workflow_is_the_same_graph(name):
         assert all(value in node["widgets_values"] for value in values), node["type"]
 
 
-def test_decode_latent_runs_with_the_demos_files(server):
+@pytest.mark.parametrize(("name", "last"), [("decode_latent", "5"), ("decode_to_video", "3")])
+def test_decodes_run_with_the_demos_files(server, name, last):
     described = save_demo_checkpoint(server.folder / "models" / "vae" / "demo_vae.safetensors", "wan2.1", 8)
     save_latents(server.input / "demo.latent", demo_latents(described, frames=2, rows=4, columns=6))
-    run = server.run(api_workflow("decode_latent")).check()
-    saved = run.outputs("5")["images"][0]
+    run = server.run(api_workflow(name)).check()
+    saved = run.outputs(last)["images"][0]
+    assert saved["type"] == "output"
     assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 0
 
 
-def test_encode_video_runs_with_the_demos_files(server):
+@pytest.mark.parametrize(("name", "last"), [("encode_video", "5"), ("video_to_latent", "3")])
+def test_encodes_run_with_the_demos_files(server, name, last):
     save_demo_checkpoint(server.folder / "models" / "vae" / "demo_vae.safetensors", "wan2.1", 8)
     frames = torch.rand(1, 7, 32, 48, 3, generator=torch.Generator().manual_seed(1))
     with open_output(server.input / "demo.mp4", shape=frames.shape, fps=16) as write:
         write(frames)
-    run = server.run(api_workflow("encode_video")).check()
-    saved = run.outputs("5")["latents"][0]
+    run = server.run(api_workflow(name)).check()
+    saved = run.outputs(last)["latents"][0]
     latents = load_file(server.output / saved["subfolder"] / saved["filename"])["latent_tensor"]
     assert latents.shape == (1, 16, 2, 4, 6)

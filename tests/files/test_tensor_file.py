@@ -95,9 +95,16 @@ for name in names:
 """
 
 
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
-def test_a_file_that_changes_between_load_and_decode(path, devices):
-    names = [change.__name__ for change in CHANGES]
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [
+        ("cpu", CHANGES),
+        ("cpu,cpu", [cut, rewritten]),  # workers start for each
+        pytest.param("cpu,cpu", CHANGES, marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_that_changes_between_load_and_decode(path, devices, changes):
+    names = [change.__name__ for change in changes]
     done = subprocess.run(
         [sys.executable, "-c", CHANGED, str(path), devices, *names], capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from wan_vae_parallel import OutputError
 from wan_vae_parallel.files.pictures import comparison_sheet, contact_sheet, to_picture
-from wan_vae_parallel.files.video import check_output, open_output, output_files
+from wan_vae_parallel.files.video import open_output, output_files, plan_output
 
 # Smooth pictures, which H.264 keeps to within a few levels: a ramp that moves.
 ROWS, COLUMNS = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
@@ -129,12 +129,12 @@ def test_a_video_that_ffmpeg_did_not_finish_is_an_error(tmp_path):
 )
 def test_bad_paths_are_refused_before_anything_is_decoded(tmp_path, name, words):
     with pytest.raises(OutputError, match=words):
-        check_output(tmp_path / name, FRAMES.shape)
+        plan_output(tmp_path / name, FRAMES.shape)
 
 
 def test_too_little_disk_is_seen_beforehand(tmp_path):
     with pytest.raises(OutputError, match="are free"):
-        check_output(tmp_path / "out.safetensors", (1, 10**9, 720, 1280, 3))
+        plan_output(tmp_path / "out.safetensors", (1, 10**9, 720, 1280, 3))
 
 
 def test_the_contact_sheet_shows_first_and_last():
@@ -175,7 +175,7 @@ def test_a_sequence_that_can_not_be_moved_leaves_nothing(tmp_path):
         doomed()
     assert [path.name for path in (tmp_path / "frames").iterdir()] == ["0003.png"]
     with pytest.raises(OutputError, match="is a folder"):  # seen beforehand the next time
-        check_output(tmp_path / "frames" / "%04d.png", FRAMES.shape)
+        plan_output(tmp_path / "frames" / "%04d.png", FRAMES.shape)
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "%04d.png"])

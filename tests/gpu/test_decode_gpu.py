@@ -19,6 +19,7 @@ from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.runtime.device_to_host import to_host
 from wan_vae_parallel.runtime.local import LocalDecoder
+from wan_vae_parallel.runtime.steps import Frames
 
 pytestmark = [
     pytest.mark.gpu,
@@ -231,7 +232,7 @@ def test_frames_arrive_on_the_host_in_order_and_whole():
             made = torch.full((1, size, 256, 256, 3), float(i), device=CUDA)
             for _ in range(50):
                 made = made + 1
-            yield made
+            yield Frames.of(made)
 
     for i, (size, (host, finite)) in enumerate(zip(sizes, to_host(frames(), CUDA), strict=True)):
         assert finite
@@ -243,7 +244,7 @@ def test_frames_arrive_on_the_host_in_order_and_whole():
 def test_one_nan_anywhere_is_seen():
     steps = [torch.ones((1, 4, 720, 1280, 3), device=CUDA) for _ in range(3)]
     steps[1][0, 3, 719, 1279, 2] = torch.nan
-    assert [finite for _, finite in to_host(iter(steps), CUDA)] == [True, False, True]
+    assert [finite for _, finite in to_host(map(Frames.of, steps), CUDA)] == [True, False, True]
 
 
 def test_fp16_that_overflows_in_a_later_chunk_is_told(wan21):

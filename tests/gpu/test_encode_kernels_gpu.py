@@ -205,7 +205,7 @@ def test_down_conv_has_the_same_bits_with_every_tile_and_without_descriptors():
             found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
     assert {tile.step for tile in found.values()} == {32, 64}
     assert {tile.swapped for tile in found.values()} == {False, True}
-    settings = [tiles.fit(tile, tiles.gpu(DEVICE)[1]) for tile in found.values()]
+    settings = [tiles.fit(tile, DEVICE) for tile in found.values()]
     swapped = next(tile for tile in settings if tile.swapped)
     tma = conv_kernels.use_descriptors(arena)
     if INTERPRETED:

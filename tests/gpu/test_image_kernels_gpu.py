@@ -105,7 +105,7 @@ def test_frames_of_over_2_to_the_31_values_are_the_kernels(rows, columns, channe
         (channels, 9 * channels), 2, None, (1, rows * scale, columns * scale, channels), None, False, None, True,
         DTYPE, DEVICE, 0,
     )  # fmt: skip
-    _, call, _ = conv_kernels._plan(geometry)
+    _, call, *_ = conv_kernels._plan(geometry)
     assert call._options["WIDE"] == wide
     arena = torch.empty((1, rows + 2, columns + 2, channels), dtype=DTYPE, device="meta")
     weight = torch.empty((channels, channels, 1, 3, 3), dtype=DTYPE, device="meta")

@@ -48,6 +48,7 @@ pytest.importorskip("triton", reason="there are no kernels without Triton")
 
 # E402: what follows imports Triton, which may be missing.
 from wan_vae_parallel.ops.kernels import attention as attention_kernels  # noqa: E402
+from wan_vae_parallel.ops.kernels import attention_two_passes  # noqa: E402
 from wan_vae_parallel.ops.kernels import frames as frames_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import norm as norm_kernels  # noqa: E402
 from wan_vae_parallel.ops.kernels import shortcut as shortcut_kernels  # noqa: E402
@@ -138,12 +139,6 @@ def attention_kernels_for(inputs):
     return [*found, attention_hopper.frame_attention] if attention_hopper.can_attend(*inputs) else found
 
 
-from_hopper_on = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability(0) < (9, 0), reason="older GPUs have PyTorch's"
-)
-
-
-@from_hopper_on
 @pytest.mark.parametrize(
     ("dtype", "channels"),
     here(
@@ -165,7 +160,6 @@ def test_attention_errs_at_most_twice_as_much_as_eager_and_all_kernels_have_the_
         assert torch.equal(kernel(*inputs), out), kernel.__module__
 
 
-@from_hopper_on
 @pytest.mark.parametrize("channels", here(80, 512, gpu=[256, 384, 1024]))
 def test_a_querys_bits_depend_on_its_own_frame_alone(monkeypatch, channels):
     query, key, value = attention_inputs(*here((2, 5, 150), gpu=[(2, 200, 333)])[0], channels)
@@ -181,8 +175,35 @@ def test_a_querys_bits_depend_on_its_own_frame_alone(monkeypatch, channels):
     assert out[0].isnan().all()
     assert torch.equal(out[1], whole[1])
     # Few weights at a time: a frame's queries in several goes.
-    monkeypatch.setattr(attention_kernels, "WEIGHTS_AT_ONCE", 1)
+    monkeypatch.setattr(attention_two_passes, "WEIGHTS_AT_ONCE", 1)
     assert torch.equal(attention_ops.frame_attention(query, key, value)[1], whole[1])
+
+
+@pytest.mark.parametrize("channels", here(80, 384, gpu=[80, 384, 1024]))
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_attention_without_tma_or_room_errs_no_more(monkeypatch, channels, two_passes):
+    """As GPUs do that have no descriptors, or shared memory for less."""
+    inputs = attention_inputs(*here((2, 3, 150), gpu=[(2, 200, 333)])[0], channels)
+    if not two_passes and not attention_kernels._fits(channels, DEVICE):
+        pytest.skip("this many channels take two passes")
+    exact = plain_attention(*(tensor.double() for tensor in inputs))
+    eager = F.scaled_dot_product_attention(*(tensor.contiguous()[:, None] for tensor in inputs))[:, 0]
+    monkeypatch.setattr(attention_kernels, "_fits", lambda *_: not two_passes)
+    found = []
+    for descriptors in (False, True):
+        if descriptors and not attention_kernels.use_descriptors(inputs[0]):
+            continue
+        for module in (attention_kernels, attention_two_passes):
+            monkeypatch.setattr(module, "use_descriptors", lambda _, descriptors=descriptors: descriptors)
+        for wide in (False, True):
+            monkeypatch.setattr(attention_two_passes, "wide_products", lambda _, wide=wide: wide)
+            if INTERPRETED or wide == attention_kernels.wide_products(DEVICE):
+                found.append(attention_kernels.frame_attention(*inputs))
+                assert errs_at_most_twice_as_much(found[-1], eager, exact)
+                shard = attention_kernels.frame_attention(inputs[0][1:, 1:3], inputs[1][1:], inputs[2][1:])
+                assert torch.equal(shard, found[-1][1:, 1:3])
+    if not INTERPRETED:  # whose products are numpy's
+        assert all(torch.equal(out, found[0]) for out in found)
 
 
 # to_frames, add_duplicated: every value by itself, so that PyTorch's bits are the kernels'.
@@ -261,7 +282,6 @@ def test_a_shortcut_of_more_than_2_to_the_31_values():
     assert torch.equal(out[-1:], last)
 
 
-@from_hopper_on
 def test_attention_over_more_than_2_to_the_31_values():
     frames, queries, keys = here((2, 5, 7), gpu=[(600, 9400, 60)])[0]
     query, last = last_alone((frames, queries, 384))

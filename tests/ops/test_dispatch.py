@@ -9,25 +9,28 @@ import pytest
 import torch
 
 from wan_vae_parallel.ops import attention, dispatch, kernels
+from wan_vae_parallel.ops import gpu as gpu_facts
+from wan_vae_parallel.ops.gpu import Gpu
 
 CUDA = torch.device("cuda", 0)
 PROBE = "wan_vae_parallel.ops.kernels.probe"
+HOPPER = Gpu("Test GPU", (9, 0), 132, 232448)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch):
-    for name in ("_why_not", "_kernels_run_on"):
-        getattr(dispatch, name).cache_clear()
-    dispatch.say_once.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test GPU")
+    def forget():
+        for cached in (dispatch._why_not, dispatch._has_compiler, dispatch.say_once, gpu_facts.gpu, attention._kernels):
+            cached.cache_clear()
+
+    forget()
+    monkeypatch.setattr(dispatch, "_tried", {})
+    monkeypatch.setattr(dispatch, "_failed_on", set())
+    monkeypatch.setattr(gpu_facts, "_read", lambda _: HOPPER)
     monkeypatch.setitem(sys.modules, "triton.language", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(language=None))
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(language=None, __version__="3.6.0"))
     yield
-    for name in ("_why_not", "_kernels_run_on"):
-        getattr(dispatch, name).cache_clear()
-    dispatch.say_once.cache_clear()
-    attention._kernels.cache_clear()
+    forget()
 
 
 def tried(monkeypatch, answer):
@@ -56,14 +59,23 @@ def test_a_compiler_that_does_not_work_is_said_once(monkeypatch, caplog):
 def test_what_is_known_to_lack_kernels_tries_none(monkeypatch, caplog, what):
     calls = tried(monkeypatch, "")
     if what == "old":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        monkeypatch.setattr(gpu_facts, "_read", lambda _: HOPPER._replace(capability=(7, 5)))
     else:
         monkeypatch.setitem(sys.modules, "triton.language", None)
     assert not dispatch.kernels_expected(CUDA, torch.bfloat16)
     assert not caplog.records
     assert not dispatch.kernels_multiply(CUDA, torch.bfloat16)
     assert calls == []
-    assert ("older than" if what == "old" else "Triton is missing") in caplog.text
+    said = "compute capability 7.5, and our kernels are written for 8.0" if what == "old" else "Triton is missing"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(("platform", "package"), [("linux", "triton"), ("win32", "triton-windows")])
+def test_where_triton_is_missing_its_package_is_named(monkeypatch, caplog, platform, package):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    assert not dispatch.kernels_multiply(CUDA, torch.bfloat16)
+    assert f"pip install {package} brings it" in caplog.text
 
 
 def test_plans_try_nothing(monkeypatch):
@@ -74,6 +86,52 @@ def test_plans_try_nothing(monkeypatch):
     assert calls == []
 
 
+def test_plans_know_what_was_tried_before(monkeypatch):
+    tried(monkeypatch, "it can't")
+    assert dispatch.kernels_expected(CUDA, torch.bfloat16)
+    assert not dispatch.kernels_multiply(CUDA, torch.bfloat16)
+    assert not dispatch.kernels_expected(CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("platform", "found", "expected"),
+    [("linux", {}, False), ("linux", {"gcc"}, True), ("linux", {"clang"}, True), ("win32", {}, True)],
+)
+def test_plans_know_whether_there_is_a_compiler(monkeypatch, platform, found, expected):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: name if name in found else None)
+    assert dispatch.kernels_expected(CUDA, torch.bfloat16) == expected
+
+
+def test_plans_know_that_a_kernel_failed(monkeypatch):
+    tried(monkeypatch, "")
+    assert dispatch.kernels_multiply(CUDA, torch.bfloat16)
+    assert dispatch.kernels_expected(CUDA, torch.bfloat16)
+    with dispatch.FallingBack(types.SimpleNamespace(device=CUDA)):
+        raise dispatch.KernelError("_conv_kernel: OutOfResources")
+    assert dispatch.kernels_failed(CUDA)
+    assert not dispatch.kernels_expected(CUDA, torch.bfloat16)
+    # Others may still run.
+    assert dispatch.kernels_multiply(CUDA, torch.bfloat16)
+
+
+def test_a_kernel_that_fails_is_said_once_with_what_to_report(caplog):
+    for _ in range(2):
+        with dispatch.FallingBack(types.SimpleNamespace(device=CUDA)):
+            raise dispatch.KernelError("_norm_kernel: RuntimeError ptxas error")
+    (said,) = [record.getMessage() for record in caplog.records]
+    for word in ("Test GPU (sm_90, torch ", "Triton 3.6.0", "_norm_kernel: RuntimeError ptxas error", "issues"):
+        assert word in said
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out"), ValueError("no such shape")])
+def test_nothing_else_falls_back(error, caplog):
+    with pytest.raises(type(error)), dispatch.FallingBack(types.SimpleNamespace(device=CUDA)):
+        raise error
+    assert not caplog.records
+
+
 def test_attention_without_gluon_takes_the_kernel_that_needs_none(monkeypatch, caplog):
     plain = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.attention", plain)
@@ -81,7 +139,7 @@ def test_attention_without_gluon_takes_the_kernel_that_needs_none(monkeypatch, c
     monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.attention_hopper", None)
     monkeypatch.delattr("wan_vae_parallel.ops.kernels.attention_hopper", raising=False)
     attention._kernels.cache_clear()
-    assert [attention._kernels() for _ in range(2)] == [(plain, None)] * 2
+    assert [attention._kernels(CUDA) for _ in range(2)] == [(plain, None)] * 2
     (said,) = [record.getMessage() for record in caplog.records]
     assert "slower kernel, whose frames are the same" in said
 
@@ -90,5 +148,5 @@ def test_attention_without_any_says_what_is_lost(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.attention", None)
     monkeypatch.delattr("wan_vae_parallel.ops.kernels.attention", raising=False)
     attention._kernels.cache_clear()
-    assert attention._kernels() == (None, None)
+    assert attention._kernels(CUDA) == (None, None)
     assert "last bits depend on chunks and devices" in caplog.text

@@ -13,10 +13,19 @@ import pytest
 import torch
 
 from wan_vae_parallel.cancel import cancellable
+from wan_vae_parallel.ops.dispatch import KernelError
+from wan_vae_parallel.ops.kernels import launch as launching
 from wan_vae_parallel.ops.kernels import progress
 from wan_vae_parallel.ops.kernels.launch import Call, compile_all, launch
 
 CPU = torch.device("cpu")
+# What all are compiled with.
+FUSED = {"enable_fp_fusion": True}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_failed(monkeypatch):
+    monkeypatch.setattr(launching, "_failed", {})
 
 
 class Kernel:
@@ -65,15 +74,16 @@ class Descriptor:
 def test_a_kernel_is_launched_at_once():
     kernel, x = Kernel(), torch.zeros(4)
     launch(kernel, (2,), x, 7, BLOCK=16)
-    assert kernel.launched == [((2,), (x, 7), {"BLOCK": 16})]
+    assert kernel.launched == [((2,), (x, 7), {"BLOCK": 16, **FUSED})]
     assert kernel.compiled == []
 
 
-def test_a_call_goes_straight_to_the_compiled_kernel_from_the_second_time_on():
+def test_a_call_goes_straight_to_the_compiled_kernel_from_the_second_time_on(monkeypatch):
+    monkeypatch.setattr(launching, "COMPILED_TAKE_ALL", True)
     kernel, x, y = Compiling(), torch.zeros(64), torch.ones(64)
     call = Call(kernel, (2,), SILU=True, BLOCK=16, num_warps=4)
     call(x, 7)
-    assert kernel.launched == [((2, 1, 1), (x, 7), {"SILU": True, "BLOCK": 16, "num_warps": 4})]
+    assert kernel.launched == [((2, 1, 1), (x, 7), {"SILU": True, "BLOCK": 16, "num_warps": 4, **FUSED})]
     call(y, 8)
     assert kernel.ready == [((2, 1, 1), (y, 8, 16, True))]  # constants in the kernel's own order
     assert len(kernel.launched) == 1
@@ -155,21 +165,91 @@ def test_a_run_that_fails_leaves_launching_as_it_was():
     assert len(kernel.launched) == 1
 
 
-def test_what_can_not_be_compiled_may_be_left_to_its_launch():
-    class Broken(Kernel):
-        def warmup(self, *_arguments, **_options):
-            raise RuntimeError("out of registers")
+class Broken(Compiling):
+    """One that fails to compile, or to be launched, or only from the second launch on."""
 
-    good, broken = Kernel(), Broken()
+    def __init__(self, error, *, when):
+        super().__init__()
+        self.error, self.when, self.tried = error, when, 0
+
+    def _fail(self):
+        self.tried += 1
+        raise self.error
+
+    def warmup(self, *arguments, grid, **options):
+        if self.when == "compiled":
+            self._fail()
+        super().warmup(*arguments, grid=grid, **options)
+
+    def __getitem__(self, grid):
+        if self.when == "launched again":
+            return lambda *_arguments, **_options: {grid: lambda *_: self._fail()}
+        return lambda *_arguments, **_options: self._fail()
+
+
+def test_what_can_not_be_compiled_is_left_to_its_launch_which_does_not_try_again():
+    good, broken = Kernel(), Broken(RuntimeError("ptxas fatal: out of registers"), when="compiled")
 
     def run():
-        launch(broken, (1,), BLOCK=1)
-        launch(good, (1,), BLOCK=2)
+        launch(broken, (1,), torch.zeros(4), BLOCK=1)
+        launch(good, (1,), torch.zeros(4), BLOCK=2)
 
-    compile_all(run, CPU, forgiving=True)
+    compile_all(run, CPU)
     assert len(good.compiled) == 1
-    with pytest.raises(RuntimeError, match="out of registers"):
-        compile_all(run, CPU)
+    for _ in range(2):
+        with pytest.raises(KernelError, match=r"fn: RuntimeError ptxas fatal: out of registers"):
+            launch(broken, (1,), torch.zeros(4), BLOCK=1)
+    assert broken.tried == 1
+    launch(good, (1,), torch.zeros(4), BLOCK=2)  # others go on
+    assert len(good.launched) == 1
+    # A second decode's compiling does not begin with it again.
+    with pytest.raises(KernelError):
+        compile_all(lambda: launch(broken, (1,), torch.zeros(4), BLOCK=1), CPU)
+
+
+@pytest.mark.parametrize("when", ["launched", "launched again"])
+@pytest.mark.parametrize("call", [False, True])
+def test_a_kernel_that_fails_says_so_in_one_line_and_its_like_is_not_tried_again(monkeypatch, when, call):
+    if when == "launched again" and not call:
+        pytest.skip("each launch is looked up anew")
+    monkeypatch.setattr(launching, "COMPILED_TAKE_ALL", True)
+    text = "make_cubin\n\nptxas error: too much shared data\nand many more lines"
+    broken, x = Broken(RuntimeError(text), when=when), torch.zeros(64)
+    direct = Call(broken, (1,), SILU=True, BLOCK=16)
+    if when == "launched again":
+        direct(x, 7)
+    for _ in range(2):
+        with pytest.raises(KernelError) as raised:
+            direct(x, 7) if call else launch(broken, (1,), x, 7, SILU=True, BLOCK=16)
+        assert str(raised.value) == "Kernel.fn: RuntimeError ptxas error: too much shared data"
+    assert broken.tried == (1 if when == "launched" else 2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out"), RuntimeError("Triton Error [CUDA]: out of memory")])
+@pytest.mark.parametrize("when", ["compiled", "launched"])
+def test_out_of_memory_stays_what_it_is_and_is_tried_again(error, when):
+    broken, x = Broken(error, when=when), torch.zeros(4)
+
+    def run():
+        launch(broken, (1,), x)
+
+    for tried in (1, 2):
+        with pytest.raises(type(error), match="out"):
+            compile_all(run, CPU) if when == "compiled" else run()
+        assert broken.tried == tried
+
+
+@pytest.mark.parametrize("specialized", [True, False])
+def test_numbers_that_a_kernel_is_not_specialised_for_make_no_other_kernel(specialized):
+    kernel = Compiling()
+    kernel.do_not_specialize = [] if specialized else ["count"]
+
+    def run():
+        for count in (1, 3, 32, 2**31):
+            launch(kernel, (1,), torch.zeros(64), count, BLOCK=16)
+
+    compile_all(run, CPU)
+    assert len(kernel.compiled) == (4 if specialized else 2)  # of 32 or of 64 bits
 
 
 def test_long_compiling_says_how_far_it_is(monkeypatch, caplog):
@@ -240,15 +320,3 @@ def test_a_cancelled_decode_does_not_wait_for_what_is_being_compiled(raised):
     # What nobody had begun with is not compiled for nobody.
     time.sleep(0.2)
     assert len(kernels[0].compiled) < len(kernels)
-
-
-def test_a_kernel_that_can_not_be_compiled_ends_the_others():
-    kernels = [Kernel() for _ in range(3)]
-    kernels[1].warmup = _failing
-    with pytest.raises(RuntimeError, match="no such instruction"):
-        compile_all(lambda: [launch(kernel, (1,), torch.zeros(4), N=i) for i, kernel in enumerate(kernels)], CPU)
-    compile_all(lambda: launch(kernels[1], (1,), torch.zeros(4)), CPU, forgiving=True)
-
-
-def _failing(*_arguments, **_options):
-    raise RuntimeError("no such instruction")

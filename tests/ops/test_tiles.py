@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wan_vae_parallel.ops.gpu import Gpu
 from wan_vae_parallel.ops.kernels import tiles
 from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 from wan_vae_parallel.ops.pixels import tap_channels
@@ -28,31 +29,59 @@ KINDS = (
     + [LayerKind("down_conv", width, width, (1, 3, 3)) for width in (96, 192, 384, 160, 320, 640)]
 )
 LARGE = 720 * 1282
-GPUS = {"H200": (132, 232448), "A100": (108, 166912), "RTX 4090": (128, 101376)}
+GPUS = {
+    "H200": Gpu("H200", (9, 0), 132, 232448),
+    "A100": Gpu("A100", (8, 0), 108, 166912),
+    "RTX 4090": Gpu("RTX 4090", (8, 9), 128, 101376),
+    "B200": Gpu("B200", (10, 0), 148, 232448),
+    "RTX 5090": Gpu("RTX 5090", (12, 0), 170, 101376),
+}
 
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch):
     monkeypatch.setattr(tiles, "_measured", {})
+    # Whatever Triton is installed.
+    monkeypatch.setattr(tiles, "DESCRIPTORS", True)
 
 
 def chosen(kind, positions, frames=4, dtype=BF16):
     return tiles.choose_tile(kind, positions, frames, dtype=dtype, device=CPU)
 
 
+@pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_candidates_are_few_and_fit_the_gpu(monkeypatch, kind, gpu):
+def test_candidates_are_few_and_fit_the_gpu(monkeypatch, kind, gpu, descriptors):
     monkeypatch.setattr(tiles, "gpu", lambda _: GPUS[gpu])
+    monkeypatch.setattr(tiles, "DESCRIPTORS", descriptors)
     found = tiles.candidates(kind, CPU)
-    assert 1 <= len(found) <= 5
+    assert 1 <= len(found) <= 6
     assert len(set(found)) == len(found)
-    shared = GPUS[gpu][1]
+    wide = gpu in ("H200", "B200") and descriptors
     for tile in found:
-        assert tiles.fit(tile, shared) == tile
-        assert (tile.positions + tile.first + tile.second) * tile.step * 2 * tile.stages <= shared
+        assert tiles.fit(tile, CPU) == tile
+        # Where products come from registers a pipeline of n stages has room for n - 1.
+        stages = tile.stages - (gpu not in ("H200", "B200"))
+        assert (tile.positions + tile.first + tile.second) * tile.step * 2 * stages <= GPUS[gpu].shared
         # Of a thread's 255 registers; other GPUs' products take their operands from there, too.
-        assert tile.positions * (tile.first + tile.second) / (32 * tile.warps) <= (192 if gpu == "H200" else 128)
+        assert tile.positions * (tile.first + tile.second) / (32 * tile.warps) <= (192 if wide else 128)
+    # Only where there is a choice.
+    assert {tile.descriptors for tile in found} == ({True, False} if _has_choice(kind, gpu, descriptors) else {True})
+
+
+def _has_choice(kind, gpu, descriptors):
+    return kind.op != "head_conv" and gpu == "RTX 5090" and descriptors
+
+
+@pytest.mark.parametrize("gpu", ["A100", "RTX 4090", "RTX 5090"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.op != "head_conv"], ids=str)
+def test_narrow_settings_compute_little_for_nothing(monkeypatch, kind, gpu):
+    monkeypatch.setattr(tiles, "gpu", lambda _: GPUS[gpu])
+    own = kind.out_channels // kind.halves
+    for tile in tiles.candidates(kind, CPU):
+        width = tile.first + tile.second
+        assert -(-own // width) * width <= 1.08 * own
 
 
 def test_with_nothing_measured_the_shipped_speeds_choose():

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from wan_vae_parallel.errors import WorkerError
+from wan_vae_parallel.ops.dispatch import KernelError
 from wan_vae_parallel.parallel import peer_memory as peer_memory_module
 from wan_vae_parallel.parallel.peer_memory import PeerMemory, open_peer_memory
 
@@ -58,6 +60,30 @@ def test_boxes_and_signals_of_a_rank_are_parts_of_its_memory_alone(monkeypatch):
         assert (signals.view(torch.uint8) == rank).all()
         assert signals.data_ptr() == buffers[rank].data_ptr() + boxes.nbytes
     assert peer_memory.capacity(arena) == 8 * 2**20 // (5 * 3 * 2)
+
+
+def test_a_kernel_that_fails_is_an_error_that_names_the_way_out(monkeypatch):
+    def fail(*_arguments, **_options):
+        raise KernelError("_swap_kernel: RuntimeError ptxas error")
+
+    monkeypatch.setitem(
+        sys.modules, "wan_vae_parallel.ops.kernels.halo_exchange", types.SimpleNamespace(exchange_halo=fail)
+    )
+    peer_memory = PeerMemory([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(2)], 0, None, None)
+    # Before a decode all ranks agree on another way.
+    assert "_swap_kernel: RuntimeError ptxas error" in peer_memory.why_not(torch.device("cpu"))
+    # In the middle of one there is none.
+    with pytest.raises(WorkerError, match=r"_swap_kernel.*with NCCL_P2P_DISABLE=1 rows go through NCCL instead"):
+        peer_memory.exchange_halo(torch.zeros(2, 4, 5, 3), torch.zeros(1, dtype=torch.int32), above=None, below=1)
+
+
+def test_a_kernel_that_compiles_is_no_reason_against_peer_memory(monkeypatch):
+    calls = []
+    kernels = types.SimpleNamespace(exchange_halo=lambda *_, **options: calls.append(options))
+    monkeypatch.setitem(sys.modules, "wan_vae_parallel.ops.kernels.halo_exchange", kernels)
+    peer_memory = PeerMemory([torch.zeros(4 * 8 * 2**20 + 4096, dtype=torch.uint8) for _ in range(2)], 0, None, None)
+    assert peer_memory.why_not(torch.device("cpu")) == ""
+    assert all(options["above"] and options["below"] for options in calls)
 
 
 class Signals:

@@ -13,7 +13,7 @@ from tests.oracle import load, oracle_vae, random_latents
 from tests.tuning import start_anew
 from wan_vae_parallel.architecture import Architecture
 from wan_vae_parallel.cancel import cancellable, check_cancelled
-from wan_vae_parallel.memory import decode_memory, largest_chunk
+from wan_vae_parallel.memory import decode_memory, decoder_kinds, largest_chunk
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.ops import dispatch
 from wan_vae_parallel.ops.kernels import tiles
@@ -260,3 +260,46 @@ def test_layers_that_are_cudnns_take_more_memory():
     free = round(ours.total / 0.9) + 2**20
     assert largest_chunk(architecture, shape, dtype=BF16, free=free, kernels=True) == 4
     assert largest_chunk(architecture, shape, dtype=BF16, free=free, kernels=False) < 4
+
+
+# What plans of memory go by.
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """A GPU on which nothing has been tried yet."""
+    monkeypatch.setattr(tuning, "kernels_expected", lambda *_: True)
+    monkeypatch.setattr(tuning, "_circumstances", lambda *_: dict(KEY))
+    return lambda kinds=(WIDE, NARROW): tuning.kernels_planned(kinds, [CPU], BF16)
+
+
+def test_plans_expect_our_kernels_until_it_is_known_that_cudnn_has_a_layer(gpu, planned, monkeypatch):
+    assert planned()
+    assert gpu.asked == []  # nothing is measured for a plan
+    gpu.cudnn[WIDE] = 900.0
+    assert tuning.tune([WIDE, NARROW], CPU, BF16) == {WIDE}
+    assert not planned()
+    assert planned([NARROW])
+    start_anew(monkeypatch)  # another process, such as the one that ComfyUI's nodes plan in
+    assert not planned()
+    assert planned([NARROW])
+    assert len(gpu.asked) == 1
+
+
+def test_plans_expect_pytorchs_kernels_where_ours_are_not_expected(planned, monkeypatch):
+    monkeypatch.setattr(tuning, "kernels_expected", lambda *_: False)
+    monkeypatch.setattr(tuning, "_circumstances", None)  # nothing is looked up
+    assert not planned()
+
+
+def test_the_memory_that_is_asked_for_is_enough_for_layers_that_are_cudnns(gpu, planned):
+    architecture = Architecture.published("wan2.1")
+    assert {WIDE, NARROW} <= set(decoder_kinds(architecture))
+    size = (1, 21, 90, 160)
+    ours, theirs = (
+        decode_memory(architecture, size, chunk=2, dtype=BF16, kernels=kernels).total for kernels in (True, False)
+    )
+    assert theirs > ours + 2**30
+    gpu.cudnn[NARROW] = 900.0
+    tuning.tune([NARROW], CPU, BF16)
+    assert not planned(decoder_kinds(architecture))

@@ -37,9 +37,9 @@ def test_pages_come_into_being_while_a_step_is_computed_and_for_no_more_than_it(
         for batch in frames:
             seen.append(pages())
             if waiting is not None:
-                yield waiting, True
+                yield waiting.values, True
             waiting = batch
-        yield waiting, True
+        yield waiting.values, True
 
     decoder = types.SimpleNamespace(architecture=types.SimpleNamespace(spatial_ratio=8), steps=lambda *_: iter(steps))
     one = types.SimpleNamespace(
@@ -55,7 +55,9 @@ def test_pages_come_into_being_while_a_step_is_computed_and_for_no_more_than_it(
     )
     monkeypatch.setattr(worker, "to_host", to_host)
     monkeypatch.setattr(dist, "get_rank", lambda _group: 1)
-    counts = list(worker._Worker._steps(one, torch.empty(0), video, plan_shards(4, 4, 2), 1))
+    runs = [(16 * 32 * 2, 32 * 32 * 2)]
+    decoding = worker._Worker._steps(one, torch.empty(0), video.flatten(2), runs, plan_shards(4, 4, 2), 1)
+    counts = list(decoding)
     assert counts == [(1, True), (4, True), (2, True)]
     # Each step's frames when it is launched, and none of those that come later.
     assert seen == [1, 5, 7]

@@ -18,15 +18,11 @@ from typing import IO, cast
 import torch
 
 from ..errors import FrameError
+from .ffmpeg import complaints
 
 # Pixel formats by their number of colours; whatever a video has, ffmpeg makes 8-bit RGB of it.
 _FORMATS = {3: "rgb24", 4: "rgba"}
-# "[h264 @ 0x5581] [error] text": who says it, how grave it is, what.
-_GRAVE = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
-# What an ffmpeg says that had to end: the cause is in the lines before.
-_CONSEQUENCES = re.compile(r"Error opening (in|out)put file|Error parsing options|Failed to set value|Decoding error")
 _NO_VIDEO = "matches no streams"
-_LONGEST = 200
 
 
 class VideoInput:
@@ -149,9 +145,7 @@ class VideoInput:
 
     def _reason(self) -> str:
         """What ffmpeg complains of, in a line; empty if it does not."""
-        grave = [found[1].strip() for line in self._text().splitlines() if (found := _GRAVE.match(line))]
-        causes = [text for text in grave if not _CONSEQUENCES.match(text)] or grave
-        return "; ".join(dict.fromkeys(causes[:2]))[:_LONGEST]
+        return complaints(self._text())
 
     def _failed(self, done: int, reason: str) -> FrameError:
         if _NO_VIDEO in reason:

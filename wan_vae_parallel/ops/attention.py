@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNEL_DTYPES, kernels_run, say_once
+from .dispatch import KERNEL_DTYPES, FallingBack, kernels_run, say_once
+from .gpu import gpu
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -37,9 +38,13 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
             f"and {tuple(value.shape)}"
         )
     if kernels_run(query):
-        attend = _kernel_for(query, key, value)
-        if attend:
-            return attend(query, key, value)
+        ours, hopper = _kernels_for(query, key, value)
+        if hopper:
+            with FallingBack(query, instead="a slower one of ours does its work, to the same bits"):
+                return hopper(query, key, value)
+        if ours:
+            with FallingBack(query):
+                return ours(query, key, value)
     # One frame a call: where torch has no fused kernel for this width it makes all N x M scores, and one frame's
     # are enough to hold.
     return torch.cat(
@@ -51,7 +56,7 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 @functools.cache
-def _kernels() -> tuple[ModuleType | None, ModuleType | None]:
+def _kernels(device: torch.device) -> tuple[ModuleType | None, ModuleType | None]:
     """Our kernel, and the one that Hopper has of its own; what this Triton lacks something for is missing, and said."""
     try:
         from .kernels import attention
@@ -63,26 +68,31 @@ def _kernels() -> tuple[ModuleType | None, ModuleType | None]:
         return None, None
     try:
         from .kernels import attention_hopper
-    except ImportError as error:  # before Triton 3.5, or a new one that renamed Gluon
-        say_once(f"attention runs on a slower kernel, whose frames are the same: {error}")
+    except (ImportError, AttributeError) as error:  # before Triton 3.5, or a new one that renamed Gluon
+        if gpu(device).capability == (9, 0):
+            _say_slower(str(error))
         return attention, None
     return attention, attention_hopper
 
 
-def _kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Attend | None:
-    """The fastest kernel that takes these; all of them give the same bits, so that one may stand in for another."""
-    attention, hopper = _kernels()
-    if hopper and hopper.can_attend(query, key, value):
-        return hopper.frame_attention
+def _say_slower(reason: str) -> None:
+    say_once(f"attention runs on a slower kernel, whose frames are the same: {reason}")
+
+
+def _kernels_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Attend | None, Attend | None]:
+    """What takes these of our kernel and Hopper's own; both give the same bits, so that one may stand in for another.
+
+    Why none does is said.
+    """
+    attention, hopper = _kernels(query.device)
     if not attention:
-        return None
-    if torch.cuda.get_device_capability(query.device) < (9, 0) or not attention.fits(query):
-        name = torch.cuda.get_device_name(query.device)
-        reason = f"our kernel for {query.shape[2]} channels needs more than {name} has"
-    else:
-        reason = attention.why_not(query, key, value) or ""
+        return None, None
+    reason = attention.why_not(query, key, value)
     if not reason:
-        return attention.frame_attention
+        if hopper and gpu(query.device).capability == (9, 0) and (lacking := hopper.why_not_on(query.device)):
+            _say_slower(lacking)
+        takes = hopper and hopper.can_attend(query, key, value)
+        return attention.frame_attention, hopper.frame_attention if hopper and takes else None
     if query.dtype in KERNEL_DTYPES:
-        say_once(f"attention runs on PyTorch's kernels, whose last bits depend on chunks and devices: {reason}")
-    return None
+        say_once(f"attention runs on PyTorch's kernels, whose last bits depend on chunks and devices: ours {reason}")
+    return None, None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNEL_DTYPES, kernels_run, say_once
+from .dispatch import KERNEL_DTYPES, FallingBack, kernels_run, say_once
 
 
 def conv(
@@ -75,22 +75,15 @@ def conv(
         from .kernels import conv as kernels
 
         if kernels.takes(arena, weight, time_stride=time_stride):
-            if out is None:
-                out = arena.new_empty(shape)
-            kernels.conv(
-                arena,
-                slots,
-                weight,
-                bias,
-                residual=residual,
-                out=out,
-                out_slots=out_slots,
-                halves=halves,
-                time_stride=time_stride,
-                transposed=transposed,
-            )
-            return out
-        _say_slower(arena)
+            with FallingBack(arena):
+                into = arena.new_empty(shape) if out is None else out
+                kernels.conv(
+                    arena, slots, weight, bias, residual=residual, out=into, out_slots=out_slots, halves=halves,
+                    time_stride=time_stride, transposed=transposed,
+                )  # fmt: skip
+                return into
+        else:
+            _say_slower(arena)
     result = _convolved(arena, slots, weight, bias, transposed, time_stride)
     if halves > 1:
         result = result.unflatten(3, (halves, -1)).permute(0, 3, 1, 2, 4).reshape(shape)
@@ -134,10 +127,12 @@ def upsample_conv(
         from .kernels import conv as kernels
 
         if folded is not None and kernels.takes(arena, weight.unsqueeze(2), scale=2):
-            out = arena.new_empty((frames, rows, columns, weight.shape[0]))
-            kernels.upsample_conv(arena, slots, folded, bias, out=out, transposed=transposed)
-            return out
-        _say_slower(arena)
+            with FallingBack(arena):
+                out = arena.new_empty((frames, rows, columns, weight.shape[0]))
+                kernels.upsample_conv(arena, slots, folded, bias, out=out, transposed=transposed)
+                return out
+        else:
+            _say_slower(arena)
     if transposed:
         weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
     out = arena.new_empty((frames, rows, columns, weight.shape[0]))
@@ -194,11 +189,12 @@ def down_conv(
         from .kernels import down_conv as kernels
 
         if kernels.takes(arena, weight):
-            if out is None:
-                out = arena.new_empty(shape)
-            kernels.down_conv(arena, slots, weight, bias, out=out, out_slots=out_slots, transposed=transposed)
-            return out
-        _say_slower(arena)
+            with FallingBack(arena):
+                into = arena.new_empty(shape) if out is None else out
+                kernels.down_conv(arena, slots, weight, bias, out=into, out_slots=out_slots, transposed=transposed)
+                return into
+        else:
+            _say_slower(arena)
     if transposed:
         weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
     seen = arena.index_select(0, slots)[:, 1:, 1:].contiguous().permute(0, 3, 1, 2)
@@ -257,19 +253,15 @@ def head_conv(
         return conv(arena, slots, weight, bias, transposed=transposed, cudnn=cudnn)
     from .kernels import head_conv as kernels
 
-    count = slots.numel() - weight.shape[2] + 1
-    out = arena.new_empty((count, arena.shape[1] - 2, arena.shape[2] - 2, weight.shape[0]))
-    kernels.head_conv(
-        arena,
-        slots,
-        prepared.spread,
-        bias,
-        frames=prepared.frames,
-        rows=prepared.rows,
-        out=out,
-        transposed=transposed,
-    )
-    return out
+    with FallingBack(arena):
+        count = slots.numel() - weight.shape[2] + 1
+        out = arena.new_empty((count, arena.shape[1] - 2, arena.shape[2] - 2, weight.shape[0]))
+        kernels.head_conv(
+            arena, slots, prepared.spread, bias, frames=prepared.frames, rows=prepared.rows, out=out,
+            transposed=transposed,
+        )  # fmt: skip
+        return out
+    return conv(arena, slots, weight, bias, transposed=transposed, cudnn=True)
 
 
 def pointwise_conv(
@@ -301,14 +293,16 @@ def pointwise_conv(
 
         weight3d = weight.flatten(1)[:, :, None, None, None]
         if kernels.takes(x, weight3d) and x.is_contiguous():
-            if out is None:
-                out = x.new_empty(shape)
-            slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
-            kernels.conv(
-                x, slots, weight3d, bias, residual=residual, out=out, out_slots=out_slots, halves=1, transposed=False
-            )
-            return out
-        _say_slower(x)
+            with FallingBack(x):
+                into = x.new_empty(shape) if out is None else out
+                slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
+                kernels.conv(
+                    x, slots, weight3d, bias, residual=residual, out=into, out_slots=out_slots, halves=1,
+                    transposed=False,
+                )  # fmt: skip
+                return into
+        else:
+            _say_slower(x)
     return _put(F.linear(x, weight.flatten(1), bias), residual, out, out_slots)
 
 

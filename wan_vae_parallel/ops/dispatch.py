@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 
 import torch
+
+from .gpu import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +22,59 @@ _torch_only = False
 _LEAST_CAPABILITY = (8, 0)
 # What the convolutions' kernels multiply.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_REPORT_TO = "https://github.com/wan-vae-parallel/wan-vae-parallel/issues"
+
+# What keeps kernels from running on the devices where one was tried; nothing where they run.
+_tried: dict[torch.device, str] = {}
+# Devices on which a kernel of ours failed, so that PyTorch's does some of the work.
+_failed_on: set[torch.device] = set()
+
+
+class KernelError(Exception):
+    """A kernel of ours can't be compiled or launched; the message says which, and why, in one line."""
+
+
+class FallingBack:
+    """Within it a kernel of ours works on a device; what it can't do is left to what follows, and said once.
+
+    Only `KernelError` is: out of memory, or an argument that can't be, stays what it is.
+
+    Args:
+        x: what it works on.
+        instead: what does its work, if not PyTorch.
+    """
+
+    __slots__ = ("_device", "_instead")
+
+    def __init__(self, x: torch.Tensor, instead: str = "") -> None:
+        self._device, self._instead = x.device, instead
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if not isinstance(error, KernelError):
+            return False
+        if not self._instead:
+            _failed_on.add(self._device)
+        instead = self._instead or (
+            "PyTorch's own do its work, which is slower and whose last bits depend on chunks and devices"
+        )
+        say_once(
+            f"a kernel of ours does not run on {_described(self._device)}, so {instead}: {error}. Please report this "
+            f"line at {_REPORT_TO}"
+        )
+        return True
+
+
+def _described(device: torch.device) -> str:
+    """A GPU and what its kernels are made with."""
+    triton = sys.modules.get("triton")
+    model = gpu(device)
+    return (
+        f"{model.name} (sm_{model.capability[0]}{model.capability[1]}, torch {torch.__version__}, Triton "
+        f"{getattr(triton, '__version__', 'missing')})"
+    )
 
 
 def kernels_run(x: torch.Tensor) -> bool:
@@ -30,8 +88,20 @@ def kernels_multiply(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def kernels_expected(device: torch.device, dtype: torch.dtype) -> bool:
-    """`kernels_multiply` for plans: without a word, and without a kernel that is tried on the device."""
-    return dtype in KERNEL_DTYPES and device.type == "cuda" and not _torch_only and not _why_not(device)
+    """Whether our kernels do all of the work, for plans: without a word, and without a kernel that is tried.
+
+    What a decode found out since counts, of this process.
+    """
+    if dtype not in KERNEL_DTYPES or device.type != "cuda" or _torch_only or _why_not(device):
+        return False
+    if device in _tried:
+        return not _tried[device] and device not in _failed_on
+    return _has_compiler()
+
+
+def kernels_failed(device: torch.device) -> bool:
+    """Whether a kernel of ours failed on ``device``, so that PyTorch's does its work."""
+    return device in _failed_on
 
 
 @contextlib.contextmanager
@@ -51,21 +121,38 @@ def _why_not(device: torch.device) -> str:
     try:
         import triton.language  # noqa: F401
     except ImportError as error:
-        return f"Triton is missing ({error})"
-    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than the kernels are written for"
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"Triton is missing ({error}); pip install {package} brings it"
+    model = gpu(device)
+    if model.capability < _LEAST_CAPABILITY:
+        return (
+            f"{model.name} has compute capability {_version(model.capability)}, and our kernels are written for "
+            f"{_version(_LEAST_CAPABILITY)} and newer"
+        )
     return ""
 
 
-@functools.cache
-def _kernels_run_on(device: torch.device) -> bool:
-    reason = _why_not(device)
-    if not reason:
-        from .kernels import probe
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
-        reason = probe.why_not(device)
-    if reason:
-        logger.warning("working on %s with PyTorch's own kernels, which is slower: %s", device, reason)
+
+@functools.cache
+def _has_compiler() -> bool:
+    """Whether there is the C compiler that Triton wants on Linux; on Windows it has one of its own."""
+    return sys.platform != "linux" or bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+def _kernels_run_on(device: torch.device) -> bool:
+    reason = _tried.get(device)
+    if reason is None:
+        reason = _why_not(device)
+        if not reason:
+            from .kernels import probe
+
+            reason = probe.why_not(device)
+        if reason:
+            logger.warning("working on %s with PyTorch's own kernels, which is slower: %s", device, reason)
+        _tried[device] = reason
     return not reason
 
 

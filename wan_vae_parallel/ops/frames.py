@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import KERNEL_DTYPES, kernels_run, say_once
+from .dispatch import KERNEL_DTYPES, FallingBack, kernels_run, say_once
 
 
 def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False) -> torch.Tensor:
@@ -26,8 +26,9 @@ def to_frames(x: torch.Tensor, patch: int, *, transposed: bool = False) -> torch
 
         reason = kernels.why_not(x, patch)
         if not reason:
-            return kernels.to_frames(x, patch, transposed=transposed)
-        if x.dtype in KERNEL_DTYPES:
+            with FallingBack(x):
+                return kernels.to_frames(x, patch, transposed=transposed)
+        elif x.dtype in KERNEL_DTYPES:
             say_once(f"frames are converted by PyTorch's kernels, which is slower: ours {reason}")
     wide = torch.promote_types(x.dtype, torch.float32)
     if transposed:

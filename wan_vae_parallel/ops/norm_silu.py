@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .dispatch import kernels_run, say_once
+from .dispatch import FallingBack, kernels_run, say_once
 
 # The wide intermediates live for this many elements at a time: 128 MiB of fp32, whatever the frame's size.
 BLOCK_ELEMENTS = 2**25
@@ -33,8 +33,10 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         from .kernels import norm as kernels
 
         if kernels.can_normalize(x, gamma):
-            return kernels.rms_norm(x, gamma)
-        _say_slower(x)
+            with FallingBack(x):
+                return kernels.rms_norm(x, gamma)
+        else:
+            _say_slower(x)
     return _wide_norm(x, gamma).to(x.dtype).contiguous()
 
 
@@ -76,9 +78,11 @@ def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, arena: torch.Tensor, slot
         from .kernels import norm as kernels
 
         if kernels.can_norm_silu(x, gamma, arena, slots):
-            kernels.norm_silu(x, gamma, arena, slots)
-            return
-        _say_slower(x)
+            with FallingBack(x):
+                kernels.norm_silu(x, gamma, arena, slots)
+                return
+        else:
+            _say_slower(x)
     interior = arena[:, border : arena.shape[1] - border, border : arena.shape[2] - border]
     indices = slots.long()
     rows_at_once = max(1, BLOCK_ELEMENTS // (columns * channels))

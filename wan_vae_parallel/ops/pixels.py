@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import KERNEL_DTYPES, kernels_run, say_once
+from .dispatch import KERNEL_DTYPES, FallingBack, kernels_run, say_once
 
 # K is a multiple of so many: a GPU's products take no fewer at once.
 _MULTIPLE = 16
@@ -95,9 +95,12 @@ def gather_taps(
 
         reason = kernels.why_not(pixels, arena)
         if not reason:
-            kernels.gather_taps(pixels, patch=patch, margins=margins, transposed=transposed, arena=arena, slots=slots)
-            return
-        if arena.dtype in KERNEL_DTYPES:
+            with FallingBack(arena):
+                kernels.gather_taps(
+                    pixels, patch=patch, margins=margins, transposed=transposed, arena=arena, slots=slots
+                )
+                return
+        elif arena.dtype in KERNEL_DTYPES:
             say_once(f"pixels are gathered by PyTorch's kernels, which is slower: ours {reason}")
     wide = torch.promote_types(arena.dtype, torch.float32)
     indices = slots.tolist()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import kernels_run, say_once
+from .dispatch import FallingBack, kernels_run, say_once
 
 
 def add_duplicated(
@@ -46,9 +46,11 @@ def add_duplicated(
         from .kernels import shortcut as kernels
 
         if kernels.takes(x, out):
-            kernels.add_duplicated(x, time_factor=time_factor, phases=phases, transposed=transposed, out=out)
-            return
-        say_once(f"the shortcut of {str(x.dtype).removeprefix('torch.')} tensors runs on PyTorch's kernels, slower")
+            with FallingBack(x):
+                kernels.add_duplicated(x, time_factor=time_factor, phases=phases, transposed=transposed, out=out)
+                return
+        else:
+            say_once(f"the shortcut of {str(x.dtype).removeprefix('torch.')} tensors runs on PyTorch's kernels, slower")
     group = channels // out_channels
     repeats = factor // group
     spread = out.unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
@@ -92,9 +94,11 @@ def add_averaged(x: torch.Tensor, *, time_factor: int, transposed: bool = False,
         from .kernels import shortcut as kernels
 
         if kernels.takes_average(x, out):
-            kernels.add_averaged(x, time_factor=time_factor, transposed=transposed, out=out)
-            return
-        say_once(f"the shortcut of {str(x.dtype).removeprefix('torch.')} tensors runs on PyTorch's kernels, slower")
+            with FallingBack(x):
+                kernels.add_averaged(x, time_factor=time_factor, transposed=transposed, out=out)
+                return
+        else:
+            say_once(f"the shortcut of {str(x.dtype).removeprefix('torch.')} tensors runs on PyTorch's kernels, slower")
     wide = torch.promote_types(x.dtype, torch.float32)
     for frame, into in enumerate(out):
         first = frame * time_factor

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import WorkerError
-from ..ops.dispatch import kernels_run
+from ..ops.dispatch import KernelError, kernels_run
 from .coordination import Coordinator, summary
 
 logger = logging.getLogger(__name__)
@@ -117,15 +117,40 @@ class PeerMemory:
         if not trial:
             self._counts.update((above, below))
         boxes, signals = self._of(self._rank, arena.dtype)
-        exchange_halo(
-            arena,
-            slots,
-            boxes,
-            signals,
-            above=None if above is None else self._of(above, arena.dtype),
-            below=None if below is None else self._of(below, arena.dtype),
-            numbers=(_as_int32(self._counts[above]), _as_int32(self._counts[below])),
-        )
+        try:
+            exchange_halo(
+                arena,
+                slots,
+                boxes,
+                signals,
+                above=None if above is None else self._of(above, arena.dtype),
+                below=None if below is None else self._of(below, arena.dtype),
+                numbers=(_as_int32(self._counts[above]), _as_int32(self._counts[below])),
+            )
+        except KernelError as error:  # neighbours wait in theirs, so there is no way back to messages
+            raise WorkerError(
+                f"the kernel that exchanges border rows does not run on {arena.device} ({error}); with "
+                f"NCCL_P2P_DISABLE=1 rows go through NCCL instead"
+            ) from error
+
+    def why_not(self, device: torch.device) -> str:
+        """What keeps the kernel that exchanges rows from being compiled here, if anything; none is launched."""
+        from ..ops.kernels.halo_exchange import exchange_halo
+        from ..ops.kernels.launch import collect, compile_all
+
+        arena = torch.empty((1, 3, 3, 16), dtype=torch.bfloat16, device=device)
+        slots = torch.zeros(1, dtype=torch.int32, device=device)
+        own = self._of(self._rank, arena.dtype)
+
+        def run() -> None:
+            exchange_halo(arena, slots, *own, above=own, below=own, numbers=(1, 1))
+
+        try:
+            compile_all(run, device)
+            collect(run)  # fails where that did
+        except KernelError as error:
+            return f"the kernel that exchanges rows does not run on {device} ({error})"
+        return ""
 
     def _of(self, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A rank's boxes, ``[2, 2, N]``, and signals, int32."""
@@ -186,7 +211,10 @@ def open_peer_memory(group: dist.ProcessGroup, device: torch.device, coordinator
         arrived = bool(buffers[coordinator.rank][: len(buffers)].all())
         reasons = coordinator.exchange("" if arrived else f"what other devices write to {device} does not arrive")
     if not any(reasons):
-        return PeerMemory(buffers, coordinator.rank, own, handle)
+        memory = PeerMemory(buffers, coordinator.rank, own, handle)
+        reasons = coordinator.exchange(memory.why_not(device))
+        if not any(reasons):
+            return memory
     if coordinator.rank == 0:
         logger.info("halo rows travel through NCCL: %s", next(filter(None, reasons)))
     return None

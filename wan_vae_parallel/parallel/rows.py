@@ -16,12 +16,15 @@ from .plan import ShardPlan
 def frame_rows(plan: ShardPlan, shard: int, ratio: int) -> tuple[int, int]:
     """First and last (exclusive) frame row that ``shard`` writes; ``ratio`` frame rows make a latent row.
 
-    A transposed plan's shards hold columns; so that each writes whole rows, they share out the rows evenly.
+    A transposed plan's shards hold columns; so that each writes whole rows, they share out the rows evenly, in pairs
+    where that can be: two rows may have their chroma in common.
     """
     if not plan.transposed:
         return plan.bounds[shard] * ratio, plan.bounds[shard + 1] * ratio
     height = plan.columns * ratio
-    return height * shard // plan.shards, height * (shard + 1) // plan.shards
+    together = 1 if height % 2 else 2
+    units = height // together
+    return units * shard // plan.shards * together, units * (shard + 1) // plan.shards * together
 
 
 def to_own_rows(

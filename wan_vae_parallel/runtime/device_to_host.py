@@ -7,47 +7,42 @@ from collections.abc import Iterator
 
 import torch
 
-from .steps import Latents
+from .steps import Frames, Latents
 
 
-def to_host(frames: Iterator[torch.Tensor], device: torch.device) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Copies each tensor of ``frames`` to the host, one step behind the device.
+def to_host(frames: Iterator[Frames], device: torch.device) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Copies each step's values to the host, one step behind the device.
 
     The copy of one step runs while the device works on the next; two page-locked buffers take turns. All work goes to
     the stream that is current at the beginning, whichever is when the next tensor is asked for.
 
     Args:
-        frames: contiguous tensors on ``device``, of values in [0, 1].
+        frames: of steps, on ``device``.
         device: where they are; on the CPU they pass through.
 
     Yields:
-        The same tensors on the host, each valid until the next one is asked for, and whether they are free of NaN.
+        The values on the host, each valid until the next ones are asked for, and whether they are free of NaN.
     """
     if device.type != "cuda":
         for on_host in frames:
-            yield on_host, bool(_finite(on_host))
+            yield on_host.values, bool(on_host.finite)
         return
     stream = torch.cuda.current_stream(device)
     first = waiting = None
     second: _Buffer | None = None
     while True:
         with torch.cuda.stream(stream):
-            batch = next(frames, None)
-            if batch is not None:
+            step = next(frames, None)
+            if step is not None:
                 first, second = second, first
-                if first is None or not first.fits(batch):
-                    first = _Buffer(batch)
-                first.take(batch)
+                if first is None or not first.fits(step.values):
+                    first = _Buffer(step.values)
+                first.take(step)
         if waiting:
             yield waiting.content()
-        if batch is None:
+        if step is None:
             return
         waiting = first
-
-
-def _finite(frames: torch.Tensor) -> torch.Tensor:
-    # One pass without a mask: a sum of values in [0, 1] is NaN only where one of them is.
-    return frames.sum().isfinite()
 
 
 class _Buffer:
@@ -63,11 +58,11 @@ class _Buffer:
     def fits(self, batch: torch.Tensor) -> bool:
         return batch.numel() <= self._memory.numel()
 
-    def take(self, batch: torch.Tensor) -> None:
-        """Copies ``batch``, after what the current stream has to do before."""
-        self._frames = self._memory[: batch.numel()].view(batch.shape)
-        self._frames.copy_(batch, non_blocking=True)
-        self._finite.copy_(_finite(batch), non_blocking=True)
+    def take(self, step: Frames) -> None:
+        """Copies a step, after what the current stream has to do before."""
+        self._frames = self._memory[: step.values.numel()].view(step.values.shape)
+        self._frames.copy_(step.values, non_blocking=True)
+        self._finite.copy_(step.finite, non_blocking=True)
         self._copied.record()
 
     def content(self) -> tuple[torch.Tensor, bool]:
@@ -87,14 +82,14 @@ def latents_to_host(
     """
     shapes: collections.deque[torch.Size | None] = collections.deque()
 
-    def packed() -> Iterator[torch.Tensor]:
+    def packed() -> Iterator[Frames]:
         for step in steps:
             like = step.means if step.means is not None else step.pixel_range
             wide = torch.promote_types(like.dtype, torch.float32) if like is not None else torch.float32
             bounds = torch.zeros(2, device=device) if step.pixel_range is None else step.pixel_range
             shapes.append(None if step.means is None else step.means.shape)
             means = [] if step.means is None else [step.means.flatten()]
-            yield torch.cat([bounds.to(wide), *means])
+            yield Frames.of(torch.cat([bounds.to(wide), *means]))
 
     for flat, finite in to_host(packed(), device):
         shape = shapes.popleft()

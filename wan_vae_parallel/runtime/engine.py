@@ -22,10 +22,12 @@ from ..memory import (
     largest_frame,
     most_at_once,
 )
+from ..ops.pixel_format import PixelFormat
 from .device_to_host import to_host
 from .encode_run import LocalEncodeRun
 from .local import LocalDecoder, LocalEncoder
 from .source import Source
+from .steps import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +72,10 @@ class LocalEngine:
         latents: torch.Tensor,
         video_shape: torch.Size,  # noqa: ARG002 (the pool's signature)
         chunk: int,
+        pixels: PixelFormat | None = None,
     ) -> LocalRun:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
-        return LocalRun(self, latents, chunk)
+        return LocalRun(self, latents, chunk, pixels)
 
     def encode(self, source: Source, chunk: int) -> LocalEncodeRun:
         """Begins an encode; the same call as `workers.pool.WorkerPool.encode`."""
@@ -118,10 +121,13 @@ class LocalRun:
     # Whether the newest frames are free of NaN.
     finite = True
 
-    def __init__(self, engine: LocalEngine, latents: torch.Tensor, chunk: int) -> None:
+    def __init__(
+        self, engine: LocalEngine, latents: torch.Tensor, chunk: int, pixels: PixelFormat | None = None
+    ) -> None:
         self._engine = engine
         self._latents = latents
         self._chunk = chunk
+        self._pixels = pixels
         # What the decode found, where it is done and with which chunk, for a log.
         self.found = "ready" if engine.running else "gone"
         self.where = str(engine.device)
@@ -129,7 +135,7 @@ class LocalRun:
         self._frames = to_host(self._on_device(), engine.device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields ``[B, t, H, W, C]`` on the host, each valid until the next."""
+        """Yields ``[B, t, H, W, C]``, or bytes ``[B, t, n]``, on the host, each valid until the next."""
         for frames, finite in self._frames:
             self.finite = finite
             yield frames
@@ -140,7 +146,7 @@ class LocalRun:
         if self._engine.device.type == "cpu":
             give_back_host_memory()
 
-    def _on_device(self) -> Iterator[torch.Tensor]:
+    def _on_device(self) -> Iterator[Frames]:
         """Frames on the device; out of memory starts over with smaller chunks and skips what has left already."""
         engine, latents = self._engine, self._latents
         size = (latents.shape[0], latents.shape[2], latents.shape[3], latents.shape[4])
@@ -152,8 +158,9 @@ class LocalRun:
                     fresh = frames[:, skip:]
                     skip = max(0, skip - frames.shape[1])
                     if fresh.shape[1]:
+                        step = Frames.of(fresh, self._pixels)
                         sent += fresh.shape[1]
-                        yield fresh
+                        yield step
                 return
             except Exception as error:
                 if not is_out_of_memory(error):

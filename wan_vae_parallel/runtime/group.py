@@ -23,6 +23,7 @@ from ..errors import OutOfMemoryError, WanVAEError
 from ..files.checkpoint import Checkpoint
 from ..frames import check_range
 from ..model.encoder import Piece
+from ..ops.pixel_format import PixelFormat
 from ..parallel.coordination import WORD_SECONDS, WORK_SECONDS, Coordinator, check_same
 from ..parallel.edges import connect
 from ..parallel.plan import describe_plan, plan_shards
@@ -31,7 +32,7 @@ from .device_to_host import latents_to_host, to_host
 from .pieces import pieces
 from .shard import ShardDecoder, ShardEncoder
 from .source import Source
-from .steps import Latents
+from .steps import Frames, Latents
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,10 @@ class GroupEngine:
         latents: torch.Tensor,
         video_shape: torch.Size,  # noqa: ARG002 (the pool's signature)
         chunk: int,
+        pixels: PixelFormat | None = None,
     ) -> GroupRun:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
-        return GroupRun(self, latents, chunk)
+        return GroupRun(self, latents, chunk, pixels)
 
     def encode(self, source: Source, chunk: int) -> GroupEncodeRun:
         """Begins an encode; the same call as `workers.pool.WorkerPool.encode`."""
@@ -147,9 +149,12 @@ class GroupRun:
     # Whether the newest frames are free of NaN.
     finite = True
 
-    def __init__(self, engine: GroupEngine, latents: torch.Tensor, chunk: int) -> None:
+    def __init__(
+        self, engine: GroupEngine, latents: torch.Tensor, chunk: int, pixels: PixelFormat | None = None
+    ) -> None:
         self._engine = engine
         self._latents = latents
+        self._pixels = pixels
         self._over = True
         # What the decode found, for a log.
         self.found = "ready" if engine.running else "gone"
@@ -177,7 +182,10 @@ class GroupRun:
         return self._chunk
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields ``[B, t, H, W, C]`` on the first rank's host, each valid until the next; nothing on the others."""
+        """Yields ``[B, t, H, W, C]``, or bytes ``[B, t, n]``, on the first rank's host; nothing on the others.
+
+        Each is valid until the next.
+        """
         if self._over:
             raise WanVAEError("this decode is over; begin another one")
         with self._engine.exchanging(self._coordinator):
@@ -206,7 +214,7 @@ class GroupRun:
             return None
         return self._engine.decoder().room(self._plan, self._engine.rank, self._latents.shape, chunk)
 
-    def _whole_frames(self) -> Iterator[torch.Tensor]:
+    def _whole_frames(self) -> Iterator[Frames]:
         engine, plan = self._engine, self._plan
         decoder = engine.decoder()
         shards: Iterator[torch.Tensor] = iter(())
@@ -221,7 +229,7 @@ class GroupRun:
             if shard is not None:
                 frames = to_first_rank(shard, plan, engine.group, decoder.architecture.spatial_ratio)
                 if frames is not None:
-                    yield frames
+                    yield Frames.of(frames, self._pixels)
         self._over = True
 
 

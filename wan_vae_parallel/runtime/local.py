@@ -18,7 +18,7 @@ from ..memory import most_at_once
 from ..model.decoder import WanDecoder
 from ..model.encoder import Piece, WanEncoder
 from ..model.state import Edges, PageKey, Pages, SlotLists, StreamState, WholePicture
-from ..ops.dispatch import KERNEL_DTYPES, kernels_multiply
+from ..ops.dispatch import KERNEL_DTYPES, kernels_failed, kernels_multiply
 from ..ops.frames import to_frames
 from ..parallel.coordination import Coordinator
 from ..parallel.window import PixelWindow
@@ -80,7 +80,8 @@ class _LocalModel:
     def kernels(self) -> bool:
         """Whether our own kernels do all of the work."""
         ours = kernels_multiply(self.device, self.dtype)
-        return ours and not any(conv.cudnn for conv in self._layers.convolutions())
+        given_away = kernels_failed(self.device) or any(conv.cudnn for conv in self._layers.convolutions())
+        return ours and not given_away
 
     def _compile(self, key: tuple[Any, ...], run: Callable[[], None]) -> None:
         """Compiles the kernels that ``run()`` launches, all at once; what was compiled for ``key`` before is there."""

@@ -1,6 +1,6 @@
-"""What the steps of an encode hand on.
+"""What the steps of decodes and encodes hand on.
 
-t latent frames of a step, h x w latent rows and columns of this shard, z channels
+B videos, t (latent) frames of a step, H x W pixels, C colours; h x w latent rows and columns of this shard, z channels
 """
 
 from __future__ import annotations
@@ -8,6 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from ..ops.pixel_format import PixelFormat
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What a step of a decode makes.
+
+    Attributes:
+        values: contiguous, on the device.
+        finite: whether the frames are free of NaN; one value on the device.
+    """
+
+    values: torch.Tensor
+    finite: torch.Tensor
+
+    @classmethod
+    def of(cls, frames: torch.Tensor, pixels: PixelFormat | None = None) -> Frames:
+        """Frames ``[B, t, H, W, C]`` in [0, 1] as they are, or as bytes ``[B, t, n]`` in a pixel format."""
+        # One pass without a mask: a sum of values in [0, 1] is NaN only where one of them is.
+        return cls(frames if pixels is None else pixels.convert(frames), frames.sum().isfinite())
 
 
 @dataclass(frozen=True)

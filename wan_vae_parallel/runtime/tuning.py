@@ -17,17 +17,19 @@ import torch
 
 from .._version import __version__
 from ..files.user_cache import CachedFacts
-from ..ops.dispatch import kernels_multiply, say_once
+from ..ops.dispatch import kernels_expected, kernels_multiply, say_once
 from ..ops.layer_kinds import LayerKind, Measured
 from ..parallel.coordination import WORK_SECONDS, Coordinator
 
 logger = logging.getLogger(__name__)
 
 # Counts changes to kernels, candidates or the way of measuring that make old figures wrong.
-_FORMAT = "2"
+_FORMAT = "3"
 
 _Key = dict[str, str]
 
+# One measures at a time; plans don't wait for it.
+_measuring = threading.Lock()
 _lock = threading.Lock()
 # Of this process, by key.
 _known: dict[str, dict[LayerKind, Measured]] = {}
@@ -74,26 +76,55 @@ def tune(
     return frozenset(losses)
 
 
+def kernels_planned(kinds: Iterable[LayerKind], devices: Iterable[torch.device], dtype: torch.dtype) -> bool:
+    """Whether our kernels will do all of the work on ``devices``, for plans of memory: PyTorch's take more.
+
+    Nothing is tried or measured; what was found out here before counts, such as which kinds of layers are cuDNN's.
+    """
+    kinds = list(dict.fromkeys(kinds))
+    for device in devices:
+        if not kernels_expected(device, dtype):
+            return False
+        if any(one.lost for one in _known_of(kinds, _circumstances(device, dtype), device)[0].values()):
+            return False
+    return True
+
+
 def _find(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.dtype) -> dict[LayerKind, Measured]:
     """What is known of ``kinds``; nothing if measuring failed."""
-    from ..ops.kernels.tiles import candidates
-
-    facts = CachedFacts(f"{key['GPU']} {key['dtype']}", key)
-    with _lock:
-        known = _known.setdefault(repr(key), {})
-        settings = {kind: [str(tile) for tile in candidates(kind, device)] for kind in kinds}
-        for kind in kinds:
-            if kind not in known and (one := _of_fact(facts.read(str(kind)), settings[kind])):
-                known[kind] = one
+    with _measuring:
+        known, settings = _known_of(kinds, key, device)
         missing = [kind for kind in kinds if kind not in known]
         if missing:
             fresh = _measure(missing, key, device, dtype)
             known.update(fresh)
+            with _lock:
+                _known[repr(key)].update(fresh)
             # Where none of our settings ran, what kept them from it may be gone the next time.
             lasting = {str(kind): _to_fact(one, settings[kind]) for kind, one in fresh.items() if one.ours}
             if lasting:
-                _keep(facts, lasting)
-        return {kind: known[kind] for kind in kinds if kind in known}
+                _keep(_facts(key), lasting)
+        return known
+
+
+def _known_of(
+    kinds: list[LayerKind], key: _Key, device: torch.device
+) -> tuple[dict[LayerKind, Measured], dict[LayerKind, list[str]]]:
+    """What this process or the user's cache folder knows of ``kinds``; and the settings that each has."""
+    from ..ops.kernels.tiles import candidates
+
+    settings = {kind: [str(tile) for tile in candidates(kind, device)] for kind in kinds}
+    facts = _facts(key)
+    with _lock:
+        known = _known.setdefault(repr(key), {})
+        for kind in kinds:
+            if kind not in known and (one := _of_fact(facts.read(str(kind)), settings[kind])):
+                known[kind] = one
+        return {kind: known[kind] for kind in kinds if kind in known}, settings
+
+
+def _facts(key: _Key) -> CachedFacts:
+    return CachedFacts(f"{key['GPU']} {key['dtype']}", key)
 
 
 def _measure(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.dtype) -> dict[LayerKind, Measured]:
@@ -123,8 +154,10 @@ def _keep(facts: CachedFacts, values: Mapping[str, Any]) -> None:
 
 def _key(device: torch.device, dtype: torch.dtype) -> _Key:
     """All that speeds depend on; nothing where no kernels of ours run."""
-    if not kernels_multiply(device, dtype):
-        return {}
+    return _circumstances(device, dtype) if kernels_multiply(device, dtype) else {}
+
+
+def _circumstances(device: torch.device, dtype: torch.dtype) -> _Key:
     import triton
 
     properties = torch.cuda.get_device_properties(device)

@@ -35,6 +35,7 @@ from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
 from ..errors import WanVAEError, WorkerError
 from ..files.checkpoint import Checkpoint
 from ..ops.dispatch import say_once
+from ..ops.pixel_format import PixelFormat
 from ..runtime.source import Source
 from .encode_run import PoolEncodeRun
 from .failures import INTERFACE, cause, hint
@@ -144,15 +145,18 @@ class WorkerPool:
         """Whether the workers are this process's, and not those of the one that it was forked from."""
         return os.getpid() == self._process
 
-    def run(self, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> PoolRun:
+    def run(
+        self, latents: torch.Tensor, video_shape: torch.Size, chunk: int, pixels: PixelFormat | None = None
+    ) -> PoolRun:
         """Begins a decode; other threads' decodes wait for its end.
 
         Args:
             latents: ``[B, z, T, h, w]``, de-normalised.
             video_shape: ``[B, T', H, W, C]`` of all frames.
             chunk: latent frames at once; 0 for as many as pay and fit.
+            pixels: what the workers make of the frames; by default nothing.
         """
-        return PoolRun(self, latents, video_shape, chunk)
+        return PoolRun(self, latents, video_shape, chunk, pixels)
 
     def encode(self, source: Source, chunk: int) -> PoolEncodeRun:
         """Begins an encode; other threads' decodes and encodes wait for its end.

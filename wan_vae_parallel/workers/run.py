@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 from ..cancel import Cancelled
 from ..errors import OutOfMemoryError, WanVAEError, WorkerError
 from ..memory import host_room
+from ..ops.pixel_format import PixelFormat
 from ..parallel.plan import describe_plan, plan_shards
 from .failures import StepOutOfMemory
 from .protocol import STEP_SECONDS, Workers
@@ -24,8 +26,17 @@ _AHEAD = 2
 class PoolRun:
     """One decode of a pool: iterate for the frames as they become final; close it in any case."""
 
-    def __init__(self, pool: Workers, latents: torch.Tensor, video_shape: torch.Size, chunk: int) -> None:
+    def __init__(
+        self,
+        pool: Workers,
+        latents: torch.Tensor,
+        video_shape: torch.Size,
+        chunk: int,
+        pixels: PixelFormat | None = None,
+    ) -> None:
         self._pool = pool
+        self._pixels = pixels
+        self._frames_shape = video_shape
         self._chunk = chunk
         self._begun = 0
         # Frames that nobody looks at again.
@@ -37,13 +48,16 @@ class PoolRun:
         self.found = pool.stage
         try:
             self._latents_shape = latents.shape
-            dtype = torch.promote_types(pool.dtype, torch.float32)
-            with host_room(video_shape, dtype):
+            shape, dtype = video_shape, torch.promote_types(pool.dtype, torch.float32)
+            if pixels is not None:
+                shape = torch.Size((*video_shape[:2], pixels.frame_bytes(*video_shape[2:4])))
+                dtype = torch.uint8
+            with host_room(shape, dtype):
                 # In shared memory once, for all workers, as they will compute with them.
                 self._latents_memory = SharedMemory.create(max(1, latents.numel() * pool.dtype.itemsize))
                 self._latents_memory.tensor(latents.shape, pool.dtype).copy_(latents.detach())
-                self._video_memory = SharedMemory.create(video_shape.numel() * dtype.itemsize)
-            self.video = self._video_memory.tensor(video_shape, dtype)
+                self._video_memory = SharedMemory.create(shape.numel() * dtype.itemsize)
+            self.video = self._video_memory.tensor(shape, dtype)
             plan = plan_shards(latents.shape[3], latents.shape[4], len(pool.devices))
             self._shards = plan.shards
             self.where = describe_plan(plan, pool.devices)
@@ -60,7 +74,7 @@ class PoolRun:
         return self._begun
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields ``[B, t, H, W, C]``, views of `video`."""
+        """Yields ``[B, t, H, W, C]``, or bytes ``[B, t, n]``, views of `video`."""
         chunk, sent = self._chunk, 0
         self._pool.belongs_here()
         while True:
@@ -132,7 +146,9 @@ class PoolRun:
             "latents_shape": self._latents_shape,
             "latents_dtype": self._pool.dtype,
             "latents_size": self._latents_memory.size,
-            "frames_shape": self.video.shape,
+            "frames_shape": self._frames_shape,
+            # As plain values: a node pack's modules have names that workers don't know.
+            "pixels": dataclasses.asdict(self._pixels) if self._pixels else None,
             "frames_dtype": self.video.dtype,
             "frames_size": self._video_memory.size,
             "chunk": chunk,

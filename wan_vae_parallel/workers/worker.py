@@ -39,7 +39,7 @@ import queue
 import select
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -51,6 +51,7 @@ from torch._C._distributed_c10d import FileStore
 from ..errors import is_out_of_memory
 from ..memory import give_back_host_memory
 from ..model.encoder import Piece
+from ..ops.pixel_format import PixelFormat
 from ..parallel.coordination import Coordinator, check_agreement
 from ..parallel.edges import connect
 from ..parallel.peer_memory import PeerMemory, open_peer_memory
@@ -58,6 +59,7 @@ from ..parallel.plan import ShardPlan, plan_shards
 from ..parallel.rows import frame_rows, to_own_rows
 from ..runtime.device_to_host import latents_to_host, to_host
 from ..runtime.shard import ShardDecoder, ShardEncoder
+from ..runtime.steps import Frames
 from .shared_memory import SharedMemory, populate
 from .shared_weights import Manifest, Part, shared_weights
 
@@ -313,7 +315,10 @@ class _Worker:
         latents_memory.close()
         frames_memory.close()
         latents = latents_memory.tensor(request["latents_shape"], request["latents_dtype"])
-        video = frames_memory.tensor(request["frames_shape"], request["frames_dtype"])
+        pixels = PixelFormat(**request["pixels"]) if request["pixels"] else None
+        batch, total, height, width, colours = request["frames_shape"]
+        values = pixels.frame_bytes(height, width) if pixels else height * width * colours
+        video = frames_memory.tensor(torch.Size((batch, total, values)), request["frames_dtype"])
         shared = [latents_memory, frames_memory, video]
         del latents_memory, frames_memory
         plan = plan_shards(latents.shape[3], latents.shape[4], dist.get_world_size(group))
@@ -328,7 +333,13 @@ class _Worker:
         while True:
             command, *arguments = self._commands.get()
             if command == "begin":
-                steps = iter(()) if idle else self._steps(latents, video, plan, *arguments)
+                if idle:
+                    steps = iter(())
+                    continue
+                start, stop = frame_rows(plan, self.rank, decoder.architecture.spatial_ratio)
+                row = width * colours
+                runs = pixels.row_runs(height, width, start, stop) if pixels else [(start * row, stop * row)]
+                steps = self._steps(latents, video, runs, plan, arguments[0], pixels)
             elif command == "step" and steps is not None:
                 done = next(steps, None)
                 self.send("end") if done is None else self.send("done", *done)
@@ -422,31 +433,46 @@ class _Worker:
             self.send("done", count, finite, (least, most))
 
     def _steps(
-        self, latents: torch.Tensor, video: torch.Tensor, plan: ShardPlan, chunk: int
+        self,
+        latents: torch.Tensor,
+        video: torch.Tensor,
+        runs: Sequence[tuple[int, int]],
+        plan: ShardPlan,
+        chunk: int,
+        pixels: PixelFormat | None = None,
     ) -> Iterator[tuple[int, bool]]:
-        """Decodes this rank's rows into ``video``; yields how many more frames are in it, and whether without NaN."""
+        """Decodes this rank's rows into ``video``; yields how many more frames are in it, and whether without NaN.
+
+        Args:
+            latents: of this rank's rows.
+            video: ``[B, T, n]``, all values of a frame in a row.
+            runs: which of a frame's values are of this rank's rows, first and last; one run a plane.
+            plan: the split.
+            chunk: latent frames at once.
+            pixels: what to make of the frames; by default nothing.
+        """
         decoder, group = self._decoder, self._group
         assert decoder is not None
         assert group is not None
         ratio = decoder.architecture.spatial_ratio
         shards = decoder.steps(latents, plan, group, chunk, self._peer_memory)
-        start, stop = frame_rows(plan, self.rank, ratio)
-        own_rows = video[:, :, start:stop]
+        own_runs = [video[..., start:stop] for start, stop in runs]
 
         more = True
 
-        def launched() -> Iterator[torch.Tensor]:
+        def launched() -> Iterator[Frames]:
             nonlocal more
             done = 0
             for frames in shards:
                 own = to_own_rows(frames, plan, group, ratio, self._peer_memory)
                 # While the device works on them; of the video no more than that, since whoever streams it takes no
                 # more memory.
-                for part in own_rows[:, done : done + own.shape[1]]:
-                    for frame in part:
-                        self._pages.put(frame)
+                for frame in itertools.chain.from_iterable(
+                    one for run in own_runs for one in run[:, done : done + own.shape[1]]
+                ):
+                    self._pages.put(frame)
                 done += own.shape[1]
-                yield own
+                yield Frames.of(own, pixels)
                 del own, frames
                 self._busy.set()
             more = False
@@ -457,10 +483,12 @@ class _Worker:
             if not more:
                 self._emptying = threading.Thread(target=self._empty_cache)
                 self._emptying.start()
-            # Rows of one frame lie together in the video: each copy is one run of bytes.
-            for into, part in zip(own_rows[:, done : done + count], frames, strict=True):
-                for frame_into, frame in zip(into, part, strict=True):
-                    frame_into.copy_(frame)
+            # Rows of one frame's plane lie together in the video: each copy is one run of bytes.
+            parts = frames.flatten(2).split([stop - start for start, stop in runs], dim=2)
+            for run, values in zip(own_runs, parts, strict=True):
+                for into, part in zip(run[:, done : done + count], values, strict=True):
+                    for frame_into, frame in zip(into, part, strict=True):
+                        frame_into.copy_(frame)
             done += count
             yield count, finite
 

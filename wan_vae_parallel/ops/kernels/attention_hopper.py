@@ -1,4 +1,4 @@
-"""Attention of one head over all positions of a frame, warp-specialised for Hopper, in Gluon (Triton 3.6).
+"""Attention of one head over all positions of a frame, warp-specialised for Hopper, in Gluon (Triton 3.6 to 3.9).
 
 T frames, N positions of this shard, M positions of the whole frame, C channels
 Layout  as in attention.py.
@@ -13,7 +13,7 @@ Bits    attention.py's up to 384 channels: the same blocks of keys, sums and rou
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 import triton
@@ -28,14 +28,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .attention import keys_at_once, parts_of, why_not
-from .launch import launch
+from ..dispatch import KernelError
+from ..gpu import gpu
+from .attention import frame_attention as frame_attention_of_all
+from .attention import why_not
+from .attention_tiles import keys_at_once, parts_of, scale_of
+from .launch import at_once, launch
+from .triton_version import VERSION
 
-# Gluon is experimental, and what it calls things changes between versions: 3.6 was tried, 3.7 and 3.8 compile
-# but were not run, 3.9 has other names.
-_VERSIONS = ("3.6",)
-# As 3.7 and 3.6 call it.
+# Gluon is experimental, and what it calls things changes between versions. With 3.6 this was tried on GPUs; with others
+# it compiles, and is tried where it is to run.
+_TRIED = (3, 6)
+_COMPILES = ((3, 6), (3, 7), (3, 8), (3, 9))
+# As versions from 3.7 on and 3.6 call it.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# As 3.9 and those before call it.
+_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _MAX_CHANNELS = 384
 _GROUP_QUERIES = 64
 # Blocks of keys, and of values, in flight.
@@ -65,7 +73,7 @@ def _load(
         mbarrier.expect(q_full.index(group), PARTS * q_desc.block_type.nbytes)
         for part in gl.static_range(PARTS):
             at = [frame, first + group * QUERIES, part * PART]
-            tma.async_copy_global_to_shared(q_desc, at, q_full.index(group), q_buffers.index(group * PARTS + part))
+            _copy(q_desc, at, q_full.index(group), q_buffers.index(group * PARTS + part))
     # A barrier that nothing has passed yet lets through who waits for phase 1: at first every buffer is free.
     phase = 1
     stage = 0
@@ -74,12 +82,12 @@ def _load(
         mbarrier.expect(k_full.index(stage), PARTS * k_desc.block_type.nbytes)
         for part in gl.static_range(PARTS):
             at = [frame, start, part * PART]
-            tma.async_copy_global_to_shared(k_desc, at, k_full.index(stage), k_buffers.index(stage * PARTS + part))
+            _copy(k_desc, at, k_full.index(stage), k_buffers.index(stage * PARTS + part))
         mbarrier.wait(v_free.index(stage), phase)
         mbarrier.expect(v_full.index(stage), PARTS * v_desc.block_type.nbytes)
         for part in gl.static_range(PARTS):
             at = [frame, start, part * PART]
-            tma.async_copy_global_to_shared(v_desc, at, v_full.index(stage), v_buffers.index(stage * PARTS + part))
+            _copy(v_desc, at, v_full.index(stage), v_buffers.index(stage * PARTS + part))
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -212,7 +220,26 @@ def _kernel(
 
 def can_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `frame_attention` takes these: see its ValueErrors."""
-    return _why_not(query, key, value) is None
+    return _why_not(query, key, value) is None and not why_not_on(query.device)
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str:
+    """What keeps this kernel from running on a Hopper GPU, if anything; a version that was not tried is tried now."""
+    if VERSION not in _COMPILES:
+        known = ", ".join(".".join(map(str, version)) for version in _COMPILES)
+        return f"Hopper's own is written for Triton {known}, not {triton.__version__}"
+    if VERSION == _TRIED:
+        return ""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2, 200, 3 * _MAX_CHANNELS)
+    inputs = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(generator=generator).chunk(3, dim=2)
+    try:
+        with at_once():
+            same = torch.equal(_attend_on_hopper(*inputs), frame_attention_of_all(*inputs))
+    except KernelError as error:
+        return f"Hopper's own does not run ({error})"
+    return "" if same else f"Hopper's own gives other bits with Triton {triton.__version__}"
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -227,10 +254,14 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         ``[T, N, C]``, contiguous.
 
     Raises:
-        ValueError: the tensors are none of the above, or this is another version of Triton.
+        ValueError: the tensors are none of the above.
     """
     if reason := _why_not(query, key, value):
         raise ValueError(f"frame_attention {reason}; attention.frame_attention may take it")
+    return _attend_on_hopper(query, key, value)
+
+
+def _attend_on_hopper(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     frames, queries, channels = query.shape
     parts, part = parts_of(channels)
     keys = keys_at_once(channels)
@@ -245,8 +276,7 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         queries,
         key.shape[1],
         out.stride(0),
-        # For exp2 in place of exp.
-        math.log2(math.e) / math.sqrt(channels),
+        scale_of(channels),
         PARTS=parts,
         PART=part,
         QUERIES=_GROUP_QUERIES,
@@ -272,8 +302,6 @@ def _why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str
         return reason
     if query.shape[-1] > _MAX_CHANNELS:
         return f"takes up to {_MAX_CHANNELS} channels, not {query.shape[-1]}"
-    if not triton.__version__.startswith(tuple(f"{version}." for version in _VERSIONS)):
-        return f"was tried with Triton {', '.join(_VERSIONS)}, not {triton.__version__}"
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0):
+    if not query.is_cuda or gpu(query.device).capability != (9, 0):
         return f"takes tensors on a Hopper GPU (compute capability 9.0), not on {query.device}"
     return None

@@ -70,12 +70,12 @@ def _where(p, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr):
     return h * SCALE + py, w * SCALE + px, (h < H) & (w < W)
 
 
-@triton.jit(do_not_specialize=["H", "W", "rows", "tap_stride", "o_stride"])
+@triton.jit(do_not_specialize=["H", "W", "rows"])
 def _conv_kernel(
     source, weight0, weight1, slots, bias, residual, out, out_slots,
-    H, W, rows, tap_stride, o_stride,
+    H, W, rows,
     C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BORDER: tl.constexpr,
+    BORDER: tl.constexpr, TAP_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
@@ -138,10 +138,10 @@ def _conv_kernel(
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
         x = _load_positions(source, row, c, rows, C, BM, BK, TMA)
-        w0 = load_weights(weight0, tap, first_channel + n, c, tap_stride, o_stride, C, O, N0, BK, TMA)
+        w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = load_weights(weight1, tap, first_channel + n + N0, c, tap_stride, o_stride, C, O, N1, BK, TMA)
+            w1 = load_weights(weight1, tap, first_channel + n + N0, c, TAP_STRIDE, O_STRIDE, C, O, N1, BK, TMA)
             acc1 = dot(x, w1, acc1, SWAP)
 
     if HIDE:
@@ -292,7 +292,7 @@ def _launch(
         None if out_slots is None else out_slots.numel(), transposed, tile, tma, arena.dtype, arena.device,
         tiles.changes(), wide,
     )  # fmt: skip
-    tile, call, numbers = _plan(geometry)
+    tile, call, numbers, tma = _plan(geometry)
     source: Any = arena
     weights: list[Any] = [weight, weight]
     if tma:
@@ -326,8 +326,11 @@ class _Geometry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
-    """The tile, the launch, and the kernel's integers; raises `ValueError` as `conv` does."""
+def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...], bool]:
+    """The tile, the launch, the kernel's integers, and whether it reads through descriptors.
+
+    Raises `ValueError` as `conv` does.
+    """
     kind, kernel, scale, halves = geometry.kind, geometry.kernel, geometry.kind.scale, geometry.kind.halves
     rows, columns = geometry.arena[1] - geometry.border, geometry.arena[2] - geometry.border
     frames = (geometry.slots - kernel[0]) // kind.time_stride + 1
@@ -357,16 +360,19 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...]]:
     tile = geometry.tile or tiles.choose_tile(
         kind, in_frame, frames * halves * scale**2, dtype=geometry.dtype, device=geometry.device
     )
+    tma = geometry.tma and tile.descriptors
     parts = -(-own // (tile.first + tile.second)) * halves * scale**2
     call = Call(
         _conv_kernel,
         (-(-in_frame // tile.positions) * frames * parts,),
         C=kind.channels, O=kind.out_channels, KT=kernel[0], KH=kernel[1], KW=kernel[2], BORDER=geometry.border,
+        TAP_STRIDE=geometry.strides[0], O_STRIDE=geometry.strides[1],
         SCALE=scale, HALVES=halves, TIME_STRIDE=kind.time_stride, HAS_RESIDUAL=geometry.residual is not None,
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         WIDE=in_bordered * own >= 2**31 if geometry.wide is None else geometry.wide,
-        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
-        HIDE=geometry.device.type == "cuda",
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
+        # Triton's interpreter knows no assembly.
+        HIDE=isinstance(_conv_kernel, triton.JITFunction),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return tile, call, (rows, columns, positions, *geometry.strides)
+    return tile, call, (rows, columns, positions), tma

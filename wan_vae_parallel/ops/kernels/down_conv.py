@@ -169,7 +169,7 @@ def down_conv(
         None if out_slots is None else out_slots.numel(), transposed, tile, tma, arena.dtype, arena.device,
         tiles.changes(),
     )  # fmt: skip
-    tile, call, numbers = _plan(geometry)
+    tile, call, numbers, tma = _plan(geometry)
     source: Any = arena
     weights: list[Any] = [as_matrix, as_matrix]
     if tma:
@@ -200,8 +200,11 @@ class _Geometry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, int]]:
-    """The tile, the launch, and the kernel's integers; raises `ValueError` as `down_conv` does."""
+def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, int], bool]:
+    """The tile, the launch, the kernel's integers, and whether it reads through descriptors.
+
+    Raises `ValueError` as `down_conv` does.
+    """
     count, *sides, channels = geometry.arena
     rows, columns = (side // 2 - 1 for side in sides)
     frames, out_channels = geometry.slots, geometry.out_channels
@@ -225,12 +228,13 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, int]]:
     tile = geometry.tile or tiles.choose_tile(
         kind, columns, frames * rows, dtype=geometry.dtype, device=geometry.device
     )
+    tma = geometry.tma and tile.descriptors
     parts = -(-out_channels // (tile.first + tile.second))
     call = Call(
         _down_kernel,
         (-(-columns // tile.positions) * rows * frames * parts,),
         C=channels, O=out_channels, OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
-        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=geometry.tma,
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return tile, call, (rows, columns)
+    return tile, call, (rows, columns), tma

@@ -1,6 +1,7 @@
 """Launching kernels; and compiling all that a decode will launch at once, before it begins.
 
 Compiling one takes seconds of one core, and a decode needs some thirty: one after the other they would take minutes.
+A kernel that can't be compiled or launched raises `dispatch.KernelError`, for which operations have another way.
 """
 
 from __future__ import annotations
@@ -12,42 +13,61 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
 from ...cancel import LOOK_SECONDS, check_cancelled
+from ...errors import is_out_of_memory
+from ..dispatch import KernelError
 from .progress import WORD_SECONDS, Progress
-
-try:
-    import triton
-except ImportError:  # where no kernel runs either
-    triton = None
+from .triton_version import COMPILED_TAKE_ALL
 
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
 
-# Since Triton 3.4 compiled kernels take all arguments, constants too.
-_COMPILED_TAKE_ALL = triton is None or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+# Newer versions of Triton fuse no multiplications with additions unless told to: other bits.
+_OPTIONS = {"enable_fp_fusion": True}
 
-_collected: contextvars.ContextVar[dict[Hashable, Callable[[], Any]] | None] = contextvars.ContextVar(
-    "collected", default=None
-)
+Job = Callable[[], Any]
+# A kernel's name first.
+Key = tuple[Hashable, ...]
+
+_collected: contextvars.ContextVar[dict[Key, Job] | None] = contextvars.ContextVar("collected", default=None)
+# Of this process: what could not be compiled or launched, and why.
+_failed: dict[Key, str] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launches a kernel; within `compile_all` it is only noted which."""
+    """Launches a kernel; within `collect` it is only noted which.
+
+    Raises:
+        KernelError: it can't be compiled or launched, now or before.
+        Exception: there is no memory left.
+    """
+    _launch(kernel, grid, arguments, options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """What a first launch returns: the compiled kernel."""
+    options = _OPTIONS | options
     collected = _collected.get()
+    if collected is None and not _failed:
+        with _failing(kernel, arguments, options):
+            return kernel[grid](*arguments, **options)
+    key = _key(kernel, arguments, options)
+    if key in _failed:
+        raise KernelError(_failed[key])
     if collected is None:
-        kernel[grid](*arguments, **options)
-        return
-    key = (kernel.fn.__qualname__, kernel.fn.__module__, tuple(map(_kind, arguments)), tuple(sorted(options.items())))
+        with _failing(kernel, arguments, options):
+            return kernel[grid](*arguments, **options)
     if key not in collected:
         # Not the tensors themselves, which would all stay in memory.
         collected[key] = functools.partial(kernel.warmup, *map(_stand_in, arguments), grid=grid, **options)
+    return None
 
 
 class Call:
@@ -70,53 +90,102 @@ class Call:
         self._compiled: Any = None
 
     def __call__(self, *arguments: Any) -> None:
-        """Launches it; within `compile_all` it is only noted."""
+        """Launches it as `launch` does."""
         # The compiler takes 16 bytes' alignment, which all tensors have that are not views, for granted.
         aligned = all(a.data_ptr() % 16 == 0 for a in arguments if isinstance(a, torch.Tensor))
-        if not aligned or not _COMPILED_TAKE_ALL or _collected.get() is not None:
-            launch(self._kernel, self._grid, *arguments, **self._options)
+        if not aligned or not COMPILED_TAKE_ALL or _collected.get() is not None:
+            _launch(self._kernel, self._grid, arguments, self._options)
         elif self._compiled:
-            self._compiled(*arguments, *self._constants)
+            with _failing(self._kernel, arguments, self._options):
+                self._compiled(*arguments, *self._constants)
         else:
-            compiled = self._kernel[self._grid](*arguments, **self._options)
+            compiled = _launch(self._kernel, self._grid, arguments, self._options)
             if compiled is not None:  # as it is in the interpreter
                 self._constants = tuple(self._options[name] for name in self._kernel.arg_names[len(arguments) :])
                 self._compiled = compiled[self._grid]
 
 
-def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: bool = False) -> None:
-    """Compiles what ``run()`` would launch, in parallel; kernels that are compiled already take no time.
+class _failing:
+    """Within it a launch's errors become `KernelError`, and its like is not tried again; but no lack of memory."""
+
+    __slots__ = ("_arguments", "_kernel", "_options")
+
+    def __init__(self, kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        self._kernel, self._arguments, self._options = kernel, arguments, options
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception) and not is_out_of_memory(error):
+            key = _key(self._kernel, self._arguments, _OPTIONS | self._options)
+            _failed[key] = _reason(key[0], error)
+            raise KernelError(_failed[key]) from error
+
+
+def _reason(name: str, error: Exception) -> str:
+    """One line, not all that a compiler had to say."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), (lines or [""])[0])
+    return f"{name}: {type(error).__name__} {telling[:300]}".strip()
+
+
+def at_once() -> contextlib.AbstractContextManager[None]:
+    """Within it launches are launches, also within `collect`."""
+    return _collecting(None)
+
+
+@contextlib.contextmanager
+def _collecting(collected: dict[Key, Job] | None) -> Iterator[None]:
+    token = _collected.set(collected)
+    try:
+        yield
+    finally:
+        _collected.reset(token)
+
+
+def collect(run: Callable[[], None]) -> dict[Key, Job]:
+    """What compiles each of the kernels that ``run()`` would launch; none is launched.
 
     Args:
         run: does everything but launch; what its tensors hold is never written.
+    """
+    collected: dict[Key, Job] = {}
+    with _collecting(collected):
+        run()
+    return collected
+
+
+def compile_all(run: Callable[[], None], device: torch.device) -> None:
+    """Compiles what ``run()`` would launch, in parallel; kernels that are compiled already take no time.
+
+    What can't be compiled is left for its launch to say.
+
+    Args:
+        run: as in `collect`.
         device: where it would be launched.
-        forgiving: what can't be compiled is left for its launch to fail.
 
     Where the decode is cancelled meanwhile, what is being compiled just then goes on, but is not waited for.
     """
-    collected: dict[Hashable, Callable[[], Any]] = {}
-    token = _collected.set(collected)
-    try:
-        run()
-    finally:
-        _collected.reset(token)
+    collected = collect(run)
     started = time.monotonic()
     progress = Progress(f"compiling kernels for {device}, which is done once", len(collected))
 
-    def compile_one(job: Callable[[], Any]) -> None:
+    def compile_one(key: Key, job: Job) -> None:
         # Each thread has a current device of its own.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             try:
                 job()
-            except Exception:  # compilers fail in many ways; the launch will say it again
-                if not forgiving:
+            except Exception as error:  # compilers fail in many ways
+                if is_out_of_memory(error):
                     raise
+                _failed[key] = _reason(key[0], error)
         progress.add()
 
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="wan-vae-parallel compile")
     try:
         with progress:
-            pending = {pool.submit(compile_one, job) for job in collected.values()}
+            pending = {pool.submit(compile_one, key, job) for key, job in collected.items()}
             while pending:
                 done, pending = wait(pending, LOOK_SECONDS, return_when=FIRST_EXCEPTION)
                 for job in done:
@@ -131,14 +200,29 @@ def compile_all(run: Callable[[], None], device: torch.device, *, forgiving: boo
         )
 
 
-def _kind(argument: Any) -> Hashable:
+def _key(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Key:
+    """What of a launch makes another kernel, and where."""
+    plain = frozenset(getattr(kernel, "do_not_specialize", None) or ())
+    names = (*kernel.arg_names[: len(arguments)],) if plain else ("",) * len(arguments)
+    kinds = tuple(_kind(argument, name not in plain) for argument, name in zip(arguments, names, strict=True))
+    device = next((str(a.device) for a in map(_tensor, arguments) if a is not None), "")
+    return kernel.fn.__qualname__, kernel.fn.__module__, device, kinds, tuple(sorted(options.items()))
+
+
+def _tensor(argument: Any) -> torch.Tensor | None:
+    base = getattr(argument, "base", argument)
+    return base if isinstance(base, torch.Tensor) else None
+
+
+def _kind(argument: Any, specialized: bool) -> Hashable:
     """What of an argument makes another kernel."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if hasattr(argument, "block_shape"):
         return argument.base.dtype, tuple(argument.block_shape)
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, abs(argument) >= 2**31
+        wide = abs(argument) >= 2**31
+        return (argument == 1, argument % 16 == 0, wide) if specialized else wide
     return type(argument)
 
 

@@ -21,11 +21,12 @@ import torch
 from ...cancel import check_cancelled
 from ...errors import is_out_of_memory
 from .. import conv as ops
+from ..gpu import gpu
 from ..layer_kinds import LayerKind, Measured
 from . import conv, down_conv, head_conv
 from .launch import compile_all
 from .progress import Progress
-from .tiles import Tile, candidates, gpu
+from .tiles import Tile, candidates
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class _Problem:
 
 def _measured(kind: LayerKind, dtype: torch.dtype, device: torch.device) -> Measured:
     tiles = candidates(kind, device)
-    rows = _rows(kind, tiles, gpu(device)[0], dtype.itemsize)
+    rows = _rows(kind, tiles, gpu(device).processors, dtype.itemsize)
     problem = _Problem(kind, rows, _COLUMNS, dtype, device)
     found = _time(problem, tiles, device)
     if found.lost:

@@ -23,7 +23,8 @@ def why_not(device: torch.device) -> str:
     out = torch.zeros(1, dtype=torch.int32, device=device)
     try:
         with torch.cuda.device(device):
-            _probe_kernel[(1,)](out)
+            # Not through `launch`, which may only note it.
+            _probe_kernel[(1,)](out, enable_fp_fusion=True)
         done = out.item() == 1
     except Exception as error:  # compilers fail in many ways
         if is_out_of_memory(error):  # which passes

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import KERNEL_DTYPES
+from ..gpu import gpu
 from .tiles import Tile
 
 try:
@@ -27,17 +28,22 @@ except ImportError:  # before Triton 3.4; the kernels then read through pointers
 
 @triton.jit
 def load_weights(
-    source, tap, n, c, tap_stride, o_stride,
+    source, tap, n, c,
+    TAP_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr,
     C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):
-    """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap."""
+    """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap.
+
+    The strides are constants so that the compiler sees that 16 bytes lie side by side: otherwise it copies two at a
+    time, and waits for them.
+    """
     if TMA:
         tile = source.load([tap, n, c]).reshape(BN, BK)
     else:
         o = n + tl.arange(0, BN)
         k = c + tl.arange(0, BK)
         inside = (o < O)[:, None] & (k < C)[None, :]
-        tile = tl.load(source + tap * tap_stride + o[:, None] * o_stride + k[None, :], mask=inside, other=0.0)
+        tile = tl.load(source + tap * TAP_STRIDE + o[:, None] * O_STRIDE + k[None, :], mask=inside, other=0.0)
     return tile
 
 
@@ -92,9 +98,9 @@ def frame_of(target, slots, frame, rows, columns, CO: tl.constexpr, PAGED: tl.co
 
 def use_descriptors(arena: torch.Tensor) -> bool:
     """Whether tiles of ``arena`` are read through TMA, which wants Hopper and strides of 16 bytes."""
-    if TensorDescriptor is None or arena.shape[3] % 8 or arena.data_ptr() % 16:
+    if TensorDescriptor is None or arena.shape[-1] % 8 or arena.data_ptr() % 16:
         return False
-    return not arena.is_cuda or torch.cuda.get_device_capability(arena.device) >= (9, 0)
+    return gpu(arena.device).has_tma
 
 
 def describe_weights(

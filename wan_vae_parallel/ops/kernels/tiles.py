@@ -7,17 +7,15 @@ runs (`use`), or else on an H200.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
+from ..gpu import gpu
 from ..layer_kinds import LayerKind, Measured
+from .triton_version import DESCRIPTORS
 
 # The accumulators of more channels don't fit one program's registers.
 _MAX_CHANNELS = 384
-# Shared memory of a program from which on products read both sides out of it, as on Hopper and the data centre's
-# Blackwell. Other GPUs' products take them from registers, which leaves fewer for accumulators.
-_WIDE_BYTES = 200 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,8 @@ class Tile:
     """Positions of a tile, O in two accumulators (the second may be 0), channels a step, warps, pipeline stages.
 
     Swapped, the weights are the product's left side: 192 channels are then three times 64 rows that each read a tile
-    of the input 256 columns wide, which asks less of shared memory.
+    of the input 256 columns wide, which asks less of shared memory. Without descriptors tiles are read through
+    pointers, also by GPUs that could do otherwise.
     """
 
     positions: int
@@ -35,11 +34,20 @@ class Tile:
     warps: int
     stages: int
     swapped: bool = False
+    descriptors: bool = True
 
 
 # Per device, dtype and kind of layer; and how often that changed.
 _measured: dict[tuple[torch.device, torch.dtype, LayerKind], list[tuple[Tile, float]]] = {}
 _changes = 0
+
+
+def wide_products(device: torch.device) -> bool:
+    """Whether products take both sides from shared memory, which leaves registers for wide tiles' accumulators.
+
+    Without descriptors, addresses would take those.
+    """
+    return gpu(device).reads_products_from_shared and DESCRIPTORS
 
 
 def _power_of_2(least: int) -> int:
@@ -89,46 +97,66 @@ def _settings(channels: int, out_channels: int) -> list[tuple[Tile, float]]:
     return [(Tile(128, first, 0, step, 8, 6 if deep else 4), 705), (Tile(64, first, 0, step, 4, 4), 625), small]
 
 
+# For GPUs whose products take their operands from registers: at most 128 of a thread's to accumulate, in the order of
+# how little they read from shared memory for a product. In one accumulator each warp has a square of 64 x 64 and reads
+# a quarter of a tile's rows and columns; in two, Triton 3.6 gives every warp rows of its own and all columns, so that
+# 128 x 192 with 8 warps reads twice as much. A step of 64 halves the barriers and the arithmetic of addresses.
+_NARROW = (
+    Tile(256, 128, 0, 32, 8, 4),
+    Tile(128, 128, 0, 32, 4, 4),
+    Tile(128, 128, 0, 64, 8, 3),
+    Tile(256, 64, 32, 32, 8, 4),
+    Tile(128, 64, 32, 32, 4, 4),
+    Tile(128, 128, 64, 64, 8, 3),
+    Tile(128, 128, 32, 64, 8, 3),
+    Tile(64, 128, 64, 32, 4, 3),
+    Tile(64, 128, 32, 32, 4, 3),
+    Tile(64, 64, 32, 32, 4, 4),
+    Tile(128, 64, 0, 32, 4, 4),
+)
+# Of them as many as are compiled and measured for a kind of layer.
+_MOST_NARROW = 5
+# Channels that a program computes for nothing may be so many of those that are wanted.
+_MOST_WASTE = 0.08
+
+
 def _narrow(channels: int, out_channels: int) -> list[Tile]:
-    """Settings for GPUs whose products take their operands from registers: at most 128 of a thread's to accumulate."""
-    step = min(32, _step(channels))
-    first, second = _split(out_channels)
-    if first + second <= 96:
-        return [
-            Tile(256, first, second, step, 8, 3),
-            Tile(128, first, second, step, 4, 4),
-            Tile(64, first, second, step, 4, 4),
+    """Settings for GPUs whose products take their operands from registers, those that promise most first."""
+    step = _step(channels)
+    if sum(_split(out_channels)) <= 64:
+        first, second = _split(out_channels)
+        shapes = [
+            Tile(256, first, second, 32, 8, 4),
+            Tile(128, first, second, 32, 4, 4),
+            Tile(64, first, second, 32, 4, 4),
         ]
-    if first + second <= 192:
-        return [
-            Tile(128, first, second, step, 8, 3),
-            Tile(64, first, second, step, 4, 3),
-            Tile(128, 64, 0, step, 4, 4),
-            Tile(128, 64, 32, step, 4, 4),
-        ]
-    return [
-        Tile(128, 128, 64, step, 8, 3),
-        Tile(128, 128, 0, step, 8, 3),
-        Tile(128, 128, 0, step, 4, 3),
-        Tile(64, 128, 64, step, 4, 3),
-    ]
+    else:
+        padded = {tile: -(-out_channels // width) * width for tile in _NARROW if (width := tile.first + tile.second)}
+        most = max(min(padded.values()), (1 + _MOST_WASTE) * out_channels)
+        shapes = [tile for tile, columns in padded.items() if columns <= most][:_MOST_NARROW]
+    return list(dict.fromkeys(dataclasses.replace(tile, step=min(step, tile.step)) for tile in shapes))
 
 
-def _unmeasured(channels: int, out_channels: int, shared: int) -> list[tuple[Tile, float]]:
-    """Settings for a GPU with so much shared memory that nothing is known of; narrow ones are taken for alike."""
-    if shared < _WIDE_BYTES:
-        return [(tile, 1.0) for tile in _narrow(channels, out_channels)]
-    return _settings(channels, out_channels)
+def _unmeasured(channels: int, out_channels: int, device: torch.device) -> list[tuple[Tile, float]]:
+    """Settings for a GPU that nothing is known of; narrow ones are taken for alike."""
+    if wide_products(device):
+        return _settings(channels, out_channels)
+    return [(tile, 1.0) for tile in _narrow(channels, out_channels)]
 
 
 def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
     """Settings to measure for ``kind``: few, as each has to be compiled, and all with the same bits."""
-    shared = gpu(device)[1]
     channels, own = kind.channels, kind.out_channels // kind.halves
     if kind.op == "head_conv":
         return [head_tile(64, 512, channels, device=device)]
-    if shared < _WIDE_BYTES:
-        return list(dict.fromkeys(fit(tile, shared) for tile in _narrow(channels, own)))
+    if not wide_products(device):
+        found = _narrow(channels, own)
+        if gpu(device).capability[0] == 12:  # for which the assembler spills the largest tile
+            found = [tile for tile in found if tile.positions * (tile.first + tile.second) <= 128 * 192]
+        if gpu(device).has_tma and DESCRIPTORS:
+            # There addresses take fewer registers, and waiting more instructions.
+            found = [tile for one in found[:3] for tile in (one, dataclasses.replace(one, descriptors=False))]
+        return list(dict.fromkeys(fit(tile, device) for tile in found))
     shipped = [tile for tile, _ in _settings(channels, own)]
     first, second = _split(own)
     step = _step(channels)
@@ -138,7 +166,7 @@ def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
         others = [Tile(128, first, second, step, 8, 3), Tile(128, first, second, step, 4, 3)]
     else:
         others = [Tile(128, 128, 64, step, 8, 4)]
-    return list(dict.fromkeys(fit(tile, shared) for tile in (*shipped, *others)))
+    return list(dict.fromkeys(fit(tile, device) for tile in (*shipped, *others)))
 
 
 def use(measured: dict[LayerKind, Measured], device: torch.device, dtype: torch.dtype) -> None:
@@ -168,7 +196,7 @@ def choose_tile(
         dtype: what it multiplies.
         device: where it runs.
     """
-    processors, shared = gpu(device)
+    processors = gpu(device).processors
     own = kind.out_channels // kind.halves
 
     def cost(setting: tuple[Tile, float]) -> float:
@@ -180,19 +208,27 @@ def choose_tile(
     # Images' layers are as videos', with a third of the products for each position.
     alike = kind._replace(kernel=(3, *kind.kernel[1:])) if kind.op == "conv" and kind.kernel[0] == 1 else kind
     measured = _measured.get((device, dtype, kind)) or _measured.get((device, dtype, alike))
-    settings = measured or _unmeasured(kind.channels, own, shared)
-    return fit(min(settings, key=cost)[0], shared)
+    settings = measured or _unmeasured(kind.channels, own, device)
+    return fit(min(settings, key=cost)[0], device)
 
 
 def head_tile(columns: int, width: int, channels: int, *, device: torch.device) -> Tile:
     """The setting for a head of ``columns`` matrix columns over rows of ``width``."""
-    return fit(Tile(256 if width > 128 else 128, columns, 0, min(32, _step(channels)), 4, 5), gpu(device)[1])
+    positions, step = 256 if width > 128 else 128, min(32, _step(channels))
+    if wide_products(device):
+        return fit(Tile(positions, columns, 0, step, 4, 5), device)
+    # With 4 warps 224 registers a thread; so two programs of twice the warps share a multiprocessor.
+    return fit(Tile(positions, columns, 0, step, positions // 32, 3), device)
 
 
-def fit(tile: Tile, shared: int) -> Tile:
+def fit(tile: Tile, device: torch.device) -> Tile:
     """Shortens the pipeline, then the tile, for GPUs with less shared memory than Hopper's 227 KiB."""
-    while (tile.positions + tile.first + tile.second) * tile.step * 2 * tile.stages > shared - 4096:
-        if tile.stages > 2:
+    # Products from registers free a stage before the next one is asked for.
+    spare, room = (0, 4096) if gpu(device).reads_products_from_shared else (1, 1024)
+    while (tile.positions + tile.first + tile.second) * tile.step * 2 * (tile.stages - spare) > (
+        gpu(device).shared - room
+    ):
+        if tile.stages > 2 + spare:
             tile = dataclasses.replace(tile, stages=tile.stages - 1)
         elif tile.step > 16:
             tile = dataclasses.replace(tile, step=tile.step // 2)
@@ -201,12 +237,3 @@ def fit(tile: Tile, shared: int) -> Tile:
         else:
             break
     return tile
-
-
-@functools.cache
-def gpu(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program may have; an H200's in the interpreter."""
-    if device.type != "cuda":
-        return 132, 232448
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 232448)

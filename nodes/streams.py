@@ -1,0 +1,128 @@
+"""What the nodes do whose frames go to a file, or come from one, a few at a time.
+
+B videos, T latent frames, h x w latent rows and columns, z channels; H x W frames of C colours
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import comfy.model_management as model_management
+import torch
+
+from ..wan_vae_parallel.errors import CheckpointError, FrameError, OutOfMemoryError
+from ..wan_vae_parallel.files.frames_in import open_frames, resized
+from ..wan_vae_parallel.files.latents import check_latents
+from ..wan_vae_parallel.files.settings import OutputSettings
+from ..wan_vae_parallel.to_video import joined, write_video
+from .progress import ChunkProgress
+from .vaes import ParallelVAE, _output_dtype
+
+_check = model_management.throw_exception_if_processing_interrupted
+
+
+def decode_to_file(
+    vae: ParallelVAE,
+    latents: Sequence[torch.Tensor],
+    path: Path,
+    settings: OutputSettings,
+    *,
+    normalized: bool,
+    part: int,
+    parts: int,
+) -> None:
+    """Decodes parts of one video to a file, with progress, previews and cancelling.
+
+    Args:
+        vae: decodes.
+        latents: ``[1, z, T, h, w]`` each, one after the other in time.
+        path: where to.
+        settings: how.
+        normalized: see `wan_vae_parallel.VAE.decode`.
+        part: which of ``parts`` videos it is, for the progress bar.
+        parts: how many there are.
+    """
+    engine = vae._current_engine("decoder")
+    whole = check_latents(joined(latents), engine.architecture)
+    engine.set_chunk(vae._chunk)
+    progress = ChunkProgress(parts=parts)
+
+    def make_room() -> None:
+        engine.make_room("decoder", engine.memory_needed(whole.shape))
+
+    try:
+        write_video(
+            engine.vae,
+            whole,
+            path,
+            settings,
+            normalized,
+            on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*whole.shape[3:])),
+            on_wait=_check,
+            before=make_room,
+        )
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(error.text) from error  # a graph is no Python
+
+
+def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: int | None, chunk: int) -> torch.Tensor:
+    """Encodes a video's file to ``[1, z, T', h, w]``, with progress and cancelling.
+
+    Args:
+        vae: encodes.
+        path: of the file.
+        size: width and height to stretch frames to; 0 for the video's own, or in proportion to the other one.
+        most: frames, the first ones; None for all.
+        chunk: latent frames' pictures at once; 0 for as many as the VAE was made with.
+
+    Raises:
+        CheckpointError: the weights have no encoder.
+        FrameError: the file can't be read, or has no frames.
+    """
+    engine = vae._current_engine("encoder")
+    architecture = engine.architecture
+    if architecture.encoder_width is None:
+        raise CheckpointError(
+            f"{engine.source.name} has no encoder, so that this VAE can only decode; encode with the whole Wan VAE"
+        )
+    engine.set_chunk((chunk or vae._chunk) * architecture.temporal_ratio)
+    progress = ChunkProgress(parts=1, previews=False).part(0)
+    parts: list[torch.Tensor] = []
+    with open_frames(path, colours=architecture.output_channels, most=most) as source:
+
+        def frames() -> Iterator[torch.Tensor]:
+            room = False
+            for frame in source:
+                _check()
+                frame = resized(frame, _stretched(frame, size))
+                if not room:
+                    count = source.expected or most or architecture.temporal_ratio + 1
+                    engine.make_room("encoder", engine.encode_memory_needed((1, count, *frame.shape[1:])))
+                    room = True
+                yield frame
+
+        done = 0
+        try:
+            for latents in engine.vae.encode_stream(frames(), on_wait=_check):
+                parts.append(latents)
+                done += latents.shape[2]
+                total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
+                progress(done, max(done, total or 0), latents)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(error.text) from error
+    if not parts:
+        raise FrameError(f"{path} has no frames; name another video")
+    return torch.cat(parts, dim=2).to(vae.output_device, _output_dtype(vae))
+
+
+def _stretched(frame: torch.Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height for ``[1, H, W, C]``; of one that is not given the nearest multiple of 8 in proportion."""
+    height, width = frame.shape[1:3]
+    if not any(size):
+        return width, height
+    if all(size):
+        return size
+    asked = size[0] / width if size[0] else size[1] / height
+    other = max(8, round((height if size[0] else width) * asked / 8) * 8)
+    return (size[0], other) if size[0] else (other, size[1])

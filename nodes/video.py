@@ -1,0 +1,337 @@
+"""The nodes that go from latents straight to a video file, and from a file straight to latents."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import InputImpl, Types, io, ui
+
+from ..wan_vae_parallel.errors import ArgumentError
+from ..wan_vae_parallel.files.audio import Audio
+from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
+from ..wan_vae_parallel.files.settings import OutputSettings
+from ..wan_vae_parallel.files.video_out import pictures_as_video
+from .schemas import _CATEGORY, _advanced, _chunk_input, _given
+from .streams import decode_to_file, encode_file
+from .vaes import ParallelVAE, apply_parallel
+
+# What the node calls the engine's formats, and the suffix of their files.
+_FORMATS = {
+    "MP4 H.264 8 bit": ("h264", ".mp4"),
+    "MP4 H.265 10 bit": ("h265", ".mp4"),
+    "WebM VP9 8 bit": ("vp9", ".webm"),
+    "MOV ProRes 422 HQ 10 bit": ("prores", ".mov"),
+    "MKV FFV1 lossless 16 bit": ("ffv1", ".mkv"),
+    "PNG pictures 8 bit": ("png8", ""),
+    "PNG pictures 16 bit": ("png16", ""),
+}
+_OWN_FFMPEG = "imageio-ffmpeg"
+# What MP4 holds, which core's Save Video writes by default.
+_IN_MP4 = ("h264", "h265", "vp9")
+
+
+class SavedVideo(InputImpl.VideoFromFile):
+    """A file as core's VIDEO; streams that a container can't hold are encoded again when it is saved there."""
+
+    def __init__(self, file: str, *, in_mp4: bool, **options: Any) -> None:
+        super().__init__(file, **options)
+        self._in_mp4 = in_mp4
+
+    def save_to(
+        self, path: Any, format: Any = Types.VideoContainer.AUTO, codec: Any = Types.VideoCodec.AUTO, **rest: Any
+    ) -> Any:
+        """As core's; in MP4, streams that it can't hold become H.264."""
+        named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
+        to_mp4 = named or format == Types.VideoContainer.MP4
+        if to_mp4 and not self._in_mp4 and codec == Types.VideoCodec.AUTO:
+            codec = Types.VideoCodec.H264
+        return super().save_to(path, format=format, codec=codec, **rest)
+
+
+class WanVAEParallelDecodeToVideo(io.ComfyNode):
+    """Decodes Wan latents to a video file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelDecodeToVideo",
+            display_name="Wan VAE Decode to Video (Parallel)",
+            category=_CATEGORY,
+            description=(
+                "Decodes Wan video latents straight to a video file, exactly, a few frames in memory at a time, "
+                "however long the video is. Takes the place of VAE Decode, Create Video and Save Video."
+            ),
+            inputs=[
+                io.Latent.Input("samples", tooltip="Wan latents, as the sampler returns them; a list of them, too."),
+                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                io.Float.Input(
+                    "fps",
+                    optional=True,
+                    default=16.0,
+                    min=0.01,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Frames a second: Wan 2.1 has 16, Wan 2.2 5B 24.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    optional=True,
+                    options=list(_FORMATS),
+                    default="MP4 H.264 8 bit",
+                    tooltip=(
+                        "What to write. Colours are BT.709 and tagged so. MKV FFV1 and PNG keep every pixel; ProRes is "
+                        "for editing programs. 10 and 16 bits are made from the decoder's floats, not from 8."
+                    ),
+                ),
+                io.Combo.Input(
+                    "quality",
+                    optional=True,
+                    options=list(QUALITIES),
+                    default="high",
+                    tooltip="Of H.264, H.265 and VP9; ProRes, FFV1 and PNG have one quality only.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    optional=True,
+                    default="video/wan",
+                    tooltip="How files are named, as in Save Video, with %date:yyyy-MM-dd% and the like.",
+                ),
+                io.Boolean.Input(
+                    "save",
+                    optional=True,
+                    default=False,
+                    tooltip=(
+                        "On: the file goes to ComfyUI's output folder. Off: to its temporary one, which is emptied "
+                        "when ComfyUI starts; connect Save Video to keep it."
+                    ),
+                ),
+                io.Audio.Input(
+                    "audio", optional=True, tooltip="Sound, which is cut or filled with silence to the video's length."
+                ),
+                io.Boolean.Input(
+                    "join",
+                    optional=True,
+                    default=False,
+                    tooltip=(
+                        "On: several latents, of a list or a batch, are consecutive parts of one video, and decoded "
+                        "without a seam. Off: each becomes a video of its own."
+                    ),
+                ),
+                io.Int.Input(
+                    "crf",
+                    optional=True,
+                    default=-1,
+                    min=-1,
+                    max=63,
+                    tooltip="The encoder's own measure of quality, less is better; -1 for what quality says.",
+                    **_advanced(io.Int.Input),
+                ),
+                io.Boolean.Input(
+                    "normalized_latents",
+                    optional=True,
+                    default=False,
+                    tooltip=(
+                        "Switch on for latents of WanVideoWrapper, which are still as the diffusion model made them. "
+                        "ComfyUI's own samplers have applied mean and deviation already: leave it off for theirs."
+                    ),
+                    **_advanced(io.Boolean.Input),
+                ),
+                io.Combo.Input(
+                    "ffmpeg",
+                    optional=True,
+                    options=[_OWN_FFMPEG, "of the PATH"],
+                    default=_OWN_FFMPEG,
+                    tooltip="Which ffmpeg encodes: the one that was installed with this pack, or the computer's own.",
+                    **_advanced(io.Combo.Input),
+                ),
+            ],
+            outputs=[
+                io.Video.Output(
+                    is_output_list=True, tooltip="The video, for Save Video, Get Video Components and others."
+                )
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_input_list=True,
+            is_output_node=True,
+            **_given(
+                io.Schema, search_aliases=["vae decode video", "latent to video", "wan save video", "stream decode"]
+            ),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples: list[dict[str, Any]],
+        vae: list[Any],
+        fps: Sequence[float] = (16.0,),
+        format: Sequence[str] = ("MP4 H.264 8 bit",),
+        quality: Sequence[str] = ("high",),
+        filename_prefix: Sequence[str] = ("video/wan",),
+        save: Sequence[bool] = (False,),
+        audio: Sequence[Any] | None = None,
+        join: Sequence[bool] = (False,),
+        crf: Sequence[int] = (-1,),
+        normalized_latents: Sequence[bool] = (False,),
+        ffmpeg: Sequence[str] = (_OWN_FFMPEG,),
+    ) -> io.NodeOutput:
+        wan = vae[0] if isinstance(vae[0], ParallelVAE) else apply_parallel(vae[0])
+        parts = [part for one in samples for part in _plain(one["samples"]).split(1)]
+        videos = [parts] if join[0] else [[part] for part in parts]
+        sounds = _sounds(audio)
+        results, shown = [], []
+        for number, latents in enumerate(videos):
+            height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
+            made = _Video(format[0], filename_prefix[0], saved=save[0], width=width, height=height)
+            settings = OutputSettings(
+                fps=Fraction(fps[0]).limit_denominator(10**6),
+                format=made.format,
+                quality=quality[0] if crf[0] < 0 else crf[0],
+                audio=sounds[min(number, len(sounds) - 1)] if sounds else None,
+                metadata=cls._texts(),
+                preview=made.preview,
+                ffmpeg=None if ffmpeg[0] == _OWN_FFMPEG else "ffmpeg",
+            )
+            decode_to_file(
+                wan, latents, made.path, settings, normalized=normalized_latents[0], part=number, parts=len(videos)
+            )
+            results.append(made.video(settings))
+            shown.append(made.shown)
+        return io.NodeOutput(results, ui=ui.PreviewVideo(shown))
+
+    @classmethod
+    def _texts(cls) -> dict[str, str]:
+        """Prompt and workflow, as Save Video puts them into a file."""
+        if args.disable_metadata:
+            return {}
+        texts = {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
+        if cls.hidden.prompt is not None:
+            texts["prompt"] = json.dumps(cls.hidden.prompt)
+        return texts
+
+
+class _Video:
+    """Where a video goes, and what ComfyUI hears of it."""
+
+    def __init__(self, title: str, prefix: str, *, saved: bool, width: int, height: int) -> None:
+        if title not in _FORMATS:
+            raise ArgumentError(f"format is {title!r}; it must be one of {', '.join(_FORMATS)}")
+        self.format, suffix = _FORMATS[title]
+        chosen = FORMATS[self.format]
+        kind = io.FolderType.output if saved else io.FolderType.temp
+        root = folder_paths.get_output_directory() if saved else folder_paths.get_temp_directory()
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+        stem = f"{name}_{counter:05}_"
+        self.path = Path(folder) / (f"{stem}{suffix}" if suffix else f"{stem}/%05d.png")
+        self.preview: Path | None = None
+        self.shown = ui.SavedResult(self.path.name, subfolder, kind)
+        if not chosen.browsers:
+            temporary = folder_paths.get_temp_directory()
+            place, name, counter, subfolder, _ = folder_paths.get_save_image_path("wan_vae_preview", temporary)
+            self.preview = Path(place) / f"{name}_{counter:05}_.mp4"
+            self.shown = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
+
+    def video(self, settings: OutputSettings) -> SavedVideo:
+        """The VIDEO; of pictures a temporary one that holds them as they are."""
+        if not FORMATS[self.format].pictures:
+            return SavedVideo(str(self.path), in_mp4=self.format in _IN_MP4)
+        assert self.preview is not None
+        together = self.preview.with_suffix(".mkv")
+        pictures_as_video(self.path, together, settings)
+        return SavedVideo(str(together), in_mp4=False)
+
+
+class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
+    """Encodes a video file to Wan latents."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanVAEParallelLoadVideoToLatent",
+            display_name="Load Video to Latent (Parallel)",
+            category=_CATEGORY,
+            description=(
+                "Encodes a video file straight to Wan latents, exactly, a few frames in memory at a time, however long "
+                "the video is. Takes the place of Load Video, Get Video Components and VAE Encode."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file", options=_videos(), upload=io.UploadType.video, tooltip="From ComfyUI's input folder."
+                ),
+                io.Vae.Input("vae", tooltip="A Wan VAE; one that another loader made is made parallel on the way."),
+                io.Int.Input(
+                    "width",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=16384,
+                    step=8,
+                    tooltip="Frames are stretched to it, bicubic; 0 for the video's own, or in proportion to height.",
+                ),
+                io.Int.Input("height", optional=True, default=0, min=0, max=16384, step=8, tooltip="As width."),
+                io.Int.Input(
+                    "frames",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=10**6,
+                    tooltip="The first so many; 0 for all. One, five, nine and so on are used.",
+                ),
+                _chunk_input(
+                    "Latent frames encoded at once, of four pictures each. 0 does as the VAE's loader was told, which "
+                    "may be to choose."
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latents, as VAE Encode returns them.")],
+            **_given(io.Schema, search_aliases=["video to latent", "encode video", "vae encode video", "load video"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> float | None:
+        """A file that was replaced is encoded anew."""
+        return os.path.getmtime(folder_paths.get_annotated_filepath(file)) if file else None
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        """A file that is not there is told before the graph runs."""
+        if file is None or folder_paths.exists_annotated_filepath(file):
+            return True
+        return f"there is no video {file} in the input folder; upload it, or choose another"
+
+    @classmethod
+    def execute(
+        cls, file: str, vae: Any, width: int = 0, height: int = 0, frames: int = 0, chunk: int = 0
+    ) -> io.NodeOutput:
+        wan = vae if isinstance(vae, ParallelVAE) else apply_parallel(vae)
+        path = Path(folder_paths.get_annotated_filepath(file))
+        return io.NodeOutput(
+            {"samples": encode_file(wan, path, size=(width, height), most=frames or None, chunk=chunk)}
+        )
+
+
+def _plain(latents: Any) -> Any:
+    """Of what a model with sound samples, the video."""
+    if getattr(latents, "is_nested", False):
+        latents = latents.unbind()[0]
+    return latents.unsqueeze(2) if latents.dim() == 4 else latents
+
+
+def _sounds(audio: Sequence[Any] | None) -> list[Audio]:
+    return [
+        Audio(waveform.detach().cpu().float(), int(one["sample_rate"]))
+        for one in audio or ()
+        if one is not None
+        for waveform in one["waveform"]
+    ]
+
+
+def _videos() -> list[str]:
+    folder = folder_paths.get_input_directory()
+    files = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
+    return sorted(folder_paths.filter_files_content_types(files, ["video"]))

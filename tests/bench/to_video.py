@@ -1,0 +1,166 @@
+"""From latents to a finished MP4 in one real ComfyUI server: seconds, and the host's memory at its peak.
+
+    python -m tests.bench.to_video [--size 1280x720] [--frames 81,241,961] [--devices 2] [--repeats 3]
+    python -m tests.bench.to_video --ways video --frames 241,961         # memory of the one node
+    python -m tests.bench.to_video --cpu --width 8 --size 80x48 --frames 9 --repeats 1   # tries all this anywhere
+
+| way | nodes |
+| --- | --- |
+| video | Wan VAE Decode to Video (Parallel) |
+| ours | Wan VAE Decode (Parallel), Create Video, Save Video |
+| core | VAE Decode of core's VAE, Create Video, Save Video |
+
+Seconds are from the decode node's start to the end of the last node, by the server's clock; the first of each way and
+length is left out. Memory is what all of the server's processes hold, workers and ffmpeg too, shared pages counted once
+(proportional set size, looked at 20 times a second), above what they hold before the prompt. Weights are random, of
+Wan 2.1 at the published width, in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.bench import comfyui
+from tests.bench.footprint import MARK
+from tests.comfyui.conftest import random_checkpoint
+from tests.comfyui.server import find_comfyui, node
+
+WAYS = ("video", "ours", "core")
+_LOOK_SECONDS = 0.05
+
+
+def held(mark: str) -> int:
+    """Bytes that processes with ``mark`` in their environment hold, what they share counted once."""
+    total = 0
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                lines = (entry / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+@contextlib.contextmanager
+def peak_of(mark: str) -> Iterator[list[int]]:
+    """Within it, memory is looked at; the list has the most that was seen when it ends."""
+    most, over = [0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            most[0] = max(most[0], held(mark))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
+
+
+def graph(options: argparse.Namespace, contender: comfyui.Contender, way: str, name: str, frames: int) -> dict:
+    """Latents to a file, by one of the ways."""
+    wired = {"samples": ["latent", 0], "vae": ["vae", 0]}
+    nodes = {"latent": node("ProbeLoadTensor", name=name), "vae": contender.loader(options)}
+    prefix = f"bench/{way}_{frames}"
+    if way == "video":
+        given = {"fps": 16.0, "format": "MP4 H.264 8 bit", "quality": options.quality, "save": True}
+        return {**nodes, "decode": node("WanVAEParallelDecodeToVideo", **wired, **given, filename_prefix=prefix)}
+    decode = node("WanVAEParallelDecode" if way == "ours" else "VAEDecode", **wired)
+    return {
+        **nodes,
+        "decode": decode,
+        "create": node("CreateVideo", images=["decode", 0], fps=16.0),
+        "save": node("SaveVideo", video=["create", 0], filename_prefix=prefix, format="auto", codec="auto"),
+    }
+
+
+def measure(options: argparse.Namespace, server: comfyui.Bench, way: str, frames: int) -> dict:
+    """Seconds of each repeat, and the most memory above what was there before."""
+    contender = comfyui.Contender(0 if way == "core" else options.devices)
+    columns, rows = (int(side) // 8 for side in options.size.split("x"))
+    seconds, memory = [], []
+    for repeat in range(options.repeats + 1):
+        name = f"latent_{way}_{frames}_{repeat}.safetensors"
+        shape = (1, 16, (frames - 1) // 4 + 1, rows, columns)
+        save_file(
+            {"tensor": torch.randn(shape, generator=torch.Generator().manual_seed(repeat))}, server.server.input / name
+        )
+        time.sleep(options.pause)
+        before = held(server.mark)
+        with peak_of(server.mark) as most:
+            run = server.server.run(graph(options, contender, way, name, frames), timeout=options.timeout).check()
+        lines = (server.server.output / "executions.jsonl").read_text().splitlines()
+        mine = [one for one in map(json.loads, lines) if one["prompt"] == run.prompt_id]
+        begun = next(one["started"] for one in mine if one["node"] == "decode")
+        seconds.append(max(one["ended"] for one in mine) - begun)
+        memory.append(most[0] - before)
+    warm = seconds[1:] or seconds
+    return {"way": way, "frames": frames, "seconds": seconds, "median": statistics.median(warm), "bytes": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1280x720")
+    parser.add_argument("--frames", default="81,241,961", help="one and a multiple of four each")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--quality", default="high")
+    parser.add_argument("--repeats", type=int, default=3, help="after a first one")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between prompts")
+    parser.add_argument("--chunk", type=int, default=0)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--server-options", default="")
+    parser.add_argument("--timeout", type=float, default=1200)
+    parser.add_argument("--json", type=Path, help="where to write every number")
+    options = parser.parse_args()
+    options.comfyui, options.cold_cache, options.warm_cache, options.cache = find_comfyui(), False, False, None
+    options.first_after, options.park = None, False
+    if options.comfyui is None:
+        parser.error("no ComfyUI found: set COMFYUI_PATH and COMFYUI_PYTHON")
+    lengths = [int(count) for count in options.frames.split(",")]
+    ways = options.ways.split(",")
+    if set(ways) - set(WAYS) or any((count - 1) % 4 for count in lengths):
+        parser.error(f"ways are {', '.join(WAYS)}, and frames one and a multiple of four")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder, options.models = folder, Path(folder) / "models"
+        options.models.mkdir()
+        random_checkpoint(options.models / comfyui.CHECKPOINT, width=options.width)
+        tensors = load_file(options.models / comfyui.CHECKPOINT)
+        save_file({key: value.bfloat16() for key, value in tensors.items()}, options.models / comfyui.CHECKPOINT)
+        options.frames = lengths[0]
+        title = comfyui.heading(options)
+        print(f"{title}; {options.size}, ours on {options.devices} devices, quality {options.quality}", flush=True)
+        print("| way | frames | seconds, first | median of later | peak above idle |")
+        print("| --- | --- | --- | --- | --- |")
+        with comfyui.bench(options, comfyui.Contender(options.devices)) as server:
+            for frames in lengths:
+                for way in ways:
+                    row = measure(options, server, way, frames)
+                    rows.append(row)
+                    print(
+                        f"| {way} | {frames} | {row['seconds'][0]:.2f} s | {row['median']:.2f} s | "
+                        f"{max(row['bytes']) / 2**30:.2f} GiB |",
+                        flush=True,
+                    )
+                    if options.json:
+                        options.json.write_text(json.dumps({"heading": title, "rows": rows}, indent=1))
+            for note in server.notes():
+                print(f"# the log says: {note}")
+
+
+if __name__ == "__main__":
+    main()

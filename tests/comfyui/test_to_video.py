@@ -1,0 +1,229 @@
+"""Latents to a video file and back in a real ComfyUI server, by POST /prompt."""
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+
+import pytest
+import torch
+
+from tests.comfyui.server import node
+from tests.processes import patience
+
+FORMATS = {
+    "MP4 H.264 8 bit": ".mp4",
+    "MP4 H.265 10 bit": ".mp4",
+    "WebM VP9 8 bit": ".webm",
+    "MOV ProRes 422 HQ 10 bit": ".mov",
+    "MKV FFV1 lossless 16 bit": ".mkv",
+    "PNG pictures 16 bit": ".png",
+}
+LOSSLESS = "MKV FFV1 lossless 16 bit"
+
+
+def latents(*, frames=3, batch=1, seed=1, rows=4, columns=6):
+    return torch.randn((batch, 16, frames, rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def to_video(samples, *, loader=None, **inputs):
+    """A graph whose node "v" makes a video, with a loader and what gives the latents."""
+    given = {"format": LOSSLESS, "fps": 16.0, "quality": "high", "filename_prefix": "v", "save": False, **inputs}
+    return {
+        "l": loader or node("WanVAEParallelLoader", vae_name="wan21.safetensors", devices="cpu", chunk=1),
+        "s": samples,
+        "v": node("WanVAEParallelDecodeToVideo", samples=["s", 0], vae=["l", 0], **given),
+    }
+
+
+def components(of="v", name="frames.safetensors"):
+    """Nodes that take the VIDEO apart and hand its frames out."""
+    return {
+        f"c{name}": node("GetVideoComponents", video=[of, 0]),
+        f"o{name}": node("ProbeSaveTensor", name=name, image=[f"c{name}", 0]),
+    }
+
+
+def decoded(samples="s"):
+    return {
+        "d": node("WanVAEParallelDecode", samples=[samples, 0], vae=["l", 0]),
+        "do": node("ProbeSaveTensor", name="decoded.safetensors", image=["d", 0]),
+    }
+
+
+def equal_to_rounding(frames, expected):
+    """Whether frames of a lossless file are what was decoded; a core before 0.33 reads 8 bits of any file."""
+    eight_bits = (frames * 255 - (frames * 255).round()).abs().max() < 1e-3
+    return frames.shape == expected.shape and (frames - expected).abs().max() < (0.008 if eight_bits else 0.001)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_a_video_for_cores_nodes_and_shown(server, send, received, format):
+    graph = {
+        **to_video(send("l.safetensors", latents(rows=8, columns=9)), format=format, quality="best"),
+        **components(),
+        **decoded(),
+        "save": node("SaveVideo", video=["v", 0], filename_prefix="saved", format="auto", codec="auto"),
+    }
+    run = server.run(graph).check()
+    frames, expected = received("frames.safetensors"), received("decoded.safetensors")
+    assert frames.shape == expected.shape == (9, 64, 72, 3)
+    exact = format == LOSSLESS or format.startswith("PNG")
+    # Random latents make pictures of noise, whose chroma a video halves.
+    assert equal_to_rounding(frames, expected) if exact else (frames - expected).abs().mean() < 0.1
+    assert (frames.mean((0, 1, 2)) - expected.mean((0, 1, 2))).abs().max() < 0.02
+    # What the frontend shows is a file that it can fetch and play.
+    shown = run.outputs("v")
+    assert shown["animated"] == [True]
+    (file,) = shown["images"]
+    assert file["filename"].endswith((".mp4", ".webm"))
+    assert file["type"] == "temp"
+    query = "&".join(f"{key}={value}" for key, value in file.items())
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/view?{query}", timeout=30) as response:
+        assert response.headers["Content-Type"] in ("video/mp4", "video/webm")
+        assert len(response.read()) > 500
+    saved = run.outputs("save")["images"][0]
+    assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 500
+
+
+def test_a_saved_file_lies_in_output_and_the_next_one_has_the_next_number(server, send):
+    source = send("l.safetensors", latents())
+    names = []
+    for quality in ("low", "high"):
+        graph = to_video(source, format="MP4 H.264 8 bit", save=True, filename_prefix="sub/w%width%", quality=quality)
+        (file,) = server.run(graph).check().outputs("v")["images"]
+        assert file["type"] == "output"
+        assert (server.output / file["subfolder"] / file["filename"]).is_file()
+        names.append(f"{file['subfolder']}/{file['filename']}")
+    assert names == ["sub/w48_00001_.mp4", "sub/w48_00002_.mp4"]
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_a_batch_is_consecutive_parts_or_several_videos(server, send, received, join):
+    batch = latents(batch=2, frames=2)
+    graph = {**to_video(send("l.safetensors", batch), join=join), **components()}
+    together = torch.cat(list(batch), dim=1)[None]
+    graph["s2"] = send("l2.safetensors", together if join else batch[1:])
+    run = server.run({**graph, **decoded("s2")}).check()
+    assert len(run.outputs("v")["images"]) == (1 if join else 2)
+    # Of several videos the last one's frames are the ones that the probe wrote last.
+    assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
+
+
+def test_sound_is_muxed_and_trims_and_components_work(server, send, received):
+    graph = {
+        **to_video(send("l.safetensors", latents()), format="MP4 H.264 8 bit", audio=["a", 0]),
+        "a": node("EmptyAudio", duration=3.0, sample_rate=44100, channels=2),
+        "t": node("Video Slice", video=["v", 0], start_time=0.0, duration=0.25, strict_duration=False),
+        **components("t"),
+        "cv": node("GetVideoComponents", video=["v", 0]),
+        "sa": node("SaveAudio", audio=["cv", 1], filename_prefix="sound"),
+    }
+    if "Video Slice" not in server.get("/object_info"):
+        del graph["t"]
+        graph.update(components("v"))
+    run = server.run(graph).check()
+    assert run.outputs("sa")["audio"]
+    assert len(received("frames.safetensors")) == (4 if "t" in graph else 9)
+
+
+def test_two_workers_make_the_same_video_with_progress_and_previews(server, send, received):
+    loader = node("WanVAEParallelLoader", vae_name="wan21.safetensors", devices="cpu,cpu", chunk=1)
+    graph = {**to_video(send("l.safetensors", latents(frames=5)), loader=loader), **components(), **decoded()}
+    run = server.run(graph).check()
+    assert run.progress("v")[-1] == (17, 17)
+    assert len(run.progress("v")) >= 4
+    assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
+
+
+def leftovers(server):
+    return [path for path in server.folder.rglob("*") if ".partial" in path.name]
+
+
+def test_an_interrupt_leaves_no_file_and_the_next_decode_works(server, send):
+    source = send("long.safetensors", latents(frames=60, rows=8, columns=8))
+    done = []
+
+    def interrupt(message):
+        if message["type"] == "progress" and message["data"]["node"] == "v" and not done:
+            done.append(True)
+            server.post("/interrupt")
+
+    run = server.run(to_video(source, filename_prefix="cut", save=True), on_message=interrupt)
+    assert run.ended == "execution_interrupted"
+    assert done
+    assert not list(server.output.rglob("cut*"))
+    assert not leftovers(server)
+    server.run(to_video(send("l.safetensors", latents()), filename_prefix="next")).check()
+
+
+def test_an_ffmpeg_that_is_killed_is_an_error_that_says_so(server, send):
+    source = send("long.safetensors", latents(frames=60, rows=8, columns=8, seed=2))
+
+    def kill():
+        deadline = time.monotonic() + patience(60)
+        while time.monotonic() < deadline:
+            listed = [entry for entry in os.listdir("/proc") if entry.isdigit()]
+            for pid in listed:
+                try:
+                    with open(f"/proc/{pid}/cmdline", "rb") as file:
+                        if b"pipe:0" in (command := file.read()) and str(server.output).encode() in command:
+                            os.kill(int(pid), signal.SIGKILL)
+                            return
+                except OSError:
+                    continue
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run = server.run(to_video(source, filename_prefix="killed", save=True))
+    killer.join()
+    assert run.ended == "execution_error"
+    assert "ffmpeg was killed by signal 9" in run.detail["exception_message"]
+    assert not list(server.output.rglob("killed*"))
+    assert not leftovers(server)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"format": "MP4 H.264 8 bit", "crf": 60}, "CRF from 0 (best) to 51, not 60"),
+        ({"format": LOSSLESS, "crf": 3}, "has no CRF"),
+        ({"format": "PNG pictures 16 bit", "audio": ["a", 0]}, "can't hold sound"),
+    ],
+)
+def test_what_can_not_work_is_an_error_before_the_decode(server, send, inputs, words):
+    graph = to_video(send("l.safetensors", latents()), **inputs)
+    graph["a"] = node("EmptyAudio", duration=1.0, sample_rate=44100, channels=2)
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    assert words in run.detail["exception_message"]
+    assert not run.progress("v")
+
+
+def test_a_videos_file_becomes_the_latents_that_its_frames_encode_to(server, send, received):
+    source = send("l.safetensors", latents(rows=6))
+    graph = {**to_video(source, save=True, filename_prefix="round"), **components()}
+    graph |= {
+        "e": node("WanVAEParallelEncode", pixels=["cframes.safetensors", 0], vae=["l", 0]),
+        "eo": node("ProbeSaveTensor", name="encoded.safetensors", latent=["e", 0]),
+    }
+    server.run(graph).check()
+    (path,) = server.output.glob("round_*.mkv")
+    path.rename(server.input / "round.mkv")
+    loader = {"l": graph["l"]}
+    load = node("WanVAEParallelLoadVideoToLatent", file="round.mkv", vae=["l", 0], width=0, height=0, frames=0)
+    out = node("ProbeSaveTensor", name="own.safetensors", latent=["v", 0])
+    run = server.run({**loader, "v": load, "o": out}).check()
+    own, expected = received("own.safetensors"), received("encoded.safetensors")
+    assert own.shape == expected.shape == (1, 16, 3, 6, 6)
+    # The file has 16 bits, of which this way takes 8.
+    assert (own - expected).abs().mean() < 0.02 * expected.std()
+    assert run.progress("v")[-1][0] == 3
+    load["inputs"] |= {"width": 24, "frames": 6}
+    server.run({**loader, "v": load, "o": out}).check()
+    assert received("own.safetensors").shape == (1, 16, 2, 3, 3)
+    refused = {**loader, "v": {**load, "inputs": {**load["inputs"], "file": "none.mkv"}}, "o": out}
+    with pytest.raises(AssertionError, match=r"none.mkv"):
+        server.run(refused)

@@ -1,0 +1,170 @@
+"""What the shell's commands have in common: signals, options, a bar."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from ..architecture import Architecture
+from ..devices import DTYPES
+from ..errors import ArgumentError, OutputError
+from ..files.formats import QUALITIES
+
+_BAR = 32
+# A second signal within so many seconds is an impatient user's; it must not end the cleaning up that the first began.
+_IMPATIENT_SECONDS = 5.0
+
+
+class Signals:
+    """SIGTERM and Ctrl-C as a KeyboardInterrupt, which waits while files are being made, written or closed."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._raised: float | None = None
+        self._depth = 0
+
+    def listen(self) -> None:
+        """Takes the signals over, in the main thread; others never get them."""
+        self.stopped, self._raised = False, None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._stop)
+
+    def end_if_stopped(self) -> None:
+        """Raises what was held back, or what Python dropped: it ignores errors while it forks, as for ffmpeg."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it signals wait."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        self.end_if_stopped()
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+        now = time.monotonic()
+        if not self._depth and (self._raised is None or now > self._raised + _IMPATIENT_SECONDS):
+            self._raised = now
+            raise KeyboardInterrupt
+
+
+signals = Signals()
+
+
+def add_engine_options(parser: argparse.ArgumentParser, of: str = "latent frames") -> None:
+    """Adds where, in what and with how many ``of`` at once."""
+    parser.add_argument(
+        "--devices", default="auto", help="auto, cpu, cuda:0 or cuda:0,cuda:1,...; default: %(default)s"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: %(default)s")
+    parser.add_argument(
+        "--chunk", type=chunk_size, default="auto", help=f"{of} at once: memory against speed; default: auto"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def rate(text: str) -> Fraction:
+    """Frames a second."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = Fraction(0)
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a frame rate such as 16, 23.976 or 30000/1001")
+    return value
+
+
+def quality(text: str) -> int | str:
+    """A word, or a CRF."""
+    if text.isdigit():
+        return int(text)
+    if text not in QUALITIES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(QUALITIES)} or a CRF as 18")
+    return text
+
+
+def chunk_size(text: str) -> int | str:
+    """Frames at once; ``auto``, or 0 as in the nodes, to have them chosen."""
+    return "auto" if text in ("auto", "0") else positive(text)
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """Width and height."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(map(int, match.groups())) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size as 1280x720")
+    return int(match[1]), int(match[2])
+
+
+def frame_sizes(text: str) -> list[tuple[int, int]]:
+    """Several sizes, with commas between them."""
+    return [frame_size(part) for part in text.split(",")]
+
+
+def latent_size(architecture: Architecture, size: tuple[int, int], *, encoded: bool = False) -> tuple[int, int]:
+    """Latent rows and columns of frames of ``size`` (width, height), which are decoded or ``encoded``."""
+    ratio = architecture.encode_ratio if encoded else architecture.spatial_ratio
+    if size[0] % ratio or size[1] % ratio:
+        raise ArgumentError(
+            f"frames of {architecture.name} have a multiple of {ratio} pixels a side, not {size[0]}x{size[1]}; "
+            f"take {max(1, round(size[0] / ratio)) * ratio}x{max(1, round(size[1] / ratio)) * ratio}"
+        )
+    return size[1] // ratio, size[0] // ratio
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder to write to, if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(f"{folder} can't be written to ({error}); choose another folder with -o") from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without torch's prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Progress:
+    """A bar on a terminal, nothing in a pipe."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        # There is none in a process whose parent closed it.
+        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
+
+    def show(self, done: int, total: int | None) -> None:
+        """Frames that are done, of so many if that is known; a video's file may be a few off."""
+        if not self._shown:
+            return
+        total = None if total is None else max(done, total)
+        filled = _BAR * done // total if total else 0
+        count = f"{done}/{total}" if total else str(done)
+        print(f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {count} frames", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends its line."""
+        if self._shown:
+            print(file=sys.stderr)

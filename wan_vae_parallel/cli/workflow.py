@@ -1,0 +1,51 @@
+"""``workflow``: Apply put behind every Wan VAE's loader of a ComfyUI workflow."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..devices import DTYPES
+from ..errors import ArgumentError
+from ..files.whole import check_writable, replacing
+from ..workflows import make_parallel
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser's."""
+    workflow = commands.add_parser(
+        "workflow", help="put Apply Wan VAE Parallel behind every Wan VAE's loader of a ComfyUI workflow"
+    )
+    workflow.add_argument("input", type=Path, metavar="IN.json", help="an editor's workflow, or an API's")
+    workflow.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.json", help="the file to write")
+    workflow.add_argument("--devices", default="auto", help="what the new nodes get; default: %(default)s")
+    workflow.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="likewise; default: %(default)s")
+    workflow.add_argument(
+        "--vae", action="append", default=[], metavar="NAME", dest="names",
+        help="another file that is a Wan VAE, with * for any letters; may be given again",
+    )  # fmt: skip
+    workflow.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    check_writable(options.output)
+    try:
+        text = options.input.read_text(encoding="utf-8")
+        workflow = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise ArgumentError(
+            f"{options.input} can't be read as JSON ({reason}); save the workflow in ComfyUI, or export it for the API"
+        ) from error
+    changed, outcomes = make_parallel(workflow, devices=options.devices, dtype=options.dtype, names=options.names)
+    # As the editor writes it: on one line, or with two spaces.
+    indent = 2 if "\n" in text.strip() else None
+    with replacing(options.output) as temporary:
+        temporary.write_text(json.dumps(changed, ensure_ascii=False, indent=indent), encoding="utf-8")
+    for one in outcomes:
+        where = f" in {one.graph}" if one.graph else ""
+        print(f"loader {one.node}{where}, {one.file}: {one.done}")
+    count = sum(one.changed for one in outcomes)
+    print(f"written: {options.output}, {count} of {len(outcomes)} loaders made parallel")

@@ -1,0 +1,69 @@
+"""Sound that goes with a video.
+
+C channels, N samples
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from ..errors import OutputError
+
+_MOST_CHANNELS = 8
+_RATES = (1000, 384000)
+# What so many channels usually are, as WAV files order them.
+_LAYOUTS = ("mono", "stereo", "2.1", "quad", "5.0", "5.1", "6.1", "7.1")
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """Samples in memory.
+
+    Attributes:
+        waveform: ``[C, N]``, floats in [-1, 1].
+        sample_rate: samples a second.
+    """
+
+    waveform: torch.Tensor
+    sample_rate: int
+
+    def __post_init__(self) -> None:
+        wave, rate = self.waveform, self.sample_rate
+        if not isinstance(wave, torch.Tensor) or wave.dim() != 2 or not wave.is_floating_point():
+            shape = f"{tuple(wave.shape)} {wave.dtype}" if isinstance(wave, torch.Tensor) else type(wave).__name__
+            raise OutputError(f"the audio is {shape}; it must be a tensor of floats [channels, samples]")
+        if not 1 <= wave.shape[0] <= _MOST_CHANNELS or not wave.shape[1]:
+            raise OutputError(
+                f"the audio has {wave.shape[0]} channels of {wave.shape[1]} samples; it must have 1 to "
+                f"{_MOST_CHANNELS} channels, and samples"
+            )
+        if isinstance(rate, bool) or not isinstance(rate, int) or not _RATES[0] <= rate <= _RATES[1]:
+            raise OutputError(
+                f"the audio has {rate!r} samples a second; it must have a whole number from {_RATES[0]} to {_RATES[1]}"
+            )
+        if not bool(wave.isfinite().all()):
+            raise OutputError("the audio has NaN or infinite samples; look at what made it")
+
+
+def write_samples(audio: Audio, seconds: Fraction, file: Path) -> None:
+    """Writes the samples of so many seconds, as `audio_input` tells of them."""
+    used = audio.waveform[:, : math.ceil(seconds * audio.sample_rate)].detach().to("cpu", torch.float32)
+    file.write_bytes(used.t().contiguous().numpy().astype("<f4").tobytes())
+
+
+def audio_input(audio: Audio | Path, samples: str) -> list[str]:
+    """Ffmpeg's arguments that read ``audio``, whose samples are in the file ``samples`` if it is no file itself."""
+    if isinstance(audio, Path):
+        return ["-i", f"file:{audio}"]
+    layout = _LAYOUTS[audio.waveform.shape[0] - 1]
+    return ["-f", "f32le", "-sample_rate", str(audio.sample_rate), "-ch_layout", layout, "-i", f"file:{samples}"]
+
+
+def audio_filter(seconds: Fraction) -> str:
+    """Ffmpeg's filter that cuts the sound to so many seconds, or adds silence."""
+    return f"apad,atrim=end={float(seconds):.6f}"

@@ -1,0 +1,209 @@
+"""ffmpeg: where it is, what it can, what it complains of, and a process of it that is fed frames."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from ..errors import OutputError
+
+# "[h264 @ 0x5581] [error] text": who says it, how grave it is, what.
+_GRAVE = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
+# What an ffmpeg says that had to end: the cause is in the lines before.
+_CONSEQUENCES = re.compile(
+    r"Error opening (in|out)put file|Error parsing options|Failed to set value|Decoding error|Task finished with error|"
+    r"Terminating thread with|Nothing was written into|Error sending frames|Could not open encoder|Conversion failed|"
+    r"Error muxing a packet|Error submitting a packet|Error closing file|Error writing trailer"
+)
+_LONGEST = 200
+# Seconds between two looks whether a wait is over or cancelled.
+_LOOK_SECONDS = 0.1
+# Parts of a video that wait for the encoder: it works beside the decode, which is held back when these are full.
+_WAITING = 2
+
+
+def find_ffmpeg(asked: str | Path | None = None) -> str:
+    """The program to run.
+
+    Args:
+        asked: a path, or a name to look for on the PATH; None for imageio-ffmpeg's own.
+
+    Raises:
+        OutputError: there is none.
+    """
+    if asked is None:
+        import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
+
+        try:
+            return imageio_ffmpeg.get_ffmpeg_exe()
+        except RuntimeError as error:
+            raise OutputError(
+                f"imageio-ffmpeg brings no ffmpeg for this machine ({error}); install one and name it"
+            ) from error
+    found = shutil.which(str(asked))
+    if found is None:
+        raise OutputError(f"there is no ffmpeg {asked} that can be run; name its path, or leave it away")
+    return found
+
+
+def check_encoder(program: str, encoder: str, pixels: str | None = None) -> None:
+    """Raises `OutputError` if an ffmpeg lacks an encoder, or the encoder lacks a pixel format."""
+    known = _encoder_help(program, encoder)
+    if not known.startswith("Encoder "):
+        raise OutputError(f"{program} has no encoder {encoder}; choose another format, or name an ffmpeg that has it")
+    formats = re.search(r"Supported pixel formats: (.*)", known)
+    if pixels and formats and pixels not in formats[1].split():
+        raise OutputError(
+            f"{program} has an {encoder} that can't take {pixels}; choose another format, or name an ffmpeg whose can"
+        )
+
+
+@functools.lru_cache
+def _encoder_help(program: str, encoder: str) -> str:
+    try:
+        done = subprocess.run(
+            [program, "-nostdin", "-hide_banner", "-h", f"encoder={encoder}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise OutputError(f"{program} can't be run ({error}); name another ffmpeg") from error
+    return done.stdout.decode(errors="replace")
+
+
+def complaints(text: str) -> str:
+    """What an ffmpeg that was run with ``-v level+error`` (or more) complains of, in a line; empty if it does not."""
+    grave = [found[1].strip() for line in text.splitlines() if (found := _GRAVE.match(line))]
+    causes = [line for line in grave if not _CONSEQUENCES.search(line)] or grave
+    return "; ".join(dict.fromkeys(causes[:2]))[:_LONGEST]
+
+
+class FedProcess:
+    """An ffmpeg that reads raw frames from its standard input.
+
+    A thread feeds it, so that it works while its user makes the next frames; `put` waits while that thread has enough.
+    Its user closes it in any case.
+
+    Args:
+        command: with ``-progress pipe:1`` among its options.
+
+    Raises:
+        OutputError: it does not start.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._progress: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            # In a session of its own: a Ctrl-C is this process's to act upon.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=self._progress, stderr=self._said, start_new_session=True
+            )
+        except OSError as error:
+            self._said.close()
+            self._progress.close()
+            raise OutputError(f"{command[0]} does not start ({error}); name another ffmpeg") from error
+        self._waiting: queue.Queue[torch.Tensor | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._feed, name="wan-vae-parallel ffmpeg", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's."""
+        return self._process.pid
+
+    def put(self, data: torch.Tensor, check: Callable[[], None]) -> None:
+        """Hands over bytes, which the caller leaves as they are; waits while there are too many.
+
+        Args:
+            data: uint8, on the host.
+            check: called several times a second; what it raises ends the wait.
+
+        Raises:
+            OSError: the process has ended.
+        """
+        self._hand_over(data.contiguous().view(-1), check)
+
+    def finish(self, check: Callable[[], None]) -> int:
+        """Waits until all that was put is written, however long that takes.
+
+        Returns:
+            The number of frames that were.
+
+        Raises:
+            OSError: the process failed.
+        """
+        self._hand_over(None, check)
+        while True:
+            try:
+                code = self._process.wait(_LOOK_SECONDS)
+            except subprocess.TimeoutExpired:
+                check()
+                continue
+            break
+        if code:
+            raise OSError(self._failure())
+        self._progress.seek(0)
+        counts = re.findall(rb"^frame=\s*(\d+)", self._progress.read(), re.MULTILINE)
+        return int(counts[-1]) if counts else 0
+
+    def close(self) -> None:
+        """Ends the process, wherever it is."""
+        self._process.kill()
+        # The thread comes to its end, since what it waits for does.
+        while self._thread.is_alive():
+            try:
+                self._waiting.put_nowait(None)
+            except queue.Full:
+                self._thread.join(_LOOK_SECONDS)
+            else:
+                self._thread.join()
+        self._process.wait()
+        self._said.close()
+        self._progress.close()
+
+    @property
+    def said(self) -> str:
+        """What it complains of, in a line; empty if it does not."""
+        self._said.seek(0)
+        return complaints(self._said.read().decode(errors="replace"))
+
+    def _hand_over(self, data: torch.Tensor | None, check: Callable[[], None]) -> None:
+        while True:
+            if self._process.poll() is not None:
+                raise OSError(self._failure())
+            try:
+                self._waiting.put(data, timeout=_LOOK_SECONDS)
+            except queue.Full:
+                check()
+                continue
+            return
+
+    def _failure(self) -> str:
+        code = self._process.wait()
+        if said := self.said:
+            return f"ffmpeg: {said}"
+        return f"ffmpeg was killed by signal {-code}" if code < 0 else f"ffmpeg ended with code {code}"
+
+    def _feed(self) -> None:
+        pipe = self._process.stdin
+        assert pipe
+        broken = False
+        while (data := self._waiting.get()) is not None:
+            if not broken:
+                try:
+                    pipe.write(data.numpy().data)
+                except OSError:
+                    broken = True  # the process's end tells why
+        with contextlib.suppress(OSError):
+            pipe.close()

@@ -1,0 +1,69 @@
+"""How frames are to be written, as users choose it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from ..errors import OutputError
+from .audio import Audio
+from .formats import Quality
+
+_MOST_FPS = 1000
+# Of frame rates; that of NTSC is 1001.
+_MOST_DENOMINATOR = 1_000_000
+
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """How frames are written.
+
+    Attributes:
+        fps: frames a second of a video; pictures have none.
+        format: one of `formats.FORMATS`; None for what the file's suffix usually means.
+        quality: ``"low"``, ``"medium"``, ``"high"``, ``"best"``, or the encoder's CRF, where less is better.
+        audio: samples, or a file with sound; it is cut or filled with silence to the video's length.
+        metadata: texts that go into the file.
+        odd: of odd sides, where a format takes even ones only: ``"pad"`` repeats the last row or column, ``"crop"``
+            leaves it out.
+        old_pictures: numbered pictures of an older, longer video that would follow the new ones: ``"refuse"`` to write,
+            or ``"clear"`` them away when the new ones are there.
+        preview: a small H.264 video besides, of the first video, for what can't play the file itself.
+        ffmpeg: another one than imageio-ffmpeg's: a path, or a name to look for on the PATH.
+
+    Raises:
+        OutputError: one is out of its range.
+    """
+
+    fps: float | Fraction = 16
+    format: str | None = None
+    quality: Quality = "high"
+    audio: Audio | Path | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    odd: str = "pad"
+    old_pictures: str = "refuse"
+    preview: Path | None = None
+    ffmpeg: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.fps, (int, float, Fraction)) and not isinstance(self.fps, bool)
+        if not number or not math.isfinite(self.fps) or not 0 < self.fps <= _MOST_FPS or not self.rate:
+            raise OutputError(f"a video can't have {self.fps!r} frames a second; name a rate of up to {_MOST_FPS}")
+        for name, value, allowed in (
+            ("odd", self.odd, ("pad", "crop")),
+            ("old_pictures", self.old_pictures, ("refuse", "clear")),
+        ):
+            if value not in allowed:
+                raise OutputError(f"{name} is {value!r}; it must be {' or '.join(allowed)}")
+        if isinstance(self.audio, Path) and not self.audio.is_file():
+            raise OutputError(f"there is no audio file {self.audio}; name one, or leave the audio away")
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(self.fps).limit_denominator(_MOST_DENOMINATOR)

@@ -1,0 +1,326 @@
+"""Frames into videos and numbered pictures, through ffmpeg.
+
+B videos, T frames, H x W pixels; frames come as bytes [B, t, n] in the format's pixels
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from ..errors import OutputError
+from ..ops.pixel_format import PixelFormat
+from .audio import Audio, audio_filter, audio_input, write_samples
+from .ffmpeg import FedProcess, check_encoder, complaints, find_ffmpeg
+from .formats import FileFormat
+from .pictures import add_texts
+from .settings import Check, OutputSettings
+from .whole import check_writable, replacing, unfinished_folder
+
+Write = Callable[[torch.Tensor], None]
+
+# The longer side of a preview.
+_PREVIEW_PIXELS = 960
+_FULL = re.compile(r"No space left|File too large|quota|Disk full", re.IGNORECASE)
+
+
+class VideoOutput:
+    """Files that ffmpeg writes.
+
+    Args:
+        files: one a video; of pictures all.
+        chosen: the format.
+        shape: ``[B, T, H, W, C]`` of all frames.
+        settings: the rest.
+
+    Attributes:
+        pixels: what frames come as.
+        files: the final names.
+
+    Raises:
+        OutputError: it can't be written so.
+    """
+
+    def __init__(self, files: Sequence[Path], chosen: FileFormat, shape: Sequence[int], settings: OutputSettings):
+        self.files = list(files)
+        self._format = chosen
+        self._settings = settings
+        self._batch, self._total, self._height, self._width, colours = shape
+        self.pixels: PixelFormat = chosen.of_colours(colours)
+        self._quality = chosen.quality_arguments(settings.quality)
+        chosen.check_size(self._width, self._height)
+        suffix = self.files[0].suffix.lower()
+        self._audio_encoder = chosen.audio.get(suffix, ())
+        if settings.audio is not None and not self._audio_encoder:
+            raise OutputError(f"{chosen.title} can't hold sound; choose a video's format, or leave the audio away")
+        self._program = find_ffmpeg(settings.ffmpeg)
+        check_encoder(self._program, chosen.encoder, self.pixels.name)
+        if settings.audio is not None:
+            check_encoder(self._program, self._audio_encoder[1])
+        if settings.preview is not None:
+            check_writable(settings.preview)
+            check_encoder(self._program, "libx264", "yuv420p")
+        self._try()
+
+    @contextlib.contextmanager
+    def open(self, check: Check) -> Iterator[Write]:
+        """Starts writing; gives a function to call with each step's bytes ``[B, t, n]``.
+
+        Nothing is there under its final name before all of it is written.
+
+        Args:
+            check: called several times a second while ffmpeg is waited for; what it raises ends the writing.
+
+        Raises:
+            OutputError: it can't be written, or not all frames came.
+        """
+        preview = self._settings.preview
+        with self._told(), replacing(preview) if preview else contextlib.nullcontext() as temporary:
+            yield from self._open(temporary, check)
+
+    def _open(self, preview: Path | None, check: Check) -> Iterator[Write]:
+        with contextlib.ExitStack() as stack:
+            temporaries = [stack.enter_context(replacing(file)) for file in self.files]
+            outputs = [self._muxed(temporary) for temporary in temporaries]
+            yield from self._fed(outputs, temporaries[0].parent, stack, preview, check)
+
+    def _fed(
+        self,
+        outputs: Sequence[list[str]],
+        folder: Path,
+        stack: contextlib.ExitStack,
+        preview: Path | None,
+        check: Check,
+    ) -> Iterator[Write]:
+        """Feeds a process for each of ``outputs``; texts and samples for them go to ``folder``."""
+        inputs = self._side_inputs(folder)
+        processes = []
+        for video, output in enumerate(outputs):
+            command = [*self._source("pipe:0"), *inputs, *output, *(self._preview(preview) if video == 0 else ())]
+            processes.append(FedProcess(command))
+            stack.callback(processes[-1].close)
+        done = 0
+
+        def write(data: torch.Tensor) -> None:
+            nonlocal done
+            done += data.shape[1]
+            for process, video in zip(processes, data, strict=True):
+                with self._told():
+                    process.put(video.clone(), check)  # the caller's memory is used again
+
+        yield write
+        if done != self._total:
+            raise OutputError(f"{self._name} would have {done} of {self._total} frames, so it is not written")
+        for process in processes:
+            with self._told():
+                written = process.finish(check)
+                if written != self._total:
+                    raise OSError(f"ffmpeg wrote {written} of {self._total} frames {process.said}")
+
+    @property
+    def _name(self) -> str:
+        return str(self.files[0])
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within it, what the system or ffmpeg refuses is told of the file."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            way = "free some room or choose another place" if _FULL.search(str(error)) else "nothing was left of it"
+            raise OutputError(f"{self._name} could not be written ({error}); {way}") from error
+
+    def _source(self, source: str) -> list[str]:
+        """The program, and frames as its first input."""
+        return [
+            self._program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", "-progress", "pipe:1",
+            "-f", "rawvideo", "-pixel_format", self.pixels.name, "-video_size", f"{self._width}x{self._height}",
+            "-framerate", str(self._settings.rate), *self._tags, "-i", source,
+        ]  # fmt: skip
+
+    @property
+    def _tags(self) -> list[str]:
+        return [word for name, value in self._format.tags.items() for word in (f"-{name}", value)]
+
+    @property
+    def _seconds(self) -> Fraction:
+        return self._total / self._settings.rate
+
+    def _side_inputs(self, folder: Path) -> list[str]:
+        """Sound and texts as further inputs."""
+        inputs, audio = [], self._settings.audio
+        if audio is not None:
+            samples = folder / "audio.f32"
+            if isinstance(audio, Audio):
+                write_samples(audio, self._seconds, samples)
+            inputs += audio_input(audio, str(samples))
+        if self._settings.metadata and not self._format.pictures:
+            # By a file: a workflow is longer than an argument may be.
+            texts = folder / "texts.ffmetadata"
+            escaped = [
+                "=".join(re.sub(r"([=;#\\\n])", r"\\\1", word) for word in pair)
+                for pair in self._settings.metadata.items()
+            ]
+            texts.write_text("\n".join([";FFMETADATA1", *escaped, ""]), encoding="utf-8")
+            inputs += ["-f", "ffmetadata", "-i", f"file:{texts}"]
+        return inputs
+
+    def _encoded(self, seconds: Fraction) -> list[str]:
+        """How streams are encoded."""
+        chosen = self._format
+        arguments = [
+            "-map", "0:v:0", "-c:v", chosen.encoder, "-pix_fmt", self.pixels.name, *chosen.arguments, *self._quality,
+            *self._tags,
+        ]  # fmt: skip
+        if self.pixels.halved_columns:
+            arguments += ["-chroma_sample_location", "left"]
+        if self._settings.audio is not None:
+            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds), *self._audio_encoder]
+        return arguments
+
+    def _muxed(self, path: Path) -> list[str]:
+        arguments = self._encoded(self._seconds)
+        if self._settings.metadata:
+            arguments += ["-map_metadata", str(1 + (self._settings.audio is not None))]
+        else:
+            arguments += ["-map_metadata", "-1"]
+        if path.suffix.lower() in (".mp4", ".mov"):
+            arguments += ["-movflags", "+faststart+use_metadata_tags"]
+        # Without a random number in the file: the same frames are the same bytes.
+        return [*arguments, "-fflags", "+bitexact", f"file:{path}"]
+
+    def _preview(self, path: Path | None) -> list[str]:
+        if path is None:
+            return []
+        scale = min(1.0, _PREVIEW_PIXELS / max(self._width, self._height))
+        width, height = (max(2, round(side * scale / 2) * 2) for side in (self._width, self._height))
+        colours = "out_color_matrix=bt709:out_range=tv"
+        arguments = [
+            *("-map", "0:v:0", "-vf", f"scale={width}:{height}:{colours},format=yuv420p"),
+            *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-color_range", "tv", "-colorspace", "bt709"),
+            *("-color_primaries", "bt709", "-color_trc", "bt709"),
+        ]
+        if self._settings.audio is not None:
+            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds), "-c:a", "aac"]
+        return [*arguments, "-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4", f"file:{path}"]
+
+    def _try(self) -> None:
+        """Has ffmpeg encode one black frame to nowhere: what it can't do is known before a decode."""
+        audio, one = self._settings.audio, 1 / self._settings.rate
+        # Of zeros: the frame, and a sample of each channel.
+        sizes = {"frame": self.pixels.frame_bytes(self._height, self._width)}
+        if isinstance(audio, Audio):
+            sizes["samples"] = 4 * audio.waveform.shape[0]
+        sound = [] if audio is None else audio_input(audio, "@/samples")
+        changed = audio.stat().st_mtime_ns if isinstance(audio, Path) else 0
+        command = (*self._source("file:@/frame"), *sound, *self._encoded(one))
+        reason = _tried(command, tuple(sizes.items()), changed)
+        if reason:
+            raise OutputError(
+                f"{self._name} can't be written as {self._format.title}, {self._width}x{self._height}"
+                f"{' with sound' if audio is not None else ''}: ffmpeg says {reason}; choose another format or ffmpeg"
+            )
+
+
+class PictureOutput(VideoOutput):
+    """Numbered pictures, one video's after the other's; the arguments are `VideoOutput`'s.
+
+    Args:
+        later: pictures of the same name with higher numbers than the new ones.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        chosen: FileFormat,
+        shape: Sequence[int],
+        settings: OutputSettings,
+        later: Sequence[Path],
+    ):
+        super().__init__(files, chosen, shape, settings)
+        self._later = later
+
+    def _open(self, preview: Path | None, check: Check) -> Iterator[Write]:
+        parent = self.files[0].parent
+        made = not parent.exists()
+        parent.mkdir(exist_ok=True)
+        moved: list[Path] = []
+        try:
+            # Beside the final place, so that moving them there is only a new name.
+            with unfinished_folder(parent, "frames") as folder, contextlib.ExitStack() as stack:
+                pattern = str(folder).replace("%", "%%")
+                outputs = [
+                    [
+                        *(*self._encoded(self._seconds), "-fflags", "+bitexact", "-f", "image2"),
+                        *("-start_number", str(video * self._total), f"{pattern}/%d.png"),
+                    ]
+                    for video in range(self._batch)
+                ]
+                yield from self._fed(outputs, folder, stack, preview, check)
+                for number, file in enumerate(self.files):
+                    check()
+                    picture = folder / f"{number}.png"
+                    if self._settings.metadata:
+                        add_texts(picture, self._settings.metadata)
+                    picture.replace(file)
+                    moved.append(file)
+                moved.clear()
+                for file in self._later:
+                    file.unlink(missing_ok=True)
+        finally:
+            for file in moved:  # not all of them: none
+                file.unlink(missing_ok=True)
+            if made and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> None:
+    """Puts numbered PNG pictures into a Matroska video as they are: the same bytes, with a rate.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    with replacing(path) as temporary:
+        done = subprocess.run(
+            [
+                *(find_ffmpeg(settings.ffmpeg), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
+                *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
+                *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
+                f"file:{temporary}",
+            ],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = complaints(done.stderr.decode(errors="replace"))
+            raise OutputError(f"{path} could not be written (ffmpeg: {said}); free some room or choose another place")
+
+
+@functools.lru_cache(maxsize=64)
+def _tried(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: int) -> str:
+    """What ffmpeg complains of when it encodes a frame of zeros to nowhere; empty if it does not.
+
+    Args:
+        command: without an output; ``file:@/name`` stands for a file of zeros.
+        sizes: of these files, by name.
+    """
+    with tempfile.TemporaryDirectory(prefix="wan-vae-parallel-") as folder:
+        for name, size in sizes:
+            with (Path(folder) / name).open("wb") as file:
+                file.truncate(size)
+        done = subprocess.run(
+            [*(word.replace("file:@/", f"file:{folder}/") for word in command), "-f", "null", "-"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    return complaints(done.stderr.decode(errors="replace")) or f"nothing, and ended with code {done.returncode}"

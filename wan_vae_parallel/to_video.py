@@ -1,0 +1,159 @@
+"""Decoding straight into files, of which a few steps' frames are ever in memory.
+
+B videos, T latent frames, h x w latent rows and columns, z channels; H x W frames of C colours
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from .architecture import Architecture
+from .errors import ArgumentError, LatentError
+from .files.audio import Audio
+from .files.latents import check_latents
+from .files.settings import OutputSettings
+from .files.video import plan_output
+from .ops.pixel_format import PixelFormat
+
+AnyAudio = str | Path | Audio | tuple[torch.Tensor, int]
+Picture = Callable[..., torch.Tensor]
+OnPicture = Callable[[int, int, Picture], None]
+
+# What Wan's models were trained at.
+USUAL_FPS = {"wan2.1": 16.0, "wan2.2": 24.0}
+_OPTIONS = {field.name for field in dataclasses.fields(OutputSettings)}
+
+
+class Decodes(Protocol):
+    """What is needed of a VAE."""
+
+    architecture: Architecture
+
+    @property
+    def group(self) -> dist.ProcessGroup | None: ...
+
+    def output_shape(self, shape: Sequence[int]) -> torch.Size: ...
+
+    def pixel_stream(
+        self,
+        latents: torch.Tensor,
+        pixels: PixelFormat | None,
+        normalized: bool = ...,
+        on_wait: Callable[[], None] | None = ...,
+    ) -> Any: ...
+
+
+def output_settings(
+    architecture: Architecture, *, fps: float | Fraction | None, audio: AnyAudio | None, **options: Any
+) -> OutputSettings:
+    """Settings as users give them.
+
+    Raises:
+        OutputError: one is unknown, or out of its range.
+    """
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise ArgumentError(f"{', '.join(unknown)} is no option of a video; those are {', '.join(sorted(_OPTIONS))}")
+    if isinstance(audio, tuple):
+        audio = Audio(*audio)
+    elif isinstance(audio, str):
+        audio = Path(audio)
+    return OutputSettings(
+        fps=USUAL_FPS.get(architecture.family, USUAL_FPS["wan2.1"]) if fps is None else fps, audio=audio, **options
+    )
+
+
+def joined(latents: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Latents whose parts follow one another in time, as one tensor ``[B, z, T, h, w]``.
+
+    Raises:
+        LatentError: there are none, or they differ in more than their length.
+    """
+    if isinstance(latents, torch.Tensor):
+        return latents
+    parts = [part.unsqueeze(2) if part.dim() == 4 else part for part in latents]
+    if not parts:
+        raise LatentError("there are no latents to decode; give a tensor, or several that follow one another")
+    for number, part in enumerate(parts):
+        shapes = [(*one.shape[:2], *one.shape[3:]) for one in (parts[0], part)]
+        if part.dim() != 5 or shapes[0] != shapes[1]:
+            raise LatentError(
+                f"part {number + 1} of the latents has the shape {tuple(part.shape)}, and the first "
+                f"{tuple(parts[0].shape)}; parts of one video may differ in their number of frames only"
+            )
+    if len(parts) == 1:
+        return parts[0]
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.cat([part.to("cpu", dtype) for part in parts], dim=2)
+
+
+def write_video(
+    vae: Decodes,
+    latents: torch.Tensor,
+    path: str | Path,
+    settings: OutputSettings,
+    normalized: bool = False,
+    *,
+    on_chunk: OnPicture | None = None,
+    on_wait: Callable[[], None] | None = None,
+    at_work: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    before: Callable[[], None] | None = None,
+) -> list[Path]:
+    """Decodes latents to a file; see `vae.VAE.decode_to_video`.
+
+    Args:
+        vae: decodes.
+        latents: ``[B, z, T, h, w]``.
+        path: where to.
+        settings: how.
+        normalized: see there.
+        on_chunk: see there.
+        on_wait: see there.
+        at_work: entered whenever files are opened, written to or closed.
+        before: called when all has been checked, and the decode is about to begin.
+
+    Returns:
+        The files that were written; none on a group's other ranks.
+    """
+    if vae.group is not None and dist.get_rank(vae.group):
+        for _ in vae.pixel_stream(latents, None, normalized, on_wait):
+            pass
+        return []
+    shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
+    output = plan_output(path, shape, settings)
+    if before:
+        before()
+    done = 0
+    with contextlib.ExitStack() as stack:
+        with at_work():
+            write = stack.enter_context(output.open(on_wait or _nothing))
+        for frames in vae.pixel_stream(latents, output.pixels, normalized, on_wait):
+            with at_work():
+                write(frames)
+            done += frames.shape[1]
+            if on_chunk:
+                on_chunk(done, shape[1], _picture(frames[0, -1], output.pixels, shape))
+        with at_work():
+            stack.close()
+    return output.files
+
+
+def _picture(frame: torch.Tensor, pixels: PixelFormat | None, shape: torch.Size) -> Picture:
+    def picture(step: int = 1) -> torch.Tensor:
+        return frame[::step, ::step] if pixels is None else pixels.picture(frame, shape[2], shape[3], step)
+
+    return picture
+
+
+def _nothing() -> None:
+    pass
