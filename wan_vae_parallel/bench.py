@@ -122,7 +122,7 @@ def measure(
             latent_shape = (1, architecture.z_dim, latent_frames, height // ratio, width // ratio)
             given = functools.partial(_random, torch.randn, latent_shape)
         else:
-            given = functools.partial(_random, torch.rand, (1, frames, height, width, architecture.output_channels))
+            given = functools.partial(_random, torch.rand, (1, frames, height, width, architecture.input_channels))
 
         def row(what: str, used: Sequence[torch.device], make: Callable[[], Call], *, foreign: bool = False) -> Row:
             times, peak, failed = _timed(make, given, used, repeats, foreign=foreign)  # noqa: B023 (called at once)
@@ -198,7 +198,8 @@ def _diffusers_knows(architecture: Architecture) -> bool:
     with contextlib.suppress(ValueError):  # a module without a spec, which stands in for it
         found = importlib.util.find_spec("diffusers")
         # A folder that only has the name has no origin.
-        return found is not None and found.origin is not None and architecture.output_channels == 3
+        usual = architecture.output_channels == architecture.input_channels == 3 and not architecture.images_only
+        return found is not None and found.origin is not None and usual and architecture.upscale == 1
     return False
 
 

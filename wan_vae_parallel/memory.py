@@ -174,21 +174,31 @@ def largest_encode_chunk(
     free: int,
     kernels: bool,
     device_type: str = "cuda",
+    image: bool | None = None,
 ) -> int:
-    """`largest_chunk` for an encode of ``frames`` (None if that is not known) to latents of ``size`` ``(h, w)``."""
+    """`largest_chunk` for an encode of ``frames`` (None if that is not known) to latents of ``size`` ``(h, w)``.
+
+    They are pictures that know nothing of one another if ``image``; by default one frame alone is.
+    """
+    image = frames == 1 if image is None else image
     rows, columns = size
     height, width = (side * architecture.encode_ratio for side in size)
     enough = _ENOUGH_ENCODED_PIXELS / (height * width)
     if device_type == "cpu":
         positions = rows * columns * architecture.down_stages[0].scale ** 2
         enough = min(enough, _CPU_PIXELS / positions * (_CPU_WIDTH / (architecture.encoder_width or 1)) ** 2)
-    most = _MOST_FRAMES if frames is None else frames - 1
+    most = _MOST_FRAMES if frames is None else most_encoded_at_once(frames, image=image)
 
     def fits(chunk: int) -> bool:
-        needed = encode_memory(architecture, size, chunk=chunk, image=frames == 1, dtype=dtype, kernels=kernels)
+        needed = encode_memory(architecture, size, chunk=chunk, image=image, dtype=dtype, kernels=kernels)
         return needed.total <= _USABLE * free
 
     return _largest(max(1, min(round(enough), most)), fits)
+
+
+def most_encoded_at_once(frames: int, *, image: bool) -> int:
+    """The largest chunk of an encode that makes a difference: all frames but a video's first, or all pictures."""
+    return frames if image else max(1, frames - 1)
 
 
 def images_that_pay(architecture: Architecture, rows: int, columns: int) -> int:

@@ -31,6 +31,7 @@ from .memory import (
     encoder_parameter_count,
     largest_chunk,
     largest_encode_chunk,
+    most_encoded_at_once,
     parameter_count,
 )
 from .parallel.plan import plan_shards
@@ -163,13 +164,16 @@ class Session:
     def encode_memory_needed(self, shape: Sequence[int]) -> int:
         """Bytes that encoding frames of ``shape`` ``[B, T, H, W, C]`` takes on each device, weights included.
 
-        Videos are encoded one after the other, so that B does not matter. Otherwise as `memory_needed`.
+        Videos are encoded one after the other, so that B does not matter; pictures, of one frame each, go several
+        together. Otherwise as `memory_needed`.
 
         Raises:
             CheckpointError: the VAE has no encoder.
         """
         self._check_encoder()
         frames = self.architecture.encoded_frames(shape[1])
+        image = frames == 1
+        frames = shape[0] if image else frames
         rows, columns = self.architecture.latent_size(*shape[2:4])
         size = (rows, columns)
         if len(self.device_names) > 1:
@@ -180,6 +184,7 @@ class Session:
             self.architecture,
             size,
             frames=frames,
+            image=image,
             dtype=self.encode_dtype,
             free=UNLIMITED,
             kernels=kernels,
@@ -188,8 +193,8 @@ class Session:
         needed = encode_memory(
             self.architecture,
             size,
-            chunk=min(chunk, max(1, frames - 1)),
-            image=frames == 1,
+            chunk=min(chunk, most_encoded_at_once(frames, image=image)),
+            image=image,
             dtype=self.encode_dtype,
             kernels=kernels,
         )

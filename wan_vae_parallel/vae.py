@@ -188,7 +188,8 @@ class VAE(Session):
                 T frames as many as make whole latent frames: one, or a multiple of four more.
             normalized: apply the published mean and deviation, as the diffusion model wants it.
             on_chunk: called as ``on_chunk(done, total, latents)`` with the latent frames finished and in all, and the
-                newest ``[1, z, t, h, w]``. What it raises ends the encode and reaches the caller.
+                newest ``[1, z, t, h, w]``; of pictures, ``[B, 1, H, W, C]``, t of them. What it raises ends the
+                encode and reaches the caller.
             on_wait: as `decode`'s.
 
         Returns:
@@ -212,10 +213,13 @@ class VAE(Session):
         if normalized:
             check_normalizable(self.architecture)
         wide = torch.promote_types(self.encode_dtype, torch.float32)
+        pictures = frames.shape[1] == 1 and len(frames) > 1
+        if pictures:  # of a batch go through together, as the frames of a video would
+            frames, shape = frames.transpose(0, 1), torch.Size((min(shape[2], 1), shape[1], shape[0], *shape[3:]))
         with host_room(shape, wide, doing="encode"):
             out = torch.empty(shape, dtype=wide, device="cpu")
         total, done, newest_video, place = shape[0] * shape[2], 0, 0, 0
-        begin = self._encode_run(TensorSource(frames, self.architecture))
+        begin = self._encode_run(TensorSource(frames, self.architecture, pictures=pictures))
         with self._running(begin, "encoded", frames.shape, on_wait) as run:
             for video, latents in self._steps(run, on_wait):
                 self._check(run)
@@ -229,7 +233,7 @@ class VAE(Session):
                     newest.copy_(normalize(newest, self.architecture))
                 if on_chunk:
                     on_chunk(done, total, newest)
-        return out
+        return out.transpose(0, 2).contiguous() if pictures else out
 
     def encode_stream(
         self, frames: Iterable[torch.Tensor], normalized: bool = False, on_wait: Callable[[], None] | None = None

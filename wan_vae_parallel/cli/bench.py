@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
         architecture=architecture,
         weights=weights,
         sizes=options.sizes,
-        latent_frames=architecture.latent_frames(options.frames),
+        latent_frames=1 if architecture.images_only else architecture.latent_frames(options.frames),
         devices=devices,
         dtype=dtype,
         repeats=options.repeats,

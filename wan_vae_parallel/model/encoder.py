@@ -194,13 +194,14 @@ class Join:
         self._sources: list[tuple[torch.Tensor, int]] = []
         self._made: list[int] = []
 
-    def begin(self, frame: Frames, source: torch.Tensor, state: StreamState) -> torch.Tensor:
-        """The video's first frame, which makes one alone: ``[1, H, W, C]``."""
-        alone = frame.arena[frame.slots[0]].clone()[None]
-        self._newest, self._source = frame, (source, 0) if self._shortcut else None
-        self._conv.begin(frame, state)
+    def begin(self, frames: Frames, source: torch.Tensor, state: StreamState) -> torch.Tensor:
+        """The video's first frame, or images, each of which makes one alone: ``[n, H, W, C]``."""
+        alone = frames.arena.index_select(0, frames.index)
+        self._newest, self._source = frames, (source, 0) if self._shortcut else None
+        self._conv.begin(frames, state)
         if self._shortcut:
-            add_averaged(source, time_factor=2, transposed=state.transposed, out=alone)
+            for one, out in zip(source.split(1), alone.split(1), strict=True):
+                add_averaged(one, time_factor=2, transposed=state.transposed, out=out)
         return alone
 
     def put(
@@ -328,10 +329,11 @@ class DownStageRun:
 
 
 class Encoding:
-    """One video's way through the encoder; made by `WanEncoder.begin`.
+    """One video's way through the encoder, or that of images; made by `WanEncoder.begin`.
 
-    The first frame goes alone, and no stage takes more than ``chunk`` frames at once. As all that passes from one step
-    to the next lies in past frames, the result depends neither on ``chunk`` nor on the pieces that the video comes in.
+    A video's first frame goes alone, and no stage takes more than ``chunk`` frames at once. As all that passes from one
+    step to the next lies in past frames, the result depends neither on ``chunk`` nor on the pieces that the video comes
+    in.
     """
 
     def __init__(self, encoder: WanEncoder, state: StreamState, chunk: int, margins: Margins) -> None:
@@ -340,7 +342,9 @@ class Encoding:
         self._chunk = chunk
         self._margins = margins
         self._stages = encoder.stages()
-        self._lines = [Line(stage.depth) for stage in self._stages]
+        # How many frames before it each frame's result depends on: of images none.
+        self._depths = [0 if state.image else stage.depth for stage in self._stages]
+        self._lines = [Line(depth) for depth in self._depths]
         self._joins = [
             Join(stage.exit.time_conv, shortcut=stage.shortcut) if stage.exit and stage.exit.time_conv else None
             for stage in self._stages
@@ -371,13 +375,13 @@ class Encoding:
                     self._lines[number + 1].put(made)
                 else:
                     yield self._leave(made)
-                    self._state.first = False
+                    self._state.first = self._state.image
 
     def _next(self, *, ended: bool) -> int | None:
         """The stage that is to run next; None if all wait for more of the video.
 
         The coarsest that has a whole chunk to compute, or nothing new, so that little waits anywhere; else, of a
-        video that has ended, the finest that has anything. The first frame goes all the way alone.
+        video that has ended, the finest that has anything. The first frame goes all the way alone, as images do.
         """
         coarse_to_fine = reversed(range(len(self._lines)))
         if self._state.first:
@@ -390,12 +394,12 @@ class Encoding:
     def _run_stage(self, number: int) -> Iterator[Piece]:
         """Has a stage do a chunk of what waits for it, and halve what comes of it."""
         stage, state, join = self._stages[number], self._state, self._joins[number]
-        piece = self._lines[number].take(1 if state.first else self._chunk)
-        counts = tuple(max(0, count - 2 * stage.depth) for count in piece.counts)
+        piece = self._lines[number].take(1 if state.first and not state.image else self._chunk)
+        counts = tuple(max(0, count - 2 * self._depths[number]) for count in piece.counts)
         x = piece.frames
         del piece
         if x is None:
-            yield from join.put(None, None, counts, state) if join else [Piece(None, counts)]
+            yield from join.put(None, None, counts, state) if join and not state.image else [Piece(None, counts)]
             return
         if stage.conv:
             x = stage.conv.convolve(x, state, patch=self._encoder.architecture.encoder_patch, margins=self._margins)

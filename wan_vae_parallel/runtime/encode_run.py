@@ -14,7 +14,14 @@ import torch
 from ..cancel import check_cancelled
 from ..errors import OutOfMemoryError, is_out_of_memory
 from ..frames import check_range
-from ..memory import encode_memory, free_memory, gibibytes, give_back_host_memory, largest_encode_chunk
+from ..memory import (
+    encode_memory,
+    free_memory,
+    gibibytes,
+    give_back_host_memory,
+    largest_encode_chunk,
+    most_encoded_at_once,
+)
 from ..model.encoder import Piece
 from ..parallel.plan import plan_shards
 from ..parallel.window import PixelWindow
@@ -91,7 +98,7 @@ class LocalEncodeRun:
             skip, self.chunk = sent, chunk
             try:
                 steps = engine.encoder().stream(
-                    self._pieces(video, chunk), window, chunk, image=source.frames == 1, pixels=source.dtype
+                    self._pieces(video, chunk), window, chunk, image=source.image, pixels=source.dtype
                 )
                 for latents, self.finite, least, most in latents_to_host(steps, engine.device):
                     check_range(least, most)
@@ -132,14 +139,15 @@ class LocalEncodeRun:
             yield piece
 
     def _first_chunk(self, size: tuple[int, int]) -> int:
-        engine, frames = self._engine, self._source.frames
+        engine, frames, image = self._engine, self._source.frames, self._source.image
         if self._chunk:
-            return self._chunk if frames is None else min(self._chunk, max(1, frames - 1))
+            return self._chunk if frames is None else min(self._chunk, most_encoded_at_once(frames, image=image))
         encoder = engine.encoder()
         return largest_encode_chunk(
             encoder.architecture,
             size,
             frames=frames,
+            image=image,
             dtype=engine.encode_dtype,
             free=free_memory(engine.device),
             kernels=encoder.kernels,
@@ -153,7 +161,7 @@ class LocalEncodeRun:
             encoder.architecture,
             size,
             chunk=chunk,
-            image=source.frames == 1,
+            image=source.image,
             dtype=engine.encode_dtype,
             kernels=encoder.kernels,
         )

@@ -303,7 +303,8 @@ class GroupEncodeRun:
     def _room(self, chunk: int) -> int | None:
         if not self._working:
             return None
-        return self._engine.encoder().room(self._plan, self._engine.rank, self._source.frames, chunk)
+        source = self._source
+        return self._engine.encoder().room(self._plan, self._engine.rank, source.frames, chunk, image=source.image)
 
     def _whole(self, video: int) -> Iterator[Latents]:
         """The whole picture's latents on the first rank; on others steps without any."""
@@ -314,7 +315,7 @@ class GroupEncodeRun:
             yield Latents(None, None)
             return
         shards = engine.encoder().steps(
-            self._pieces(video), plan, engine.group, self.chunk, image=source.frames == 1, pixels=source.dtype
+            self._pieces(video), plan, engine.group, self.chunk, image=source.image, pixels=source.dtype
         )
         for shard in shards:
             means = shard.means

@@ -262,7 +262,7 @@ class LocalEncoder(_LocalModel):
             window: which part of the picture they are.
             chunk: frames at once.
             edges: what lies around the rows; by default nothing.
-            image: there is one frame only.
+            image: the frames are pictures that know nothing of one another, such as a single one.
             pixels: the frames' dtype.
 
         Yields:
@@ -316,12 +316,12 @@ class LocalEncoder(_LocalModel):
     ) -> None:
         """Compiles the kernels for a window's pixels."""
         # What a chunk is at a video's end, or where frames repeat: other numbers of frames may take other kernels.
-        counts = [1] if image else sorted({*range(1, min(chunk, _MOST_COUNTS) + 1), chunk})
+        counts = sorted({*range(1, min(chunk, _MOST_COUNTS) + 1), chunk})
 
         def run() -> None:
             for count in counts:
                 state = StreamState(pages, edges=edges.silent(), transposed=window.transposed, keeps=not image)
-                frames = 1 if image else 1 + 2 * count
+                frames = count if image else 1 + 2 * count
                 shape = (frames, *window.shape, self.architecture.input_channels)
                 blank = torch.empty(shape, dtype=pixels, device=self.device)
                 encoding = self.model.begin(state, count, window.margins)

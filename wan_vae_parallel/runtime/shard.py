@@ -13,7 +13,15 @@ import torch.distributed as dist
 
 from .._version import __version__
 from ..architecture import Architecture
-from ..memory import DeviceMemory, decode_memory, encode_memory, free_memory, largest_chunk, largest_encode_chunk
+from ..memory import (
+    DeviceMemory,
+    decode_memory,
+    encode_memory,
+    free_memory,
+    largest_chunk,
+    largest_encode_chunk,
+    most_encoded_at_once,
+)
 from ..model.encoder import Piece
 from ..parallel.coordination import Coordinator, fingerprint
 from ..parallel.edges import ShardEdges
@@ -156,17 +164,18 @@ class ShardEncoder(_ShardModel[LocalEncoder]):
     def __init__(self, architecture: Architecture, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(LocalEncoder(architecture, weights, device=device, dtype=dtype), weights)
 
-    def room(self, plan: ShardPlan, shard: int, frames: int | None, asked: int) -> int:
+    def room(self, plan: ShardPlan, shard: int, frames: int | None, asked: int, *, image: bool | None = None) -> int:
         """The largest chunk of at most ``asked`` that ``shard`` has the memory for; 0 for none.
 
         Args:
             plan: the split.
             shard: which rows.
-            frames: of the video, if it is known.
+            frames: of the video, if it is known; or of a batch of pictures.
             asked: frames at once; 0 for as many as pay.
+            image: they are pictures; by default one frame alone is.
         """
         size = (plan.height(shard) + 1, plan.columns)
-        kernels, image = self._local.kernels, frames == 1
+        kernels, image = self._local.kernels, frames == 1 if image is None else image
         chunk = asked or largest_encode_chunk(
             self.architecture,
             size,
@@ -175,9 +184,10 @@ class ShardEncoder(_ShardModel[LocalEncoder]):
             free=free_memory(self.device),
             kernels=kernels,
             device_type=self.device.type,
+            image=image,
         )
         if frames is not None:
-            chunk = min(chunk, max(1, frames - 1))
+            chunk = min(chunk, most_encoded_at_once(frames, image=image))
 
         def needed(chunk: int) -> DeviceMemory:
             return encode_memory(self.architecture, size, chunk=chunk, image=image, dtype=self.dtype, kernels=kernels)

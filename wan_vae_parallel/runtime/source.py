@@ -28,6 +28,7 @@ class Source(Protocol):
         columns: latent columns.
         channels: latent channels.
         again: whether a video can be read a second time.
+        image: whether the frames are pictures that know nothing of one another.
     """
 
     videos: int
@@ -40,9 +41,13 @@ class Source(Protocol):
     columns: int
     channels: int
     again: bool
+    image: bool
 
     def blocks(self, video: int, most: int) -> Iterator[torch.Tensor]:
-        """``[t, H, W, C]`` from the video's beginning on: its first frame, then at most ``most`` at a time."""
+        """``[t, H, W, C]`` from the video's beginning on: its first frame, then at most ``most`` at a time.
+
+        Of pictures ``most`` at a time.
+        """
         ...
 
     def facts(self) -> dict[str, str]:
@@ -54,14 +59,16 @@ class TensorSource:
     """Videos in a tensor.
 
     Args:
-        frames: ``[B, T, H, W, C]``, one frame or a multiple of four more.
+        frames: ``[B, T, H, W, C]``, one frame or a multiple of four more; of pictures B is 1, and T any number.
         architecture: of the VAE that they are for.
+        pictures: the frames know nothing of one another.
     """
 
     again = True
 
-    def __init__(self, frames: torch.Tensor, architecture: Architecture) -> None:
+    def __init__(self, frames: torch.Tensor, architecture: Architecture, *, pictures: bool = False) -> None:
         self._frames = frames
+        self.image = pictures or frames.shape[1] == 1
         self.frames: int | None
         self.videos, self.frames, self.height, self.width, self.colours = frames.shape
         self.dtype = frames.dtype
@@ -69,7 +76,7 @@ class TensorSource:
         self.channels = architecture.z_dim
 
     def blocks(self, video: int, most: int) -> Iterator[torch.Tensor]:
-        return blocks(self._frames[video], most)
+        return iter(self._frames[video].split(most)) if self.image else blocks(self._frames[video], most)
 
     def facts(self) -> dict[str, str]:
         return _facts(self)
@@ -87,6 +94,7 @@ class StreamSource:
     videos = 1
     frames: int | None = None
     again = False
+    image = False
 
     def __init__(self, first: torch.Tensor, others: Iterable[torch.Tensor], architecture: Architecture) -> None:
         self._first: torch.Tensor | None = first
@@ -112,4 +120,4 @@ class StreamSource:
 
 
 def _facts(source: Source) -> dict[str, str]:
-    return {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype")}
+    return {name: str(getattr(source, name)) for name in ("videos", "frames", "height", "width", "dtype", "image")}

@@ -123,7 +123,7 @@ class PoolEncodeRun:
         pool, source = self._pool, self._source
         self._begun = 0
         pool.start("encoder")
-        request = {"rows": source.rows, "columns": source.columns, "frames": source.frames, "chunk": chunk}
+        request = {name: getattr(source, name) for name in ("rows", "columns", "frames", "image")} | {"chunk": chunk}
         pool.open("encode", request)
         room = [answer[1] for answer in pool.gather("room", self._shards)]
         self._begun = chunk = min(room)

@@ -369,8 +369,8 @@ class _Worker:
         assert encoder is not None, "an encode was opened on a worker without weights"
         plan = plan_shards(request["rows"], request["columns"], dist.get_world_size(group))
         idle = self.rank >= plan.shards
-        asked, frames = request["chunk"], request["frames"]
-        self.send("room", asked if idle else encoder.room(plan, self.rank, frames, asked))
+        asked, image = request["chunk"], request["image"]
+        self.send("room", asked if idle else encoder.room(plan, self.rank, request["frames"], asked, image=image))
         shared: list[Any] = []
         # Until the rings come, or the encode ends before it has begun.
         while (message := self._commands.get())[0] not in ("rings", "finish"):
@@ -387,7 +387,7 @@ class _Worker:
                     pass
             else:
                 with contextlib.suppress(_Finished):
-                    self._encode_pieces(encoder, plan, message[1], *shared, image=frames == 1)
+                    self._encode_pieces(encoder, plan, message[1], *shared, image=image)
                     while self._commands.get()[0] != "finish":
                         pass
         self._finish(shared)
