@@ -6,11 +6,14 @@ core; with ``-m slow`` all settings that could be chosen for all layers of the p
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 
 from tests.gpu.cross import GPUS, can_compile, compiled, targeting
-from wan_vae_parallel.ops.layer_kinds import LayerKind
+from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs Triton's compiler")
 
@@ -131,6 +134,25 @@ def test_a_kernels_numbers_are_no_reason_to_compile_it_again():
             lambda: [problems.convolution(CONV, tiles.candidates(CONV, CPU)[0], rows=rows)() for rows in (1, 31, 64)]
         )
     assert len(jobs) == 1
+
+
+def test_what_is_measured_is_compiled_before_also_where_a_setting_fails(monkeypatch):
+    from wan_vae_parallel.ops.kernels import launch, measure
+
+    kind = LayerKind("conv", 32, 48, (1, 3, 3))
+    monkeypatch.setattr(launch, "_failed", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(measure, "_measured", lambda *_: Measured((1.0,), 0.0))
+    with targeting("sm_89"):
+        found = tiles.candidates(kind, CPU)
+        assert len(found) == 3
+        # A step that no product takes.
+        monkeypatch.setattr(measure, "candidates", lambda *_: [dataclasses.replace(found[0], step=8), *found[1:2]])
+        for _ in range(2):
+            assert measure.measure([kind], torch.bfloat16, CPU) == {kind: Measured((1.0,), 0.0)}
+    assert len(launch._failed) == 1
+    assert next(iter(launch._failed.values())).startswith("_conv_kernel: ")
 
 
 # All of it: half an hour of one core.
