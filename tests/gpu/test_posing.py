@@ -48,6 +48,14 @@ def test_cudnn_has_no_chance():
     assert not found.lost
 
 
+def test_tritons_driver_tells_of_the_older_card():
+    pytest.importorskip("triton", reason="needs Triton")
+    driver = type("Driver", (), {})
+    pose._change_target(driver, (8, 9))
+    target = driver().get_current_target()
+    assert (target.backend, target.arch, target.warp_size) == ("cuda", 89, 32)
+
+
 def test_processes_that_tests_start_pose_too():
     folder = Path(pose.__file__).parent
     program = (
@@ -65,14 +73,15 @@ def test_processes_that_tests_start_pose_too():
 @pytest.mark.skipif(not can_compile(), reason="needs Triton's compiler")
 @pytest.mark.parametrize("name", ["sm_80", "sm_89"])
 def test_an_older_cards_code_is_assembled_for_hopper(monkeypatch, tmp_path, name):
-    import triton.backends.nvidia.compiler as compiler
+    from triton.backends import backends
 
     from tests.gpu import cross, problems
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiler.CUDABackend, "make_cubin", compiler.CUDABackend.make_cubin)
+    backend = backends["nvidia"].compiler
+    monkeypatch.setattr(backend, "make_cubin", backend.make_cubin)
     monkeypatch.setattr(pose, "the_cards_capability", lambda: 90)
-    pose._assemble_for_the_card(compiler)
+    pose._assemble_for_the_card(backend)
     cubins = []
     read = cross._resources
     monkeypatch.setattr(cross, "_resources", lambda cubin: cubins.append(cubin) or read(cubin))

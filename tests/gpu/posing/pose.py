@@ -53,8 +53,9 @@ def install(name: str) -> None:
     capability, shared = POSES[name]
     _after("wan_vae_parallel.ops.gpu", lambda module: _change_facts(module, name, capability, shared))
     _after("wan_vae_parallel.ops.kernels.measure", _leave_cudnn_out)
-    _after("triton.backends.nvidia.driver", lambda module: _change_target(module, capability))
-    _after("triton.backends.nvidia.compiler", _assemble_for_the_card)
+    # Not those of the modules beneath, which older versions load under other names.
+    _after("triton.backends", lambda module: _change_target(module.backends["nvidia"].driver, capability))
+    _after("triton.backends", lambda module: _assemble_for_the_card(module.backends["nvidia"].compiler))
     _after("triton.compiler.compiler", lambda module: setattr(module, "max_shared_mem", lambda _device: shared))
 
 
@@ -85,20 +86,20 @@ def _leave_cudnn_out(module: ModuleType) -> None:
     module._time = time
 
 
-def _change_target(module: ModuleType, capability: tuple[int, int]) -> None:
+def _change_target(driver: Any, capability: tuple[int, int]) -> None:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    module.CudaDriver.get_current_target = lambda _self: target
+    driver.get_current_target = lambda _self: target
 
 
-def _assemble_for_the_card(module: ModuleType) -> None:
-    real = module.CUDABackend.make_cubin
+def _assemble_for_the_card(backend: Any) -> None:
+    real = backend.make_cubin
 
     def make_cubin(self: Any, source: str, metadata: Any, options: Any, _capability: int) -> bytes:
         return real(self, source, metadata, options, the_cards_capability())
 
-    module.CUDABackend.make_cubin = make_cubin
+    backend.make_cubin = make_cubin
 
 
 def the_cards_capability() -> int:
