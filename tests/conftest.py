@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 import time
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is loaded, and for processes that tests start: several tests at a time share the processor.
@@ -13,7 +15,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 import wan_vae_parallel as wvp
+from tests.gpu.posing.pose import POSES, begin
 from tests.processes import MARK, children, listening, shared_files, shared_names, strays, wait_until
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--pose", choices=sorted(POSES), help="have Triton take the GPU for an older one (see tests/gpu/posing/pose.py)"
+    )
+
+
+def pytest_configure(config):
+    if name := config.getoption("--pose"):
+        folder = tempfile.TemporaryDirectory(prefix="wvp-pose-")
+        config.add_cleanup(folder.cleanup)
+        begin(name, Path(folder.name))
 
 
 @pytest.fixture(scope="session", autouse=True)

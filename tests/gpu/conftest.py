@@ -6,6 +6,13 @@ import torch
 from tests.gpu.device import CUDA, clear
 from tests.gpu.kernel_tests import leave_kernels_alone
 from tests.oracle import FAMILIES, oracle_vae
+from wan_vae_parallel.ops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _failures_are_errors(monkeypatch):
+    """No test passes because PyTorch's kernels stood in for one of ours that fails."""
+    monkeypatch.setattr(dispatch.FallingBack, "__exit__", lambda *_: False)
 
 
 @pytest.fixture

@@ -12,8 +12,12 @@ from wan_vae_parallel.ops import attention, dispatch, kernels
 from wan_vae_parallel.ops import gpu as gpu_facts
 from wan_vae_parallel.ops.gpu import Gpu
 
+# Before another Triton stands in for the one that is there.
+from wan_vae_parallel.ops.kernels import triton_version  # noqa: F401
+
 CUDA = torch.device("cuda", 0)
 PROBE = "wan_vae_parallel.ops.kernels.probe"
+WHY_NOT_LOADED = dispatch._why_not_loaded
 HOPPER = Gpu("Test GPU", (9, 0), 132, 232448)
 
 
@@ -24,6 +28,7 @@ def _nothing_known(monkeypatch):
             cached.cache_clear()
 
     forget()
+    monkeypatch.setattr(dispatch, "_why_not_loaded", lambda: "")
     monkeypatch.setattr(dispatch, "_tried", {})
     monkeypatch.setattr(dispatch, "_failed_on", set())
     monkeypatch.setattr(gpu_facts, "_read", lambda _: HOPPER)
@@ -84,6 +89,31 @@ def test_plans_try_nothing(monkeypatch):
     assert not dispatch.kernels_expected(CUDA, torch.float32)
     assert not dispatch.kernels_expected(torch.device("cpu"), torch.bfloat16)
     assert calls == []
+
+
+def test_a_triton_that_can_not_be_loaded_is_said(monkeypatch, caplog):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise OSError("libtriton.so: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "triton.language")
+    monkeypatch.setitem(sys.modules, "triton", Broken("triton"))
+    assert not dispatch.kernels_multiply(CUDA, torch.bfloat16)
+    assert "Triton" in caplog.text
+    assert "install" in caplog.text
+
+
+def test_a_triton_that_has_renamed_something_is_said_with_what_to_install(monkeypatch, caplog):
+    calls = tried(monkeypatch, "")
+    # The real one, with a Triton that has nothing that the kernels' modules name.
+    monkeypatch.setattr(dispatch, "_why_not_loaded", WHY_NOT_LOADED)
+    for name in ("conv", "down_conv", "frames", "head_conv", "norm", "pixels", "products", "shortcut"):
+        monkeypatch.delitem(sys.modules, f"wan_vae_parallel.ops.kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
+    assert not dispatch.kernels_multiply(CUDA, torch.bfloat16)
+    assert calls == []
+    assert "our kernels can't be loaded with Triton 3.6.0" in caplog.text
+    assert f"install the one that torch {torch.__version__} asks for" in caplog.text
 
 
 def test_plans_know_what_was_tried_before(monkeypatch):

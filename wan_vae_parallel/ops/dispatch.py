@@ -123,6 +123,8 @@ def _why_not(device: torch.device) -> str:
     except ImportError as error:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         return f"Triton is missing ({error}); pip install {package} brings it"
+    except Exception as error:  # noqa: BLE001 (a broken installation fails in many ways)
+        return f"Triton can't be loaded ({type(error).__name__}: {error}); install it anew"
     model = gpu(device)
     if model.capability < _LEAST_CAPABILITY:
         return (
@@ -142,10 +144,26 @@ def _has_compiler() -> bool:
     return sys.platform != "linux" or bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
+def _why_not_loaded() -> str:
+    """What this version of Triton lacks that our kernels' modules name; nothing if they load."""
+    try:
+        from .kernels import conv, down_conv, frames, head_conv, norm, pixels, shortcut  # noqa: F401
+    except Exception as error:  # noqa: BLE001 (whatever a version of Triton has renamed or forbids)
+        import triton
+
+        return (
+            f"our kernels can't be loaded with Triton {triton.__version__} ({type(error).__name__}: {error}); install "
+            f"the one that torch {torch.__version__} asks for"
+        )
+    return ""
+
+
 def _kernels_run_on(device: torch.device) -> bool:
     reason = _tried.get(device)
     if reason is None:
         reason = _why_not(device)
+        if not reason:
+            reason = _why_not_loaded()
         if not reason:
             from .kernels import probe
 
