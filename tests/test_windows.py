@@ -13,8 +13,10 @@ from tests.processes import patience
 
 # Run before the package is loaded, and behind what it needs, which would otherwise do as on Windows.
 WITHOUT_LINUX = """
-import builtins, io, os, pathlib, select, signal, sys
+import builtins, io, os, pathlib, select, signal, subprocess, sys, tempfile
 import imageio_ffmpeg, numpy, PIL.Image, safetensors.torch, torch, torch.distributed
+
+os.environ["IMAGEIO_FFMPEG_EXE"] = imageio_ffmpeg.get_ffmpeg_exe()  # which is started as on this system
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "triton"):
     sys.modules[name] = None
@@ -22,7 +24,7 @@ for name in (
     "memfd_create", "MFD_CLOEXEC", "MFD_ALLOW_SEALING", "fork", "forkpty", "sched_getaffinity", "sched_setaffinity",
     "sched_yield", "preadv", "pwritev", "pread", "pwrite", "posix_fallocate", "posix_fadvise", "posix_spawn", "getuid",
     "geteuid", "getgid", "getpgid", "setsid", "killpg", "setpriority", "getpriority", "PRIO_PROCESS", "nice", "mkfifo",
-    "sysconf", "chown", "fchown", "fchmod", "wait", "wait3", "wait4", "waitid", "WNOHANG",
+    "sysconf", "chown", "fchown", "fchmod", "wait", "wait3", "wait4", "waitid",
     "sendfile", "splice", "eventfd", "pidfd_open", "getloadavg", "register_at_fork", "ctermid", "O_NONBLOCK", "pipe2",
     "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_TMPFILE", "set_blocking", "get_blocking", "fdatasync", "uname",
 ):
@@ -43,6 +45,9 @@ def elsewhere(function):
 for name in ("open", "stat", "lstat", "listdir", "scandir", "readlink"):
     setattr(os, name, elsewhere(getattr(os, name)))
 io.open = builtins.open = elsewhere(open)
+# Python's own, which has looked at this system already.
+tempfile._O_TMPFILE_WORKS = False
+subprocess.Popen.kill = lambda process: os.kill(process.pid, 9)
 sys.platform = "win32"
 """
 

@@ -26,3 +26,26 @@ def test_every_node_has_help_that_names_all_its_inputs_and_outputs(server, page)
         # Pictures that a page shows are there.
         for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
             urllib.request.urlopen(url.rpartition("/docs/")[0] + f"/docs/{picture}", timeout=30).close()
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_names_and_tooltips_are_there_in_every_language_and_in_english_are_the_nodes_own(server, language):
+    told = server.get("/i18n")[language]["nodeDefs"]
+    ours = {name: info for name, info in server.get("/object_info").items() if name.startswith("WanVAEParallel")}
+    assert {name for name in told if name.startswith("WanVAEParallel")} == set(ours)
+    for name, info in ours.items():
+        texts = told[name]
+        inputs = {key: spec for kind, keys in info["input"].items() if kind != "hidden" for key, spec in keys.items()}
+        assert set(texts["inputs"]) == set(inputs), name
+        assert len(texts["outputs"]) == len(info["output_name"]), name
+        entries = [texts, *texts["inputs"].values(), *texts["outputs"].values()]
+        assert all(entry.get("name") or entry.get("display_name") for entry in entries), name
+        assert all(entry.get("tooltip") or entry.get("description") for entry in entries), name
+        if language == "en":
+            assert (texts["display_name"], texts["description"]) == (info["display_name"], info["description"])
+            assert {key: text["tooltip"] for key, text in texts["inputs"].items()} == {
+                key: spec[1]["tooltip"] for key, spec in inputs.items()
+            }
+            assert [text["tooltip"] for text in texts["outputs"].values()] == info["output_tooltips"]
+        else:
+            assert all(ord(max(text["tooltip"])) > 0x2E80 for text in texts["inputs"].values()), name
