@@ -148,6 +148,11 @@ class Engine:
         """What it decodes in."""
         return self._vae.dtype
 
+    @property
+    def encode_dtype(self) -> torch.dtype:
+        """What it encodes in."""
+        return self._vae.encode_dtype
+
     def take_workers(self, other: Engine) -> None:
         """Goes on with ``other``'s worker processes, if they are there, on the same devices and idle."""
         if other is not self:

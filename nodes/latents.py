@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
+from ..wan_vae_parallel.architecture import Architecture
 from ..wan_vae_parallel.errors import LatentError
+from ..wan_vae_parallel.files.latents import check_latents
 from ..wan_vae_parallel.latent_statistics import PUBLISHED
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,8 @@ class Samples:
     looped: bool = False
 
 
-def read_samples(latent: Any) -> Samples:
-    """What is to be decoded of a LATENT.
+def read_samples(latent: Any, architecture: Architecture) -> Samples:
+    """What is to be decoded of a LATENT with a VAE of an architecture; its latents are checked.
 
     Raises:
         LatentError: there is nothing to decode in it, or what it says can't be followed.
@@ -67,11 +69,12 @@ def read_samples(latent: Any) -> Samples:
     if getattr(latents, "is_nested", False):
         # Video and sound, say: the first is the picture's, as core's VAE Decode takes it.
         latents = latents.unbind()[0]
+    latents = check_latents(latents, architecture)  # in the order of axes in which something can be left out
     said = {word for word in _WORDS if _is_set(latent.get(word))}
     from_wrapper = any(word in latent for word in ("has_ref", "drop_last", "looped"))
     if said - {"looped"}:
         latents = _trimmed(latents, said)
-    if "looped" in said and ("end_image" in said or latents.dim() != 5 or latents.shape[2] < _LOOP_END + _LOOP_START):
+    if "looped" in said and ("end_image" in said or latents.shape[2] < _LOOP_END + _LOOP_START):
         raise LatentError(
             f"the LATENT is of a loop (looped), which takes {_LOOP_END + _LOOP_START} latent frames and no end "
             f"picture, not {tuple(latents.shape)}; decode it with WanVideoWrapper's own node"
@@ -111,11 +114,6 @@ def _is_set(value: Any) -> bool:
 
 
 def _trimmed(latents: torch.Tensor, said: set[str]) -> torch.Tensor:
-    if latents.dim() != 5:
-        raise LatentError(
-            f"latents {tuple(latents.shape)} have no axis of time, and their LATENT says {', '.join(sorted(said))}; "
-            f"connect what WanVideoWrapper's sampler returns"
-        )
     first, last = int("has_ref" in said), int("drop_last" in said) + int("end_image" in said)
     if latents.shape[2] <= first + last:
         raise LatentError(

@@ -10,7 +10,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from .vaes import ParallelVAE, apply_parallel, load_parallel
+from .vaes import ParallelVAE, apply_parallel, check_alike, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
 _DEVICES = (
@@ -231,6 +231,7 @@ class WanVAEParallelDecodeRGBA(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict[str, Any], vae_rgb: Any, vae_alpha: Any) -> io.NodeOutput:
         rgb, alpha = _parallel_vae(vae_rgb), _parallel_vae(vae_alpha)
+        check_alike(samples, rgb, alpha)
         # One set of worker processes for both, which whoever decoded last has.
         colours = rgb.decode_samples(samples, workers_of=alpha)
         opacity = alpha.decode_samples(samples, workers_of=rgb)

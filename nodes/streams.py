@@ -14,7 +14,6 @@ import torch
 
 from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError, OutOfMemoryError
 from ..wan_vae_parallel.files.frames_in import open_frames, resized
-from ..wan_vae_parallel.files.latents import check_latents
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.to_video import joined, write_video
 from .latents import look_normalized, read_samples
@@ -32,7 +31,7 @@ def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tupl
     Raises:
         LatentError: it is a loop's, or has frames that were decoded already.
     """
-    samples = read_samples(latent)
+    samples = read_samples(latent, vae._current_engine("decoder").architecture)
     if samples.latents is None:
         raise LatentError(
             "the LATENT has frames that are decoded already (video); connect them to Create Video, by way of Wan VAE "
@@ -43,9 +42,8 @@ def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tupl
             "the LATENT is of a loop (looped), whose last frames are decoded once more with its first ones; connect "
             "Wan VAE Decode (Parallel) and Create Video"
         )
-    latents = check_latents(samples.latents, vae._current_engine("decoder").architecture)
     normalized = normalized or vae._normalized
-    return latents, normalized or (samples.from_wrapper and look_normalized(latents))
+    return samples.latents, normalized or (samples.from_wrapper and look_normalized(samples.latents))
 
 
 def decode_to_file(
@@ -70,7 +68,7 @@ def decode_to_file(
         parts: how many there are.
     """
     engine = vae._current_engine("decoder")
-    whole = check_latents(joined(latents), engine.architecture)
+    whole = joined(latents, engine.architecture)
     engine.set_chunk(vae._chunk)
     progress = ChunkProgress(parts=parts)
 
@@ -121,7 +119,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
             room = False
             for frame in source:
                 _check()
-                frame = resized(frame, _stretched(frame, size))
+                frame = resized(frame, _stretched(frame, size, architecture.encode_ratio))
                 if not room:
                     count = source.expected or most or architecture.temporal_ratio + 1
                     engine.make_room("encoder", engine.encode_memory_needed((1, count, *frame.shape[1:])))
@@ -142,13 +140,13 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
     return torch.cat(parts, dim=2).to(vae.output_device, _output_dtype(vae))
 
 
-def _stretched(frame: torch.Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height for ``[1, H, W, C]``; of one that is not given the nearest multiple of 8 in proportion."""
+def _stretched(frame: torch.Tensor, size: tuple[int, int], ratio: int) -> tuple[int, int]:
+    """Width and height for ``[1, H, W, C]``; of one that is not given the nearest multiple of ``ratio``."""
     height, width = frame.shape[1:3]
     if not any(size):
         return width, height
     if all(size):
         return size
     asked = size[0] / width if size[0] else size[1] / height
-    other = max(8, round((height if size[0] else width) * asked / 8) * 8)
+    other = max(ratio, round((height if size[0] else width) * asked / ratio) * ratio)
     return (size[0], other) if size[0] else (other, size[1])

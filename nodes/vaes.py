@@ -17,9 +17,8 @@ import comfy.sd
 import torch
 
 from ..wan_vae_parallel import VAE, load_vae
-from ..wan_vae_parallel.errors import CheckpointError, OutOfMemoryError
+from ..wan_vae_parallel.errors import CheckpointError, LatentError, OutOfMemoryError
 from ..wan_vae_parallel.files.checkpoint import read_checkpoint
-from ..wan_vae_parallel.files.latents import check_latents
 from .core_vaes import core_patcher, core_vae, without_model
 from .engines import Engine, Source, shared_engine, source_of_weights
 from .latents import join_loop, look_normalized, loop_latents, read_samples
@@ -92,11 +91,11 @@ class ParallelVAE:
         self, latent: Any, *, normalized: bool = False, workers_of: ParallelVAE | None = None
     ) -> torch.Tensor:
         """``[B * T', H, W, C]`` of a LATENT, with all that it says; see `latents`. The arguments are the above's."""
-        samples = read_samples(latent)
+        samples = read_samples(latent, self._current_engine("decoder").architecture)
         if samples.frames is not None:
             return samples.frames.to(self.output_device, _output_dtype(self))
-        assert samples.latents is not None, "a LATENT has latents or frames"
-        latents = check_latents(samples.latents, self._current_engine("decoder").architecture)
+        latents = samples.latents
+        assert latents is not None, "a LATENT has latents or frames"
         if samples.from_wrapper and not normalized and not self._normalized:
             normalized = look_normalized(latents)
             if normalized:
@@ -195,6 +194,7 @@ def apply_parallel(
         source, model = wrapper_source(vae)
         parallel = _parallel(without_model(shared_engine(source, *asked)), asked, chunk, source=source)
         parallel._normalized, parallel._weights_of = True, model
+        _warn_of_rounded_weights(parallel)
         return parallel
     if vae.first_stage_model is None and not isinstance(vae, ParallelVAE):
         raise CheckpointError(
@@ -288,16 +288,35 @@ def _warn_of_changed_padding(vae: ParallelVAE, part: str) -> None:
     )
 
 
+def check_alike(latent: Any, rgb: ParallelVAE, alpha: ParallelVAE) -> None:
+    """Raises an error if two VAEs can't make the colours and the alpha of the same frames, before either decodes."""
+    if isinstance(latent, dict) and latent.get("video") is not None:
+        raise LatentError(
+            "the LATENT has frames that are decoded already (video), and they have no alpha; connect the latents that "
+            "Wan-Alpha's sampler made"
+        )
+    one, other = (vae._current_engine("decoder").architecture for vae in (rgb, alpha))
+    sizes = [architecture.frame_size(1, 1) for architecture in (one, other)]
+    if sizes[0] != sizes[1] or one.z_dim != other.z_dim or one.temporal_ratio != other.temporal_ratio:
+        raise CheckpointError(
+            f"vae_rgb is a {one.name} VAE, {one.z_dim} channels to {sizes[0][0]} pixels a side, and vae_alpha a "
+            f"{other.name} one, {other.z_dim} to {sizes[1][0]}: they don't make the same frames; connect the two VAEs "
+            f"of Wan-Alpha"
+        )
+
+
 def _warn_of_rounded_weights(vae: ParallelVAE) -> None:
     """Says it where a VAE is asked to compute in more digits than its loader has left its weights."""
     engine = vae._engine
     held = engine.source.stored
-    if held is not None and torch.finfo(engine.dtype).eps < torch.finfo(held).eps:
-        _say_once(
-            f"Wan VAE Parallel: dtype {_name(engine.dtype)} is asked for, and the connected VAE holds its weights in "
-            f"{_name(held)}, which frames can differ by 0.01 for; if the file has more digits, take the VAE from Load "
-            f"Wan VAE (Parallel)"
-        )
+    for name, asked in (("dtype", engine.dtype), ("encode_dtype", engine.encode_dtype)):
+        if held is not None and torch.finfo(asked).eps < torch.finfo(held).eps:
+            _say_once(
+                f"Wan VAE Parallel: {name} {_name(asked)} is asked for, and the connected VAE holds its weights in "
+                f"{_name(held)}, which results can differ by 0.01 for; if the file has more digits, take the VAE from "
+                f"Load Wan VAE (Parallel)"
+            )
+            return
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +19,7 @@ from ..wan_vae_parallel.errors import ArgumentError, LatentError
 from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
-from ..wan_vae_parallel.files.video_out import pictures_as_video
+from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
 from .streams import decode_to_file, encode_file, latents_for_file
 
@@ -32,12 +34,20 @@ _FORMATS = {
     "PNG pictures 16 bit": ("png16", ""),
 }
 _OWN_FFMPEG = "imageio-ffmpeg"
+# Where core's VIDEO keeps the name of its file.
+_CORES_FILE = "_VideoFromFile__file"
 # What MP4 holds, which core's Save Video writes by default.
 _IN_MP4 = ("h264", "h265", "vp9")
 
 
+def _temporary() -> str:
+    folder: str = folder_paths.get_temp_directory()
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
 class SavedVideo(InputImpl.VideoFromFile):
-    """A file as core's VIDEO; streams that a container can't hold are encoded again when it is saved there."""
+    """A file as core's VIDEO; streams that MP4 can't hold are encoded again, as H.264, when it is saved there."""
 
     def __init__(self, file: str, *, in_mp4: bool, **options: Any) -> None:
         super().__init__(file, **options)
@@ -49,9 +59,23 @@ class SavedVideo(InputImpl.VideoFromFile):
         """As core's; in MP4, streams that it can't hold become H.264."""
         named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
         to_mp4 = named or format == Types.VideoContainer.MP4
-        if to_mp4 and not self._in_mp4 and codec == Types.VideoCodec.AUTO:
-            codec = Types.VideoCodec.H264
-        return super().save_to(path, format=format, codec=codec, **rest)
+        if not to_mp4 or self._in_mp4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
+            return super().save_to(path, format=format, codec=codec, **rest)
+        # Not by core, whose colours would be those of other tags than it writes.
+        with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
+            encoded = Path(folder) / "encoded.mp4"
+            encode_again(Path(self.get_stream_source()), encoded)
+            copied = copy.copy(self)
+            copied._in_mp4 = True
+            setattr(copied, _CORES_FILE, str(encoded))
+            return copied.save_to(path, format=format, codec=codec, **rest)
+
+    def as_trimmed(self, *args: Any, **options: Any) -> Any:
+        """As core's, of those versions that trim; a part of the file stays one of ours."""
+        trimmed = super().as_trimmed(*args, **options)
+        if type(trimmed) is InputImpl.VideoFromFile:
+            trimmed.__class__, trimmed._in_mp4 = SavedVideo, self._in_mp4
+        return trimmed
 
 
 class WanVAEParallelDecodeToVideo(io.ComfyNode):
@@ -100,7 +124,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                     "filename_prefix",
                     optional=True,
                     default="video/wan",
-                    tooltip="How files are named, as in Save Video, with %date:yyyy-MM-dd% and the like.",
+                    tooltip="How files are named, as in Save Video, with %year%, %month%, %day%, %width% and the like.",
                 ),
                 io.Boolean.Input(
                     "save",

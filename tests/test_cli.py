@@ -341,7 +341,7 @@ def test_a_polite_kill_of_an_encode_leaves_no_file_and_no_ffmpeg(files, tmp_path
 @pytest.fixture
 def handlers():
     """Puts back the signals' handlers that the command line took over."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -349,7 +349,7 @@ def handlers():
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("when", ["opening", "writing", "closing", "writing, and ffmpeg is gone too"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_waits_while_files_are_at_work(files, tmp_path, monkeypatch, capsys, when, number):
     went_on = []
 

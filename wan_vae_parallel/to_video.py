@@ -71,30 +71,37 @@ def output_settings(
     )
 
 
-def joined(latents: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-    """Latents whose parts follow one another in time, as one tensor ``[B, z, T, h, w]``.
+def joined(latents: torch.Tensor | Sequence[torch.Tensor], architecture: Architecture) -> torch.Tensor:
+    """Latents whose parts follow one another, as one checked tensor ``[B, z, T, h, w]``: in time, or images in a batch.
 
     Raises:
-        LatentError: there are none, or they differ in more than their length.
+        LatentError: there are none, one can't be decoded, or they differ in more than their length.
     """
     if isinstance(latents, torch.Tensor):
-        return latents
-    parts = [part.unsqueeze(2) if part.dim() == 4 else part for part in latents]
+        return check_latents(latents, architecture)
+    if not isinstance(latents, Sequence) or isinstance(latents, (str, bytes)):
+        raise LatentError(
+            f"latents are a {type(latents).__name__}; they must be a torch tensor [B, C, T, h, w], or a list of such "
+            f"that follow one another"
+        )
+    # Each by itself: what axes it has is told by its own shape.
+    parts = [check_latents(part, architecture) for part in latents]
     if not parts:
         raise LatentError("there are no latents to decode; give a tensor, or several that follow one another")
+    axis = 0 if architecture.images_only else 2
     for number, part in enumerate(parts):
-        shapes = [(*one.shape[:2], *one.shape[3:]) for one in (parts[0], part)]
-        if part.dim() != 5 or shapes[0] != shapes[1]:
+        shapes = [(*one.shape[:axis], *one.shape[axis + 1 :]) for one in (parts[0], part)]
+        if shapes[0] != shapes[1]:
             raise LatentError(
                 f"part {number + 1} of the latents has the shape {tuple(part.shape)}, and the first "
-                f"{tuple(parts[0].shape)}; parts of one video may differ in their number of frames only"
+                f"{tuple(parts[0].shape)}; parts of one file may differ in their number of frames, or of images, only"
             )
     if len(parts) == 1:
         return parts[0]
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)
-    return torch.cat([part.to("cpu", dtype) for part in parts], dim=2)
+    return torch.cat([part.to("cpu", dtype) for part in parts], dim=axis)
 
 
 def write_video(

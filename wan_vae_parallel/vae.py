@@ -156,7 +156,9 @@ class VAE(Session):
             LatentError, ClosedError, OutOfMemoryError: as `decode` does.
         """
         settings = output_settings(self.architecture, fps=fps, format=format, quality=quality, audio=audio, **options)
-        return write_video(self, joined(latents), path, settings, normalized, on_chunk=on_chunk, on_wait=on_wait)
+        return write_video(
+            self, joined(latents, self.architecture), path, settings, normalized, on_chunk=on_chunk, on_wait=on_wait
+        )
 
     def pixel_stream(
         self,

@@ -110,6 +110,20 @@ def test_rgba_is_cores_template_of_two_decodes_joined(server, send, received, de
     assert list(server.output.glob("alpha*.webm"))
 
 
+def test_two_vaes_that_make_other_frames_are_refused_before_a_decode(server, send):
+    graph = {
+        "latent": send("rgba", LATENTS),
+        "rgb": loader("rgb.safetensors", "cpu"),
+        "alpha": loader("upscale2x.safetensors", "cpu"),
+        "ours": node("WanVAEParallelDecodeRGBA", samples=["latent", 0], vae_rgb=["rgb", 0], vae_alpha=["alpha", 0]),
+        "saved": save("ours", "ours"),
+    }
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    assert "don't make the same frames" in run.detail["exception_message"]
+    assert not run.progress("ours")
+
+
 def test_layered_images_decode_and_encode_as_cores(server, send, received):
     pixels = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(2))
     graph = {

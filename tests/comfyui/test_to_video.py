@@ -1,7 +1,9 @@
 """Latents to a video file and back in a real ComfyUI server, by POST /prompt."""
 
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 import urllib.request
@@ -11,6 +13,8 @@ import torch
 
 from tests.comfyui.server import node
 from tests.processes import patience
+from wan_vae_parallel.files.ffmpeg import find_ffmpeg
+from wan_vae_parallel.files.frames_in import open_frames
 
 FORMATS = {
     "MP4 H.264 8 bit": ".mp4",
@@ -88,7 +92,31 @@ def test_every_format_is_a_video_for_cores_nodes_and_shown(server, send, receive
         assert response.headers["Content-Type"] in ("video/mp4", "video/webm")
         assert len(response.read()) > 500
     saved = run.outputs("save")["images"][0]
-    assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 500
+    file = server.output / saved["subfolder"] / saved["filename"]
+    assert file.suffix == ".mp4"
+    said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+    assert re.search(r"Video: (h264|hevc|vp9).*yuv4\d\dp(10le)?\(tv, bt709", said), said
+    # The same colours again, read by the tags.
+    with open_frames(file, colours=3, most=None) as frames_again:
+        again = torch.cat(list(frames_again))
+    assert again.shape == expected.shape
+    assert (again.mean((0, 1, 2)) - expected.mean((0, 1, 2))).abs().max() < 0.02
+
+
+def test_what_was_trimmed_is_saved_as_the_whole_is(server, send):
+    if "Video Slice" not in server.get("/object_info"):
+        pytest.skip("this ComfyUI does not trim videos")
+    graph = {
+        **to_video(send("l.safetensors", latents())),
+        "trimmed": node("Video Slice", video=["v", 0], start_time=0.0, duration=0.25, strict_duration=False),
+        "save": node("SaveVideo", video=["trimmed", 0], filename_prefix="trimmed", format="auto", codec="auto"),
+    }
+    saved = server.run(graph).check().outputs("save")["images"][0]
+    file = server.output / saved["subfolder"] / saved["filename"]
+    said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+    assert re.search(r"Video: h264.*yuv420p\(tv, bt709", said), said
+    with open_frames(file, colours=3, most=None) as frames:
+        assert len(list(frames)) == 4
 
 
 def test_a_saved_file_lies_in_output_and_the_next_one_has_the_next_number(server, send):

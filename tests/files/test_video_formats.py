@@ -364,6 +364,36 @@ def test_a_video_that_is_not_finished_clears_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(5)]
 
 
+def test_older_pictures_come_back_if_the_new_ones_can_not_take_their_names(tmp_path, monkeypatch):
+    write(tmp_path / "%d.png", FRAMES)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real, count = Path.replace, []
+
+    def replace(path, target):
+        count.append(target)
+        if len(count) == 4:
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(OutputError, match="Input/output error"):
+            write(tmp_path / "%d.png", FRAMES[:, :3].flip(1), old_pictures="clear")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_failed_once_is_tried_again(tmp_path):
+    flag = tmp_path / "short of memory"
+    flag.touch()
+    sick = program(
+        tmp_path / "sick", f'case "$*" in *null*) [ -e "{flag}" ] && kill -9 $$;; esac; {find_ffmpeg()} "$@"'
+    )
+    with pytest.raises(OutputError, match="can't be written"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=sick))
+    flag.unlink()
+    plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=sick))
+
+
 def test_a_slow_ffmpegs_video_is_kept(tmp_path):
     # It is done, and then takes its time on a busy machine.
     slow = program(

@@ -95,6 +95,34 @@ def test_parts_in_time_are_one_stream_without_a_seam(vae, latents, frames, tmp_p
         vae.decode_to_video([], tmp_path / "w.mkv")
 
 
+def test_parts_may_have_their_axes_in_another_order_each(vae, latents, frames, tmp_path):
+    # [C, T, h, w] is no latent frame with a batch in front; [B, T, C, h, w] is not C frames of T channels.
+    parts = [latents[0, :, :2], latents[:, :, 2:].transpose(1, 2)]
+    vae.decode_to_video(parts, tmp_path / "v.mkv", format="ffv1")
+    assert (read(tmp_path / "v.mkv", frames) - frames[0]).abs().max() <= 0.5 / 65535 + 1e-6
+    either = torch.zeros(16, 16, 4, 3)
+    either[:] = torch.arange(16.0)[:, None, None, None]
+    with pytest.raises(wvp.LatentError):
+        vae.decode(either)
+    with pytest.raises(wvp.LatentError):
+        vae.decode_to_video([either], tmp_path / "w.mkv")
+
+
+@pytest.mark.parametrize(
+    ("latents", "path", "options", "error"),
+    [
+        (None, "v.mp4", {}, wvp.LatentError),
+        ({"samples": torch.zeros(1, 16, 1, 2, 2)}, "v.mp4", {}, wvp.LatentError),
+        (["a"], "v.mp4", {}, wvp.LatentError),
+        (torch.zeros(1, 16, 1, 2, 2), 5, {}, wvp.OutputError),
+        (torch.zeros(1, 16, 1, 2, 2), "v.mp4", {"audio": 5}, wvp.OutputError),
+    ],
+)
+def test_what_is_of_another_kind_is_an_error_of_the_packages(vae, latents, path, options, error, tmp_path):
+    with pytest.raises(error):
+        vae.decode_to_video(latents, tmp_path / path if isinstance(path, str) else path, **options)
+
+
 def test_rate_and_sound(vae, latents, tmp_path):
     vae.decode_to_video(latents, tmp_path / "v.mp4", audio=(torch.rand(2, 99) - 0.5, 44100))
     said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "v.mp4")], capture_output=True, text=True, check=False)

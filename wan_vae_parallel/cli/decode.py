@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..files.formats import FORMATS, QUALITIES
-from ..files.latents import check_latents, read_latents
+from ..files.latents import read_latents
 from ..loading import load_vae
 from ..to_video import joined, output_settings, write_video
 from ..torchrun import launched, torchrun_group
@@ -57,14 +57,14 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     with torchrun_group(options.devices) if launched() else contextlib.nullcontext() as group:
-        latents = joined([read_latents(path) for path in options.latents])
+        parts = [read_latents(path) for path in options.latents]
         first = group is None or dist.get_rank(group) == 0
         if not first:
             logging.getLogger().setLevel(logging.WARNING)
         with load_vae(
             options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
         ) as vae:
-            latents = check_latents(latents, vae.architecture)
+            latents = joined(parts, vae.architecture)
             settings = output_settings(
                 vae.architecture,
                 fps=options.fps,

@@ -27,7 +27,7 @@ _IMPATIENT_SECONDS = 5.0
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as a KeyboardInterrupt, which waits while files are being made, written or closed."""
+    """Signals that end a program, as a KeyboardInterrupt, which waits while files are being made, written or closed."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -40,6 +40,9 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._stop)
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(hangup, self._stop)
 
     def end_if_stopped(self) -> None:
         """Raises what was held back, or what Python dropped: it ignores errors while it forks, as for ffmpeg."""

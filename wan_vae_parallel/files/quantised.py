@@ -6,6 +6,7 @@ Scaled fp8 keeps a scale beside each weight, for all of it or for each output ch
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 
@@ -60,8 +61,13 @@ def dequantised(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, t
     if scales:
         raise CheckpointError(f"{source} has scales of weights that it lacks: {', '.join(list(scales)[:5])}")
     if count:
-        logger.info("%s: %d weights in fp8 are taken as the numbers that they stand for", source, count)
+        _say_once(f"{source}: {count} weights in fp8 are taken as the numbers that they stand for")
     return plain
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.info("%s", text)
 
 
 def _product(key: str, weight: torch.Tensor, scale: torch.Tensor, source: str) -> torch.Tensor:

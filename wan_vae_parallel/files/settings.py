@@ -60,6 +60,10 @@ class OutputSettings:
         ):
             if value not in allowed:
                 raise OutputError(f"{name} is {value!r}; it must be {' or '.join(allowed)}")
+        if not isinstance(self.audio, (Audio, Path, type(None))):
+            raise OutputError(
+                f"audio is a {type(self.audio).__name__}; it must be a file with sound, or samples and their rate"
+            )
         if isinstance(self.audio, Path) and not self.audio.is_file():
             raise OutputError(f"there is no audio file {self.audio}; name one, or leave the audio away")
 

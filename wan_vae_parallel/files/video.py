@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ..errors import OutOfMemoryError, OutputError
 from ..memory import free_memory, gibibytes
 from .formats import VIDEO_SUFFIXES, choose_format
+from .kinds import user_path
 from .settings import Check, OutputSettings
 from .video_out import PictureOutput, VideoOutput, Write
 from .whole import check_writable, replacing
@@ -45,7 +46,8 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
             format or this ffmpeg can't do.
         OutOfMemoryError: a tensor that the host has no room for.
     """
-    path, settings = Path(path), settings or OutputSettings()
+    path = user_path(path, OutputError, another="name a file such as video.mp4")
+    settings = settings or OutputSettings()
     suffix = path.suffix.lower()
     files = output_files(path, shape)
     if suffix == ".safetensors":
@@ -64,7 +66,7 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         for file in files:
             check_writable(file)
         if shape[4] > 3:
-            logger.info("%s has no alpha: the fourth colour is left out", path)
+            logger.warning("%s has no alpha: the fourth colour is left out", path)
         return VideoOutput(files, chosen, shape, settings)
     later = []
     # The folder of a sequence is made when it is written; what it would lie in must be there.

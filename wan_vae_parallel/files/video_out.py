@@ -30,6 +30,11 @@ Write = Callable[[torch.Tensor], None]
 
 # The longer side of a preview.
 _PREVIEW_PIXELS = 960
+# Of YUV that a filter has made as BT.709 in limited range.
+_TAGS = (
+    *("-color_range", "tv", "-colorspace", "bt709"),
+    *("-color_primaries", "bt709", "-color_trc", "bt709"),
+)
 # Threads of an encoder, at most, and the pixels of a frame beyond which it is half of them.
 _THREADS, _LARGE_PIXELS = 12, 1920 * 1088
 _FULL = re.compile(r"No space left|File too large|quota|Disk full", re.IGNORECASE)
@@ -217,8 +222,7 @@ class VideoOutput:
         arguments = [
             *("-map", "0:v:0", "-vf", f"scale={width}:{height}:{colours},format=yuv420p"),
             *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-threads", "4"),
-            *("-color_range", "tv", "-colorspace", "bt709"),
-            *("-color_primaries", "bt709", "-color_trc", "bt709"),
+            *_TAGS,
         ]
         if self._settings.audio is not None:
             arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds), "-c:a", "aac"]
@@ -234,12 +238,13 @@ class VideoOutput:
         sound = [] if audio is None else audio_input(audio, "@/samples")
         changed = audio.stat().st_mtime_ns if isinstance(audio, Path) else 0
         command = (*self._source("file:@/frame"), *sound, *self._encoded(one))
-        reason = _tried(command, tuple(sizes.items()), changed)
-        if reason:
+        try:
+            _try_once(command, tuple(sizes.items()), changed)
+        except _CanNotEncode as reason:
             raise OutputError(
                 f"{self._name} can't be written as {self._format.title}, {self._width}x{self._height}"
                 f"{' with sound' if audio is not None else ''}: ffmpeg says {reason}; choose another format or ffmpeg"
-            )
+            ) from None
 
 
 class PictureOutput(VideoOutput):
@@ -265,6 +270,7 @@ class PictureOutput(VideoOutput):
         made = not parent.exists()
         parent.mkdir(exist_ok=True)
         moved: list[Path] = []
+        older: dict[Path, Path] = {}
         try:
             # Beside the final place, so that moving them there is only a new name.
             with unfinished_folder(parent, "frames") as folder, contextlib.ExitStack() as stack:
@@ -277,19 +283,26 @@ class PictureOutput(VideoOutput):
                     for video in range(self._batch)
                 ]
                 yield from self._fed(outputs, folder, stack, preview, check)
-                for number, file in enumerate(self.files):
+                for number in range(len(self.files)):
                     check()
-                    picture = folder / f"{number}.png"
                     if self._settings.metadata:
-                        add_texts(picture, self._settings.metadata)
-                    picture.replace(file)
-                    moved.append(file)
-                moved.clear()
-                for file in self._later:
-                    file.unlink(missing_ok=True)
+                        add_texts(folder / f"{number}.png", self._settings.metadata)
+                try:
+                    # New names alone, which take no time. Older pictures wait in the folder, and go with it.
+                    for number, file in enumerate((*self.files, *self._later)):
+                        if file.is_file():
+                            file.replace(folder / f"older {number}.png")
+                            older[file] = folder / f"older {number}.png"
+                        if number < len(self.files):
+                            (folder / f"{number}.png").replace(file)
+                            moved.append(file)
+                except BaseException:
+                    for file in moved:  # not all of them: none
+                        file.unlink(missing_ok=True)
+                    for file, picture in older.items():
+                        picture.replace(file)
+                    raise
         finally:
-            for file in moved:  # not all of them: none
-                file.unlink(missing_ok=True)
             if made and not any(parent.iterdir()):
                 parent.rmdir()
 
@@ -315,9 +328,35 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
             raise OutputError(f"{path} could not be written (ffmpeg: {said}); free some room or choose another place")
 
 
+def encode_again(path: Path, into: Path) -> None:
+    """Encodes a video of any format as H.264 in MP4, with BT.709's colours and its tags; sound becomes AAC.
+
+    Raises:
+        OutputError: it can't be read or written.
+    """
+    with replacing(into) as temporary:
+        done = subprocess.run(
+            [
+                *(find_ffmpeg(), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
+                *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0"),
+                *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
+                *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
+                *("-f", "mp4", f"file:{temporary}"),
+            ],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = complaints(done.stderr.decode(errors="replace"))
+            raise OutputError(f"{path} could not be encoded again as H.264 (ffmpeg: {said}); free some room")
+
+
+class _CanNotEncode(Exception):
+    """What ffmpeg complains of."""
+
+
 @functools.lru_cache(maxsize=64)
-def _tried(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: int) -> str:
-    """What ffmpeg complains of when it encodes a frame of zeros to nowhere; empty if it does not.
+def _try_once(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: int) -> None:
+    """Has ffmpeg encode a frame of zeros to nowhere; what worked is not tried again, what did not is.
 
     Args:
         command: without an output; ``file:@/name`` stands for a file of zeros.
@@ -331,6 +370,6 @@ def _tried(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: int)
             [*(word.replace("file:@/", f"file:{folder}/") for word in command), "-f", "null", "-"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
         )  # fmt: skip
-    if done.returncode == 0:
-        return ""
-    return complaints(done.stderr.decode(errors="replace")) or f"nothing, and ended with code {done.returncode}"
+    if done.returncode:
+        said = complaints(done.stderr.decode(errors="replace"))
+        raise _CanNotEncode(said or f"nothing, and ended with code {done.returncode}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -14,7 +15,8 @@ from safetensors import SafetensorError
 from ..errors import OutputError
 from ..memory import gibibytes
 
-_unfinished: set[Path] = set()
+# Folders of what is not whole yet, and the processes that write it: one that is forked meanwhile leaves it alone.
+_unfinished: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
@@ -48,18 +50,23 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
 def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is."""
     folder = Path(tempfile.mkdtemp(prefix=f".{name[:100]}.", suffix=".partial", dir=parent))
-    _unfinished.add(folder)
+    _unfinished[folder] = os.getpid()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _unfinished.discard(folder)
+        _unfinished.pop(folder, None)
 
 
 def remove_unfinished() -> None:
     """Removes what blocks that are still open have begun to write, for a process that ends without unwinding."""
-    for folder in list(_unfinished):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder, process in list(_unfinished.items()):
+        if process == os.getpid():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ComfyUI ends so with Ctrl-C: the thread that decodes is left where it is.
+atexit.register(remove_unfinished)
 
 
 def readable_as_usual(path: Path) -> None:
