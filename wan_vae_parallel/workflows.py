@@ -1,4 +1,4 @@
-"""ComfyUI workflows made parallel: Wan VAE Apply (Parallel) put behind every loader of a VAE of Wan's family.
+"""ComfyUI workflows made parallel: Apply Wan VAE Parallel put behind every loader of a VAE of Wan's family.
 
 Three kinds of JSON are understood: what the editor saves (nodes and links, subgraphs in ``definitions``), what it
 exports for the API (nodes by id, each with ``class_type`` and ``inputs``), and the latter in a ``prompt``, as it is
@@ -20,7 +20,7 @@ from .errors import ArgumentError
 Json = dict[str, Any]
 
 APPLY = "WanVAEParallelApply"
-APPLY_TITLE = "Wan VAE Apply (Parallel)"
+APPLY_TITLE = "Apply Wan VAE Parallel"
 LOADER = "VAELoader"
 # Names under which VAEs of the family are published; those of other architectures with like names come first.
 _OTHERS = ("*taew*", "*lighttae*", "*taehv*", "*lightvae*pro*", "*lightvae*lite*")
@@ -58,7 +58,7 @@ class Outcome:
 def make_parallel(
     workflow: Json, *, devices: str = "auto", dtype: str = "auto", names: Iterable[str] = ()
 ) -> tuple[Json, list[Outcome]]:
-    """Puts Wan VAE Apply (Parallel) behind each VAE Loader whose file is one of Wan's family, by its name.
+    """Puts Apply Wan VAE Parallel behind each VAE Loader whose file is one of Wan's family, by its name.
 
     All that took the loader's VAE takes the parallel one then. Loaders that are muted or bypassed, and those that an
     Apply follows already, stay as they are; so does everything else.

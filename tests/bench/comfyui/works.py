@@ -71,7 +71,7 @@ class Encode:
     own_node: bool = False
     timed = "work"
 
-    def graph(self, contender: Contender, folder: Path, size: str, frames: int, index: int) -> dict:  # noqa: ARG002
+    def graph(self, contender: Contender, folder: Path, size: str, frames: int, index: int) -> dict:  # noqa: ARG002 (Work)
         width, height = map(int, size.split("x"))
         wired = {"pixels": ["pixels", 0], "vae": ["vae", 0]}
         own = contender.devices and self.own_node
@@ -88,7 +88,7 @@ class ImageToVideo:
 
     timed = "encode"
 
-    def graph(self, contender: Contender, folder: Path, size: str, frames: int, index: int) -> dict:  # noqa: ARG002
+    def graph(self, contender: Contender, folder: Path, size: str, frames: int, index: int) -> dict:  # noqa: ARG002 (Work)
         width, height = map(int, size.split("x"))
         return {
             "pixels": node("ProbePixels", width=width, height=height, length=1, seed=index),
