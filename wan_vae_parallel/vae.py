@@ -6,7 +6,7 @@ B videos, T latent frames, h x w latent rows and columns, z latent channels; H x
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -332,17 +332,20 @@ class VAE(Session):
         return latents
 
     def _own_frames(self, latents: torch.Tensor, on_wait: Callable[[], None] | None) -> Iterator[torch.Tensor]:
-        for frames in self._host_stream(latents, on_wait):
-            # The caller's own: the buffer is used again, and tensors of inference mode can't be written to outside it.
-            with host_room(frames.shape, frames.dtype):
-                own = frames.clone()
-            del frames
-            yield own
-            del own
+        # Some versions of Python keep what a generator holds that was closed where it handles no exception.
+        with contextlib.closing(self._host_stream(latents, on_wait)) as stream:
+            for frames in stream:
+                # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
+                # outside it.
+                with host_room(frames.shape, frames.dtype):
+                    own = frames.clone()
+                del frames
+                yield own
+                del own
 
     def _host_stream(
         self, latents: torch.Tensor, on_wait: Callable[[], None] | None, pixels: PixelFormat | None = None
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         shape = self.output_shape(latents.shape)
         with self._running(self._decode_run(latents, shape, pixels), "decoded", shape, on_wait) as run:
             done = 0

@@ -1,6 +1,6 @@
 """Decode times and memory beside diffusers', in one run on one GPU.
 
-    python tests/bench/decode.py [--family wan2.1] [--size 1280x720] [--latent-frames 21] [--no-diffusers]
+    python -m tests.bench.decode [--family wan2.1] [--size 1280x720] [--latent-frames 21] [--no-diffusers]
 
 Random weights at the published widths, bf16. Prints rows for BENCHMARKS.md: seconds with the frames left on the
 device, seconds to the host's float32 tensor, peak memory allocated.

@@ -1,6 +1,6 @@
 """Encode times and memory over one GPU or several, beside diffusers', in one run.
 
-    python tests/bench/encode.py [--family wan2.1] [--sizes 1280x720,832x480] [--devices 1,2,4] [--frames 81]
+    python -m tests.bench.encode [--family wan2.1] [--sizes 1280x720,832x480] [--devices 1,2,4] [--frames 81]
 
 Random weights at the published widths, bf16. Prints rows for BENCHMARKS.md: seconds with pixels and latents on the
 devices (and the share of the matrix products' ceiling, measured in the same run), seconds from the host's float32
@@ -15,9 +15,9 @@ import time
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from decode import CONFIGURATIONS, measured, oracle
 from safetensors.torch import save_file
 
+from tests.bench.decode import CONFIGURATIONS, measured, oracle
 from wan_vae_parallel import Architecture, load_vae
 from wan_vae_parallel.files.checkpoint import read_checkpoint
 from wan_vae_parallel.memory import encode_memory, largest_encode_chunk

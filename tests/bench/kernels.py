@@ -1,6 +1,6 @@
 """Each operation by itself on one GPU: TFLOP/s or TB/s, its share of the ceilings measured in the same run.
 
-    python tests/bench/kernels.py [--dtype bfloat16] [--only conv]
+    python -m tests.bench.kernels [--dtype bfloat16] [--only conv]
 
 ``--only settings`` measures what a first decode does: all candidates for each kind of layer, and cuDNN. ``sustained``
 measures what is left after the burst, when the GPU's power limit has lowered its clock: two seconds of each.

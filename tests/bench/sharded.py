@@ -1,6 +1,6 @@
 """Decode times over several GPUs, in one run: frames left on the devices, frames on the host, cold start, memory.
 
-    python tests/bench/sharded.py [--sizes 1280x720,832x480] [--devices 1,2,4] [--latent-frames 21] [--profile]
+    python -m tests.bench.sharded [--sizes 1280x720,832x480] [--devices 1,2,4] [--latent-frames 21] [--profile]
 
 Random weights of Wan 2.1 at the published width, bf16. Prints rows for BENCHMARKS.md.
 """
@@ -13,9 +13,9 @@ import time
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from decode import oracle
 from safetensors.torch import save_file
 
+from tests.bench.decode import oracle
 from wan_vae_parallel import Architecture, load_vae
 from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict, read_checkpoint
 from wan_vae_parallel.memory import largest_chunk

@@ -305,8 +305,9 @@ def test_what_is_measured_fits_its_memory_and_fills_a_gpu(kind, processors):
         for few, many in ((two.arena, four.arena), (two.out, four.out))
     )
     side_by_side = 2 if kind.op == "down_conv" else 1  # with their borders, then without
-    assert arena * (1 + side_by_side) + 2 * out <= 450 * 2**20
     most = max(tile.positions for tile in found)
+    # The largest tiles, of GPUs without TMA, take one turn's memory at most widths.
+    assert arena * (1 + side_by_side) + 2 * out <= (640 if most > 128 else 450) * 2**20
     assert measure._FRAMES * rows * measure._COLUMNS >= 0.75 * processors * most
 
 

@@ -6,7 +6,9 @@ shape. That frames are right is the business of test_against_diffusers.py.
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -106,6 +108,42 @@ def test_a_stream_may_be_closed_or_dropped_at_any_time(vae, latents):
     next(dropped)
     del dropped
     assert torch.equal(vae.decode(latents), expected)
+
+
+@pytest.mark.parametrize("what", ["decode_stream", "pixel_stream", "encode_stream", "decode", "encode"])
+def test_what_ended_early_holds_nothing_though_its_iterator_is_held(vae, latents, monkeypatch, what):
+    """Some versions of Python (3.12.3) do not clear a generator that was closed where it handles no exception."""
+    runs = []
+    for name in ("run", "encode"):
+        real = getattr(vae._engine, name)
+
+        def begun(*arguments, real=real):
+            run = real(*arguments)
+            runs.append(weakref.ref(run))
+            return run
+
+        monkeypatch.setattr(vae._engine, name, begun)
+
+    def stop(*_):
+        raise KeyError("enough")
+
+    frames = torch.rand(1, 13, 16, 24, 3, generator=torch.Generator().manual_seed(1))
+    gc.collect()
+    gc.disable()
+    try:
+        if what.endswith("stream"):
+            given = (latents, None) if what == "pixel_stream" else (latents,)
+            stream = vae.encode_stream(frames[0].split(5)) if what == "encode_stream" else getattr(vae, what)(*given)
+            next(stream)
+            assert runs[-1]()
+            stream.close()
+        else:
+            with pytest.raises(KeyError):
+                getattr(vae, what)(latents if what == "decode" else frames, on_chunk=stop)
+        assert len(runs) == 1
+        assert not runs[-1]()
+    finally:
+        gc.enable()
 
 
 def test_two_streams_at_a_time_do_not_mix(vae, latents):

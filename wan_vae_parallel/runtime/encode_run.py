@@ -5,6 +5,7 @@ T latent frames, h x w latent rows and columns, z channels
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Generator, Iterator
 from typing import Protocol
@@ -78,15 +79,17 @@ class LocalEncodeRun:
     def close(self) -> None:
         """Ends the encode where it is and frees its memory."""
         self._latents.close()
+        del self._latents  # it holds this run
         if self._engine.device.type == "cpu":
             give_back_host_memory()
 
     def _all(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         for video in range(self._source.videos):
-            for latents in self._video(video):
-                yield video, latents
+            with contextlib.closing(self._video(video)) as latents:
+                for newest in latents:
+                    yield video, newest
 
-    def _video(self, video: int) -> Iterator[torch.Tensor]:
+    def _video(self, video: int) -> Generator[torch.Tensor, None, None]:
         """Latents of one video; out of memory starts over with smaller chunks and skips what has left already."""
         engine, source = self._engine, self._source
         architecture = engine.encoder().architecture

@@ -3,7 +3,7 @@
 T frames, H rows, W columns, C channels in, O channels out
 
 Shape  Four frames, 512 wide, as tall as keeps all multiprocessors busy for eight whole turns of the largest tile, so
-       that no setting suffers from a turn that is not full; less tall where that would pass 384 MiB.
+       that no setting suffers from a turn that is not full; less tall where that would pass 384 MiB, but one turn.
 Time   GPU events around single launches, of which the median counts. The contestants take turns, so that drifting
        clocks hit all alike. Random data: zeros draw less power and run faster.
 """
@@ -48,7 +48,7 @@ def measure(kinds: Sequence[LayerKind], dtype: torch.dtype, device: torch.device
     Args:
         kinds: of layers.
         dtype: bf16 or fp16.
-        device: a GPU that kernels run on, with up to 512 MiB to spare.
+        device: a GPU that kernels run on, with up to 512 MiB to spare, or 640 MiB without TMA.
 
     Raises:
         RuntimeError: something else than a single contestant failed; memory, above all.
