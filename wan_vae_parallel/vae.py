@@ -20,6 +20,7 @@ from .files.latents import check_fits, check_latents, check_normalizable, denorm
 from .frames import check_frames, check_length, check_part
 from .memory import check_host_room, host_room
 from .ops.pixel_format import PixelFormat
+from .runtime.host_bytes import copy
 from .runtime.source import Source, StreamSource, TensorSource
 from .session import DecodeRun, EncodeRun, Session
 from .to_video import AnyAudio, OnPicture, joined, output_settings, write_video
@@ -91,7 +92,7 @@ class VAE(Session):
                     self._check(run)
                     newest = out[:, done : done + frames.shape[1]]
                     if run.video is None:
-                        newest.copy_(frames)
+                        copy(newest, frames)
                     done += frames.shape[1]
                     if on_chunk:
                         on_chunk(done, total, newest)
@@ -338,7 +339,8 @@ class VAE(Session):
                 # The caller's own: the buffer is used again, and tensors of inference mode can't be written to
                 # outside it.
                 with host_room(frames.shape, frames.dtype):
-                    own = frames.clone()
+                    own = torch.empty_like(frames, memory_format=torch.contiguous_format)
+                    copy(own, frames)
                 del frames
                 yield own
                 del own

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..model.encoder import Piece
+from .host_bytes import copy
 
 
 def to_device(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
@@ -58,7 +59,7 @@ class _Buffer:
         else:
             self._sent.synchronize()
         staged = self._memory[: frames.numel()].view(frames.shape)
-        staged.copy_(frames)
+        copy(staged, frames)
         with torch.cuda.stream(self._stream):
             on_device = staged.to(device, non_blocking=True)
             self._sent.record()

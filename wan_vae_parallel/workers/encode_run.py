@@ -5,6 +5,7 @@ n frames of a piece, H x W pixels, C colours; t latent frames of a step, h x w l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 
@@ -14,15 +15,19 @@ from ..cancel import Cancelled
 from ..errors import FrameError, OutOfMemoryError, WanVAEError, WorkerError
 from ..frames import check_range
 from ..memory import host_room
+from ..model.encoder import Piece
 from ..parallel.plan import describe_plan, plan_shards
+from ..runtime.host_bytes import copy
 from ..runtime.pieces import pieces
 from ..runtime.source import Source
 from .failures import StepOutOfMemory
 from .protocol import STEP_SECONDS, Workers
-from .shared_memory import SharedMemory
+from .shared_memory import SharedMemory, populating
 
 logger = logging.getLogger(__name__)
 
+# Of the memory that workers share, what stays for the next encode: four pieces of eight frames of 720p are 340 MiB.
+_KEPT_BYTES = 2**29
 # Pieces that are handed over before the first of them is done: a GPU's latents come one piece behind.
 _AHEAD = 3
 
@@ -48,7 +53,6 @@ class PoolEncodeRun:
         plan = plan_shards(source.rows, source.columns, len(pool.devices))
         self._shards = plan.shards
         self.where = describe_plan(plan, pool.devices)
-        self._rings: list[SharedMemory] = []
         # Whether the source is asked for frames: what fails then is its own, and workers only wait.
         self._asking = False
 
@@ -69,7 +73,6 @@ class PoolEncodeRun:
         """Ends the encode where it is; the workers free its memory and stay."""
         pool = self._pool
         if not pool.ours:
-            self._close_rings()
             return
         try:
             pool.finish()
@@ -82,7 +85,8 @@ class PoolEncodeRun:
             pool.stop(grace=0.5)
             raise
         finally:
-            self._close_rings()
+            if sum(ring.size for ring in pool.rings) > _KEPT_BYTES:
+                pool.rings = []
             pool.leave()
 
     def _video(self, video: int) -> Iterator[torch.Tensor]:
@@ -133,9 +137,17 @@ class PoolEncodeRun:
                 f"{', '.join(short)} has not the memory for its rows, even one frame at a time; use more devices, free "
                 f"some of its memory, or encode smaller frames"
             )
+        before = pool.rings
         pixels, latents = self._open_rings(chunk)
+        with contextlib.nullcontext() if pool.rings is before else populating(pixels):
+            yield from self._through_rings(pieces(source.blocks(video, chunk)), pixels, latents)
+
+    def _through_rings(
+        self, parts: Iterator[Piece], pixels: torch.Tensor, latents: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Hands pieces over and yields the latents that come of them."""
+        pool = self._pool
         cuda = pool.devices[0].type == "cuda"
-        parts = pieces(source.blocks(video, chunk))
         sent, done, ended = 0, 0, False
         while True:
             # Pieces that take the CPU seconds are not handed over before the one before is done.
@@ -148,7 +160,7 @@ class PoolEncodeRun:
                     ended = True
                 else:
                     if piece.frames is not None:
-                        pixels[sent % len(pixels), : len(piece.frames)].copy_(piece.frames)
+                        copy(pixels[sent % len(pixels), : len(piece.frames)], piece.frames)
                     pool.tell("piece", piece.counts)
                 sent += 1
             answers = pool.gather("done", self._shards, limit=STEP_SECONDS if cuda else None)
@@ -168,33 +180,41 @@ class PoolEncodeRun:
                 return
 
     def _open_rings(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the pixels of a few pieces, and for the latents of a few steps."""
+        """Memory for the pixels of a few pieces, and for the latents of a few steps; if it can be, that of before.
+
+        To make its pages takes longer than what four GPUs make of the pixels.
+        """
         pool, source = self._pool, self._source
-        self._close_rings()
         wide = torch.promote_types(pool.encode_dtype, torch.float32)
         pixel_shape = torch.Size((_AHEAD + 1, chunk, source.height, source.width, source.colours))
         latent_shape = torch.Size((_AHEAD + 1, source.channels, most_latents(chunk), source.rows, source.columns))
-        try:
-            with host_room(pixel_shape, source.dtype, doing="encode"):
-                for shape, dtype in ((pixel_shape, source.dtype), (latent_shape, wide)):
-                    self._rings.append(SharedMemory.create(shape.numel() * dtype.itemsize))
-        except OSError as error:
-            raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
+        kinds = ((pixel_shape, source.dtype), (latent_shape, wide))
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in kinds]
         request = {
             "chunk": chunk,
             "pixels_shape": pixel_shape,
             "pixels_dtype": source.dtype,
-            "pixels_size": self._rings[0].size,
             "latents_shape": latent_shape,
             "latents_dtype": wide,
-            "latents_size": self._rings[1].size,
+            "sizes": sizes,
+            "kept": sum(sizes) <= _KEPT_BYTES,
         }
-        pool.tell("rings", request)
-        pool.hand_over(*(ring.descriptor for ring in self._rings))
+        if [ring.size for ring in pool.rings] == sizes:
+            pool.tell("again", request)
+        else:
+            pool.rings = []
+            try:
+                with host_room(pixel_shape, source.dtype, doing="encode"):
+                    rings = [SharedMemory.create(size) for size in sizes]
+            except OSError as error:
+                raise WorkerError(
+                    f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f"
+                ) from error
+            pool.tell("rings", request)
+            pool.hand_over(*(ring.descriptor for ring in rings))
+            for ring in rings:
+                ring.close()
+            pool.rings = rings
         with torch.inference_mode(False):  # they may be written to in another mode than they were made in
-            return self._rings[0].tensor(pixel_shape, source.dtype), self._rings[1].tensor(latent_shape, wide)
-
-    def _close_rings(self) -> None:
-        for ring in self._rings:
-            ring.close()
-        self._rings = []
+            pixels, latents = (ring.tensor(*kind) for ring, kind in zip(pool.rings, kinds, strict=True))
+        return pixels, latents

@@ -42,6 +42,7 @@ from .failures import INTERFACE, cause, hint
 from .heartbeat import PAUSE_SECONDS
 from .process import WorkerProcess, end_all
 from .run import PoolRun
+from .shared_memory import SharedMemory
 from .shared_weights import Part, share_weights
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class WorkerPool:
         self._given: Part | None = None
         # Answers of some of the workers, by kind and rank, when whoever waited for all of them was cancelled.
         self._early: dict[str, dict[int, tuple[Any, ...]]] = {}
+        # Memory that the last encode shared with the workers, for the next: for pixels, and for latents.
+        self.rings: list[SharedMemory] = []
         self._process = os.getpid()
         # Counts how often the workers were ended, which may happen while they start.
         self._ended = 0
@@ -309,7 +312,7 @@ class WorkerPool:
             if self.stage == "ready":
                 self.tell("park")
                 self.gather("parked", len(self.workers), limit=_PARK_SECONDS, check=None)
-                self.stage, self.held, self._parts = "parked", 0, set()
+                self.stage, self.held, self._parts, self.rings = "parked", 0, set(), []
         except WanVAEError as error:
             logger.warning("%s", str(error))
             self.stop(grace=0.0)
@@ -407,6 +410,7 @@ class WorkerPool:
             self.stage, self.held, self._early = "gone", 0, {}
             self._parts, self._given = set(), None
             self._opened = self._finishing = False
+            self.rings = []
         end_all(workers, grace)
 
     def tell(self, *message: object) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .shared_memory import SharedMemory
 from .shared_weights import Part
 
 # A GPU that is not done with a step by then waits for another one in vain.
@@ -18,6 +19,7 @@ class Workers(Protocol):
     devices: tuple[torch.device, ...]
     dtype: torch.dtype
     encode_dtype: torch.dtype
+    rings: list[SharedMemory]
 
     @property
     def ours(self) -> bool:

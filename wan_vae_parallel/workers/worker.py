@@ -17,6 +17,7 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 | ``("step",)`` | ``("done", frames, finite)`` when these frames' rows are in the buffer, or ``("end",)`` |
 | ``("encode", request)`` | ``("room", chunk)``: most frames at once that fit, or 0 |
 | ``("rings", request)``, then two file descriptors | nothing; the one is for pixels, the other for latents |
+| ``("again", request)`` | nothing; the last encode's memory is this one's, too |
 | ``("piece", counts)`` | ``("done", frames, finite, (least, most))``; on a GPU when the next piece has come |
 | ``("last",)`` | the same once more |
 | ``("finish",)`` | ``("finished",)`` when the decode's or encode's memory is free |
@@ -135,6 +136,8 @@ class _Worker:
         # What has been asked for and not begun yet; what to let go of while the main thread goes on.
         self._pages: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._gone: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        # What the last encode shared with the parent, for the next.
+        self._rings: list[SharedMemory] = []
         # Whether the device has work for a while.
         self._busy = threading.Event()
         # Gives the device's memory back while the last frames are copied.
@@ -273,6 +276,7 @@ class _Worker:
 
     def _park(self) -> None:
         self._decoder = self._encoder = None
+        self._rings = []
         self._connected = False
         if self.device.type == "cuda" and self._peer_memory is None and self._group is not None:
             # NCCL's memory is the group's; without it the group may stay.
@@ -371,26 +375,25 @@ class _Worker:
         idle = self.rank >= plan.shards
         asked, image = request["chunk"], request["image"]
         self.send("room", asked if idle else encoder.room(plan, self.rank, request["frames"], asked, image=image))
-        shared: list[Any] = []
-        # Until the rings come, or the encode ends before it has begun.
-        while (message := self._commands.get())[0] not in ("rings", "finish"):
+        # Until there is memory for it, or the encode ends before it has begun.
+        while (message := self._commands.get())[0] not in ("rings", "again", "finish"):
             pass
-        if message[0] == "rings":
-            shared = [
-                SharedMemory(message[2], message[1]["pixels_size"]),
-                SharedMemory(message[3], message[1]["latents_size"]),
-            ]
-            for memory in shared:
-                memory.close()
-            if idle:
+        if message[0] != "finish":
+            command, wanted, *descriptors = message
+            if command == "rings":
+                self._gone.put(self._rings)
+                self._rings = [SharedMemory(*pair) for pair in zip(descriptors, wanted["sizes"], strict=True)]
+                for memory in self._rings:
+                    memory.close()
+            with contextlib.suppress(_Finished):
+                if not idle:
+                    self._encode_pieces(encoder, plan, wanted, *self._rings, image=image)
                 while self._commands.get()[0] != "finish":
                     pass
-            else:
-                with contextlib.suppress(_Finished):
-                    self._encode_pieces(encoder, plan, message[1], *shared, image=image)
-                    while self._commands.get()[0] != "finish":
-                        pass
-        self._finish(shared)
+            if not wanted["kept"]:
+                self._gone.put(self._rings)
+                self._rings = []
+        self._finish([])
 
     def _encode_pieces(
         self,

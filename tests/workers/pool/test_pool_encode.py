@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +210,41 @@ def test_a_stream_may_go_on_in_another_inference_mode(encoder, frames, encoded):
         parts = [next(stream).clone()]
     parts += list(stream)
     torch.testing.assert_close(torch.cat(parts, dim=2), encoded, **CLOSE)
+
+
+def mapped(pid):
+    """Which of the engine's shared memories a process has mapped, by inode."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:wan-vae-parallel" in line}
+
+
+def test_shared_memory_stays_for_the_next_encode_of_the_size_and_no_longer(path, frames, encoded, monkeypatch):
+    others = mapped("self")
+
+    def mapped_here():
+        return mapped("self") - others
+
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
+        torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
+        mine, workers = mapped_here(), pids(vae)
+        assert len(mine) == 2
+        assert wait_until(lambda: all(mapped(pid) == mine for pid in workers), patience(10))
+        # Of what lay there before nothing is seen: other frames, other latents.
+        other = vae.encode(frames.flip(1))
+        assert mapped_here() == mine
+        torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
+        torch.testing.assert_close(vae.encode(frames.flip(1)), other, **CLOSE)
+        assert mapped_here() == mine
+        # Another size has its own, and the first one's goes.
+        vae.encode(frames[:, :, :16])
+        assert len(mapped_here()) == 2
+        assert not mapped_here() & mine
+        assert wait_until(lambda: all(mapped(pid) == mapped_here() for pid in workers), patience(10))
+        assert vae.park()
+        assert wait_until(lambda: not mapped_here() and not any(map(mapped, workers)), patience(10))
+        # What is large goes with the encode.
+        monkeypatch.setattr("wan_vae_parallel.workers.encode_run._KEPT_BYTES", 0)
+        for _ in range(2):
+            torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
+            assert wait_until(lambda: not mapped_here() and not any(map(mapped, workers)), patience(10))
+        assert pids(vae) == workers
