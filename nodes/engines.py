@@ -23,7 +23,7 @@ from ..wan_vae_parallel import VAE, Architecture
 from ..wan_vae_parallel.devices import parse_dtype
 from ..wan_vae_parallel.errors import CheckpointError
 from ..wan_vae_parallel.files.checkpoint import Checkpoint
-from ..wan_vae_parallel.files.latents import check_latents
+from ..wan_vae_parallel.files.latents import largest_value, ordered_latents
 from ..wan_vae_parallel.frames import check_frames
 from ..wan_vae_parallel.memory import check_host_room, images_that_pay
 from .choices import choose_devices, choose_dtype
@@ -169,9 +169,11 @@ class Engine:
         self.set_chunk(chunk)
         # Checked as a whole, then one after the other: a batch takes no more memory than one, and can be cancelled.
         # Images, which are less work, as many together as pay.
-        latents = check_latents(latents, self.architecture)
+        latents = ordered_latents(latents, self.architecture)
         together = 1 if latents.shape[2] > 1 else images_that_pay(self.architecture, *latents.shape[3:])
         parts = latents.split(together)
+        if len(parts) > 1:
+            largest_value(latents)
         self.make_room("decoder", self._vae.memory_needed(parts[0].shape))
         if len(parts) > 1:
             # The batch, and what is just being decoded.

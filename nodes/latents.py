@@ -23,7 +23,7 @@ import torch
 
 from ..wan_vae_parallel.architecture import Architecture
 from ..wan_vae_parallel.errors import LatentError
-from ..wan_vae_parallel.files.latents import check_latents
+from ..wan_vae_parallel.files.latents import ordered_latents
 from ..wan_vae_parallel.latent_statistics import PUBLISHED
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Samples:
 
 
 def read_samples(latent: Any, architecture: Architecture) -> Samples:
-    """What is to be decoded of a LATENT with a VAE of an architecture; its latents are checked.
+    """What is to be decoded of a LATENT with a VAE of an architecture; all but its values are checked.
 
     Raises:
         LatentError: there is nothing to decode in it, or what it says can't be followed.
@@ -69,7 +69,7 @@ def read_samples(latent: Any, architecture: Architecture) -> Samples:
     if getattr(latents, "is_nested", False):
         # Video and sound, say: the first is the picture's, as core's VAE Decode takes it.
         latents = latents.unbind()[0]
-    latents = check_latents(latents, architecture)  # in the order of axes in which something can be left out
+    latents = ordered_latents(latents, architecture)  # in the order of axes in which something can be left out
     said = {word for word in _WORDS if _is_set(latent.get(word))}
     from_wrapper = any(word in latent for word in ("has_ref", "drop_last", "looped"))
     if said - {"looped"}:

@@ -16,7 +16,14 @@ import torch.distributed as dist
 
 from .errors import ClosedError, FrameError
 from .files.formats import Quality
-from .files.latents import check_fits, check_latents, check_normalizable, denormalize, normalize
+from .files.latents import (
+    check_fits,
+    check_normalizable,
+    denormalize,
+    largest_value,
+    normalize,
+    ordered_latents,
+)
 from .frames import check_frames, check_length, check_part
 from .memory import check_host_room, host_room
 from .ops.pixel_format import PixelFormat
@@ -326,10 +333,12 @@ class VAE(Session):
     def _checked(self, latents: torch.Tensor, normalized: bool) -> torch.Tensor:
         if self._closed:
             raise ClosedError("this VAE is closed; load it again")
-        latents = check_latents(latents, self.architecture).detach()
+        latents = ordered_latents(latents, self.architecture).detach()
+        largest = largest_value(latents)
         if normalized:
             latents = denormalize(latents, self.architecture)
-        check_fits(latents, self.dtype)
+            largest = largest_value(latents)
+        check_fits(largest, self.dtype)
         return latents
 
     def _own_frames(self, latents: torch.Tensor, on_wait: Callable[[], None] | None) -> Iterator[torch.Tensor]:

@@ -25,9 +25,9 @@ _NAMES = ("samples", "latents", "latent", "z")
 _COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
 
 
-def check_fits(latents: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises `LatentError` if finite ``latents`` are beyond what ``dtype`` can hold."""
-    if (largest := _largest(latents)) > torch.finfo(dtype).max:
+def check_fits(largest: float, dtype: torch.dtype) -> None:
+    """Raises `LatentError` if latents of that magnitude are beyond what ``dtype`` can hold."""
+    if largest > torch.finfo(dtype).max:
         raise LatentError(
             f"latents reach {largest:.3g}, and {str(dtype).removeprefix('torch.')} ends at "
             f"{torch.finfo(dtype).max:.3g}; real latents are of the order of 1: look at how they were made"
@@ -46,8 +46,19 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
         ``[B, z, T, h, w]``, a view.
 
     Raises:
-        LatentError: wrong type, number of axes, channels, an empty axis, an order of axes that is not clear, several
-            latent frames for a VAE of images, or values that are not finite.
+        LatentError: as `ordered_latents` and `largest_value` do.
+    """
+    latents = ordered_latents(latents, architecture)
+    largest_value(latents)
+    return latents
+
+
+def ordered_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """`check_latents` without a look at the values, which is a pass over all of them.
+
+    Raises:
+        LatentError: wrong type, number of axes, channels, an empty axis, an order of axes that is not clear, or several
+            latent frames for a VAE of images.
     """
     if not isinstance(latents, torch.Tensor):
         raise LatentError(f"latents are a {type(latents).__name__}; they must be a torch tensor [B, C, T, h, w]")
@@ -72,14 +83,24 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
             f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; pass "
             f"pictures as a batch, [B, C, 1, h, w]"
         )
-    # The largest is NaN if any is; counting them all takes ten times as long.
-    if not math.isfinite(_largest(latents)):
-        finite = int(latents.isfinite().sum())
+    return latents
+
+
+def largest_value(latents: torch.Tensor) -> float:
+    """The largest magnitude, in one pass and without a copy.
+
+    Raises:
+        LatentError: some are not finite.
+    """
+    low, high = latents.aminmax()  # both NaN if any value is
+    largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        finite = int(latents.isfinite().sum())  # takes ten times as long
         raise LatentError(
             f"latents have {latents.numel() - finite} NaN or infinite values of {latents.numel()}; "
             f"the frames would be black or noise: look at the sampler's settings or precision"
         )
-    return latents
+    return largest
 
 
 def denormalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor:
@@ -120,12 +141,6 @@ def _statistics(latents: torch.Tensor, architecture: Architecture, way_out: str)
     mean = torch.tensor(architecture.latents_mean, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(architecture.latents_std, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
     return mean, std
-
-
-def _largest(latents: torch.Tensor) -> float:
-    """The largest magnitude, in one pass and without a copy; NaN if there is one."""
-    low, high = latents.aminmax()  # both NaN then
-    return max(-float(low), float(high))
 
 
 def _wrong_channels(shape: tuple[int, ...], architecture: Architecture) -> str:
