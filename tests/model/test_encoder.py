@@ -12,8 +12,9 @@ import torch
 
 from tests.oracle import FAMILIES, RATIO, oracle_latents, oracle_vae
 from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
-from wan_vae_parallel.model.encoder import Join, Line, Piece, WanEncoder
+from wan_vae_parallel.model.encoder import WanEncoder
 from wan_vae_parallel.model.layers import CausalConv3d, DownConv
+from wan_vae_parallel.model.lines import Join, Line, Piece
 from wan_vae_parallel.model.state import StreamState, WholePicture
 
 FAR = 1000

@@ -174,7 +174,7 @@ class TimeDownConv(CausalConv3d):
         super().__init__(channels, channels, scale=scale, kernel=(kernel_frames, 1, 1), time_stride=stride)
 
     def needs(self, chunk: int, *, image: bool = False) -> dict[PageKey, PageNeed]:
-        """The pages that it uses, for ``chunk`` frames at once, and `model.encoder.Join`'s copies."""
+        """The pages that it uses, for ``chunk`` frames at once, and `lines.Join`'s copies."""
         if image:
             return {self.key: PageNeed(passing=chunk)}
         # It never sees a blank past. One may wait for its other half, and two be copied.

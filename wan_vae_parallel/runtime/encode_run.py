@@ -23,7 +23,7 @@ from ..memory import (
     largest_encode_chunk,
     most_encoded_at_once,
 )
-from ..model.encoder import Piece
+from ..model.lines import Piece
 from ..parallel.plan import plan_shards
 from ..parallel.window import PixelWindow
 from .device_to_host import latents_to_host

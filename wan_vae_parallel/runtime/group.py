@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ..errors import OutOfMemoryError, WanVAEError
 from ..files.checkpoint import Checkpoint
 from ..frames import check_range
-from ..model.encoder import Piece
+from ..model.lines import Piece
 from ..ops.pixel_format import PixelFormat
 from ..parallel.coordination import WORD_SECONDS, WORK_SECONDS, Coordinator, check_same
 from ..parallel.edges import connect

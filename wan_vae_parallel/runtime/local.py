@@ -16,7 +16,8 @@ from ..architecture import Architecture
 from ..cancel import check_cancelled
 from ..memory import most_at_once
 from ..model.decoder import WanDecoder
-from ..model.encoder import Piece, WanEncoder
+from ..model.encoder import WanEncoder
+from ..model.lines import Piece
 from ..model.state import Edges, PageKey, Pages, SlotLists, StreamState, WholePicture
 from ..ops.dispatch import KERNEL_DTYPES, kernels_failed, kernels_multiply
 from ..ops.frames import to_frames

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..model.encoder import Piece
+from ..model.lines import Piece
 from .repeats import RepeatCounter
 
 

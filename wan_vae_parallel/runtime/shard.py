@@ -22,7 +22,7 @@ from ..memory import (
     largest_encode_chunk,
     most_encoded_at_once,
 )
-from ..model.encoder import Piece
+from ..model.lines import Piece
 from ..parallel.coordination import Coordinator, fingerprint
 from ..parallel.edges import ShardEdges
 from ..parallel.peer_memory import PeerMemory

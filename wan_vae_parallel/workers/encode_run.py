@@ -15,7 +15,7 @@ from ..cancel import Cancelled
 from ..errors import FrameError, OutOfMemoryError, WanVAEError, WorkerError
 from ..frames import check_range
 from ..memory import host_room
-from ..model.encoder import Piece
+from ..model.lines import Piece
 from ..parallel.plan import describe_plan, plan_shards
 from ..runtime.host_bytes import copy
 from ..runtime.pieces import pieces

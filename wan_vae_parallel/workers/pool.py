@@ -20,7 +20,6 @@ import atexit
 import contextlib
 import gc
 import logging
-import multiprocessing.connection
 import os
 import sys
 import threading
@@ -34,12 +33,11 @@ import torch
 from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
 from ..errors import WanVAEError, WorkerError
 from ..files.checkpoint import Checkpoint
-from ..ops.dispatch import say_once
 from ..ops.pixel_format import PixelFormat
 from ..runtime.source import Source
+from .crew import Crew
 from .encode_run import PoolEncodeRun
-from .failures import INTERFACE, cause, hint
-from .heartbeat import PAUSE_SECONDS
+from .failures import INTERFACE
 from .process import WorkerProcess, end_all
 from .run import PoolRun
 from .shared_memory import SharedMemory
@@ -47,8 +45,6 @@ from .shared_weights import Part, share_weights
 
 logger = logging.getLogger(__name__)
 
-# A worker that says nothing for so long is stopped or stuck; it says something every second.
-_SILENCE_SECONDS = 7.0
 # Loading torch, CUDA and NCCL on many devices at once, from a cold disk.
 _START_SECONDS = 300.0
 _COPY_THREADS = 4
@@ -65,8 +61,6 @@ _FINISH_SECONDS = 0.5
 WORKER_BYTES = 3 * 2**28
 # Variables that libraries read when workers load weights, and not when they are made.
 _LATE_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
-# What may be answered to while nobody listens.
-_KEPT = ("ready", "finished", "parked")
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -82,7 +76,7 @@ def _stop_all() -> None:
         pool.stop(grace=0.5)
 
 
-class WorkerPool:
+class WorkerPool(Crew):
     """Workers for one set of weights, devices and dtype.
 
     Args:
@@ -106,12 +100,12 @@ class WorkerPool:
         *,
         idle_seconds: float,
     ) -> None:
+        super().__init__()
         self.devices = tuple(devices)
         self.dtype = dtype
         self.encode_dtype = encode_dtype
         self._weights = weights
         self._idle_seconds = idle_seconds
-        self.workers: list[WorkerProcess] = []
         self.stage: Stage = "gone"
         self.held = 0
         # Whether workers have been told of a decode, and whether its memory is not known to be free yet since.
@@ -120,11 +114,8 @@ class WorkerPool:
         # The weights that ready workers have, and those that loading ones have been given.
         self._parts: set[Part] = set()
         self._given: Part | None = None
-        # Answers of some of the workers, by kind and rank, when whoever waited for all of them was cancelled.
-        self._early: dict[str, dict[int, tuple[Any, ...]]] = {}
         # Memory that the last encode shared with the workers, for the next: for pixels, and for latents.
         self.rings: list[SharedMemory] = []
-        self._process = os.getpid()
         # Counts how often the workers were ended, which may happen while they start.
         self._ended = 0
         self._changing = threading.RLock()
@@ -142,11 +133,6 @@ class WorkerPool:
     def parts(self) -> frozenset[str]:
         """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the devices now, or on their way there."""
         return frozenset(self._parts) | ({self._given} if self._given else set())
-
-    @property
-    def ours(self) -> bool:
-        """Whether the workers are this process's, and not those of the one that it was forked from."""
-        return os.getpid() == self._process
 
     def run(
         self, latents: torch.Tensor, video_shape: torch.Size, chunk: int, pixels: PixelFormat | None = None
@@ -413,108 +399,6 @@ class WorkerPool:
             self.rings = []
         end_all(workers, grace)
 
-    def tell(self, *message: object) -> None:
-        """Sends ``message`` to all workers."""
-        workers = self._living()
-        for worker in workers:
-            try:
-                worker.connection.send(message)
-            except OSError:
-                raise self._cause(workers) from None
-
-    def hand_over(self, *descriptors: int) -> None:
-        """Gives all workers ``descriptors``, which follow a message that said so."""
-        workers = self._living()
-        for worker in workers:
-            try:
-                for descriptor in descriptors:
-                    worker.hand_over(descriptor)
-            except OSError:
-                raise self._cause(workers) from None
-
-    def _living(self) -> list[WorkerProcess]:
-        """The workers; another thread, or a callback, may have ended them."""
-        if not self.ours:
-            raise WanVAEError("this process was forked from the one that works with the VAE; load it here, too")
-        if not self.workers:
-            raise WorkerError("the workers were ended while they worked; the next call starts new ones")
-        return list(self.workers)
-
-    def gather(
-        self,
-        kind: str,
-        count: int,
-        *,
-        patience: float | None = None,
-        limit: float | None = None,
-        check: Callable[[], None] | None = check_cancelled,
-    ) -> list[tuple[Any, ...]]:
-        """Waits for a message of ``kind`` (for ``"done"`` also ``"end"``) from each of the first ``count`` workers.
-
-        Args:
-            kind: of message.
-            count: of workers.
-            patience: seconds that any of them may say nothing at all, unless it is stopped; by default a few.
-            limit: seconds until all must have answered.
-            check: called several times a second; what it raises ends the wait.
-        """
-        patience = _SILENCE_SECONDS if patience is None else patience
-        answers = self._early.pop(kind, {})
-        workers = self._living()
-        waiting: dict[object, WorkerProcess] = {worker.connection: worker for worker in workers}
-        since = looked = time.monotonic()
-        for worker in workers:
-            worker.heard = since
-        while len([rank for rank in answers if rank < count]) < count:
-            pending = [w.connection for w in workers if w.rank not in answers or w.rank >= count]
-            try:
-                for ready in multiprocessing.connection.wait(pending, timeout=LOOK_SECONDS):
-                    worker = waiting[ready]
-                    message = worker.connection.recv()
-                    worker.heard = time.monotonic()
-                    if message[0] == "failed":
-                        raise self._cause(workers, {worker.rank: message[1:]})
-                    if message[0] == "said":
-                        _pass_on(*message[1:])
-                    if message[0] == "prepared":
-                        worker.prepared = True
-                    if message[0] == kind or (message[0] == "end" and kind == "done"):
-                        answers[worker.rank] = message
-            except (EOFError, OSError):
-                raise self._cause(workers) from None
-            self._living()
-            if check is not None:
-                try:
-                    check()
-                except BaseException:
-                    if kind in _KEPT:
-                        self._early[kind] = answers
-                    raise
-            # Of those that are waited for the pipe tells; one that has answered may die too, and hold the others up.
-            if any(not w.alive and w.connection not in pending for w in workers):
-                raise self._cause(workers)
-            now = time.monotonic()
-            if now - looked > PAUSE_SECONDS:
-                for worker in workers:
-                    worker.heard = now
-            looked = now
-            if limit is not None and now - since > limit:
-                waited = ", ".join(str(w) for w in workers if w.rank not in answers)
-                raise WorkerError(f"{waited} got no further for {limit:.0f} s{hint(workers[0].device)}")
-            for worker in workers:
-                silent = now - worker.heard
-                stopped = silent > _SILENCE_SECONDS and worker.stopped
-                if worker.connection in pending and (silent > patience or stopped):
-                    raise WorkerError(
-                        f"{worker} is not answering for {silent:.0f} s (process {worker.pid}); it and the "
-                        f"others were ended, the next decode starts new ones{worker.last_lines()}"
-                    )
-        return [answers[rank] for rank in range(count)]
-
-    def _cause(self, workers: list[WorkerProcess], heard: dict[int, tuple[Any, ...]] | None = None) -> WanVAEError:
-        self._living()  # else it was another thread
-        return cause(workers, heard)
-
     def _end_when_idle(self, seconds: float | None = None) -> None:
         """Ends the workers if nobody decodes with them for so long, by default the pool's idle seconds."""
         seconds = self._idle_seconds if seconds is None else seconds
@@ -549,11 +433,3 @@ class WorkerPool:
 
 class _NotYet(Exception):
     """Some have not answered by now."""
-
-
-def _pass_on(level: int, text: str) -> None:
-    """Logs what a worker said; of warnings, which all of them may have, one."""
-    if level >= logging.WARNING:
-        say_once(text)
-    else:
-        logger.log(level, "%s", text)

@@ -51,7 +51,7 @@ from torch._C._distributed_c10d import FileStore
 
 from ..errors import is_out_of_memory
 from ..memory import give_back_host_memory
-from ..model.encoder import Piece
+from ..model.lines import Piece
 from ..ops.pixel_format import PixelFormat
 from ..parallel.coordination import Coordinator, check_agreement
 from ..parallel.edges import connect

@@ -75,7 +75,7 @@ def test_a_worker_that_is_killed_is_an_error_and_the_next_encode_starts_new_ones
 
 
 def test_a_worker_that_is_stopped_is_an_error_that_names_it(encoder, frames, monkeypatch):
-    monkeypatch.setattr("wan_vae_parallel.workers.pool._SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 2.0)
     before = pids(encoder)
     with pytest.raises(wvp.WorkerError, match=r"worker 0 on cpu is not answering"):
         encoder.encode(frames, on_chunk=at(2, lambda: os.kill(before[0], signal.SIGSTOP)))

@@ -69,7 +69,7 @@ def test_a_worker_that_is_stopped_is_not_answering(vae, latents):
 
 @pytest.mark.slow
 def test_a_worker_that_is_stopped_between_steps_does_not_hold_up_the_end_of_a_decode(vae, latents, caplog, monkeypatch):
-    monkeypatch.setattr("wan_vae_parallel.workers.pool._SILENCE_SECONDS", 3.0)  # the test above waits in full
+    monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 3.0)  # the test above waits in full
     before = pids(vae)
     stream = vae.decode_stream(latents)
     next(stream)
@@ -113,7 +113,7 @@ def test_a_worker_that_dies_after_its_answer_is_noticed_though_the_others_go_on(
 
 
 def test_a_worker_that_is_stopped_while_it_starts_is_not_answering(path, latents, monkeypatch):
-    monkeypatch.setattr(pool_module, "_SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 1.0)
 
     def stop(vae):
         assert wait_until(lambda: len(vae._engine.workers) == 2, 20)

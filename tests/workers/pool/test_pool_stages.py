@@ -336,7 +336,7 @@ def test_workers_killed_while_they_wait_cost_nothing_but_time(path, latents, exp
 
 @pytest.mark.parametrize("when", [pytest.param("prepared", marks=pytest.mark.slow), "parked"])
 def test_a_worker_stopped_while_it_waits_is_an_error_that_names_it(path, latents, expected, when, monkeypatch):
-    monkeypatch.setattr("wan_vae_parallel.workers.pool._SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 2.0)
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         if when == "parked":
             vae.decode(latents)
@@ -351,7 +351,7 @@ def test_a_worker_stopped_while_it_waits_is_an_error_that_names_it(path, latents
 
 
 def test_a_worker_that_does_not_park_is_ended(vae, monkeypatch):
-    monkeypatch.setattr("wan_vae_parallel.workers.pool._SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 2.0)
     before = pids(vae)
     os.kill(before[0], signal.SIGSTOP)
     started = time.monotonic()
