@@ -21,6 +21,10 @@ _THREADS = 4
 # Less than this for each thread is done sooner by one.
 _LEAST_BYTES = 2**20
 
+# Of so many, such as the three colours of pixels with alpha, each is copied by itself.
+_FEW_CHANNELS = 8
+
+_Bits = np.ndarray[Any, Any]
 # What holds the same bits, for NumPy knows no bf16.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,26 +40,32 @@ def copy(into: torch.Tensor, values: torch.Tensor) -> None:
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype on the host hold the same bits: NaN equals NaN, 0 is not -0."""
-    return all(_in_parts(np.array_equal, _bits(one), _bits(other)))
+    return bool(np.all(_in_parts(np.array_equal, _bits(one), _bits(other))))
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _bits(tensor: torch.Tensor) -> _Bits:
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
 
 
-def _in_parts(
-    work: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], Any],
-    one: np.ndarray[Any, Any],
-    other: np.ndarray[Any, Any],
-) -> list[Any]:
+def _in_parts(work: Callable[[_Bits, _Bits], Any], one: _Bits, other: _Bits) -> list[Any]:
     """``work`` of all parts of two arrays of one shape."""
     count = min(_THREADS, one.nbytes // _LEAST_BYTES)
     axis = next((axis for axis, size in enumerate(one.shape) if size >= count), None)
-    if count < 2 or axis is None:
-        return [work(one, other)]
+    pairs = _long_runs(one, other)
+    if count < 2 or axis is None or axis >= pairs[0][0].ndim:
+        return [work(*pair) for pair in pairs]
     bounds = [one.shape[axis] * i // count for i in range(count + 1)]
     parts = [(slice(None),) * axis + (slice(*pair),) for pair in itertools.pairwise(bounds)]
-    return list(_threads().map(lambda part: work(one[part], other[part]), parts))
+    return list(_threads().map(lambda part: [work(a[part], b[part]) for a, b in pairs], parts))
+
+
+def _long_runs(one: _Bits, other: _Bits) -> list[tuple[_Bits, _Bits]]:
+    """Both, or channel by channel where these are some of more, since NumPy would go from one few to the next."""
+    if one.ndim < 2 or one.shape[-1] > _FEW_CHANNELS:
+        return [(one, other)]
+    if all(array.strides[-2] == array.shape[-1] * array.strides[-1] for array in (one, other)):
+        return [(one, other)]
+    return [(one[..., i], other[..., i]) for i in range(one.shape[-1])]
 
 
 @functools.cache
