@@ -15,7 +15,7 @@ import torch
 from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError, OutOfMemoryError
 from ..wan_vae_parallel.files.frames_in import open_frames, resized
 from ..wan_vae_parallel.files.settings import OutputSettings
-from ..wan_vae_parallel.to_video import joined, write_video
+from ..wan_vae_parallel.to_video import VideoDecode, joined
 from .latents import look_normalized, read_samples
 from .progress import ChunkProgress
 from .vaes import ParallelVAE, _output_dtype
@@ -46,17 +46,10 @@ def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tupl
     return samples.latents, normalized or (samples.from_wrapper and look_normalized(samples.latents))
 
 
-def decode_to_file(
-    vae: ParallelVAE,
-    latents: Sequence[torch.Tensor],
-    path: Path,
-    settings: OutputSettings,
-    *,
-    normalized: bool,
-    part: int,
-    parts: int,
-) -> None:
-    """Decodes parts of one video to a file, with progress, previews and cancelling.
+def plan_file(
+    vae: ParallelVAE, latents: Sequence[torch.Tensor], path: Path, settings: OutputSettings, *, normalized: bool
+) -> VideoDecode:
+    """A decode of parts of one video to a file, checked and not begun.
 
     Args:
         vae: decodes.
@@ -64,28 +57,31 @@ def decode_to_file(
         path: where to.
         settings: how.
         normalized: see `wan_vae_parallel.VAE.decode`.
+
+    Raises:
+        LatentError: they can't be decoded.
+        OutputError: they can't be written so.
+    """
+    engine = vae._current_engine("decoder")
+    whole = joined(latents, engine.architecture)
+    return VideoDecode(engine.vae, whole, path, settings, normalized, on_wait=_check)
+
+
+def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: int) -> None:
+    """Decodes to a file, with progress, previews and cancelling.
+
+    Args:
+        vae: decodes.
+        decode: what `plan_file` made.
         part: which of ``parts`` videos it is, for the progress bar.
         parts: how many there are.
     """
     engine = vae._current_engine("decoder")
-    whole = joined(latents, engine.architecture)
     engine.set_chunk(vae._chunk)
     progress = ChunkProgress(parts=parts)
-
-    def make_room() -> None:
-        engine.make_room("decoder", engine.memory_needed(whole.shape))
-
+    engine.make_room("decoder", engine.memory_needed(decode.shape))
     try:
-        write_video(
-            engine.vae,
-            whole,
-            path,
-            settings,
-            normalized,
-            on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*whole.shape[3:])),
-            on_wait=_check,
-            before=make_room,
-        )
+        decode.run(on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*decode.shape[3:])))
     except OutOfMemoryError as error:
         raise OutOfMemoryError(error.text) from error  # a graph is no Python
 

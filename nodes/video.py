@@ -20,8 +20,9 @@ from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video
+from ..wan_vae_parallel.to_video import VideoDecode
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
-from .streams import decode_to_file, encode_file, latents_for_file
+from .streams import decode_to_file, encode_file, latents_for_file, plan_file
 
 # What the node calls the engine's formats, and the suffix of their files.
 _FORMATS = {
@@ -215,10 +216,12 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             )
         videos = [parts] if join[0] else [[part] for part in parts]
         sounds = _sounds(audio)
-        results, shown = [], []
+        # All of them before the first is decoded: nobody waits for some to hear of an error in another.
+        planned: list[tuple[_Video, OutputSettings, VideoDecode]] = []
         for number, latents in enumerate(videos):
             height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
-            made = _Video(format[0], filename_prefix[0], saved=save[0], width=width, height=height)
+            taken = [path for made, _, _ in planned for path in made.paths]
+            made = _Video(format[0], filename_prefix[0], saved=save[0], size=(width, height), taken=taken)
             settings = OutputSettings(
                 fps=Fraction(fps[0]).limit_denominator(10**6),
                 format=made.format,
@@ -228,9 +231,12 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 preview=made.preview,
                 ffmpeg=None if ffmpeg[0] == _OWN_FFMPEG else "ffmpeg",
             )
-            decode_to_file(
-                wan, latents, made.path, settings, normalized=normalized[number], part=number, parts=len(videos)
+            planned.append(
+                (made, settings, plan_file(wan, latents, made.path, settings, normalized=normalized[number]))
             )
+        results, shown = [], []
+        for number, (made, settings, decode) in enumerate(planned):
+            decode_to_file(wan, decode, part=number, parts=len(planned))
             results.append(made.video(settings))
             shown.append(made.shown)
         return io.NodeOutput(results, ui=ui.PreviewVideo(shown))
@@ -247,25 +253,33 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
 
 
 class _Video:
-    """Where a video goes, and what ComfyUI hears of it."""
+    """Where a video goes, and what ComfyUI hears of it.
 
-    def __init__(self, title: str, prefix: str, *, saved: bool, width: int, height: int) -> None:
+    Args:
+        title: of the format.
+        prefix: of its name, as the user wrote it.
+        saved: in the output folder; else in the temporary one.
+        size: width and height.
+        taken: names that other videos will have, which are not there yet.
+    """
+
+    def __init__(self, title: str, prefix: str, *, saved: bool, size: tuple[int, int], taken: Sequence[Path]) -> None:
         if title not in _FORMATS:
             raise ArgumentError(f"format is {title!r}; it must be one of {', '.join(_FORMATS)}")
         self.format, suffix = _FORMATS[title]
-        chosen = FORMATS[self.format]
         kind = io.FolderType.output if saved else io.FolderType.temp
         root = folder_paths.get_output_directory() if saved else folder_paths.get_temp_directory()
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
-        stem = f"{name}_{counter:05}_"
-        self.path = Path(folder) / (f"{stem}{suffix}" if suffix else f"{stem}/%05d.png")
+        self.path, subfolder = _place(prefix, root, suffix or "/%05d.png", taken, size)
         self.preview: Path | None = None
         self.shown = ui.SavedResult(self.path.name, subfolder, kind)
-        if not chosen.browsers:
-            temporary = folder_paths.get_temp_directory()
-            place, name, counter, subfolder, _ = folder_paths.get_save_image_path("wan_vae_preview", temporary)
-            self.preview = Path(place) / f"{name}_{counter:05}_.mp4"
+        if not FORMATS[self.format].browsers:
+            self.preview, subfolder = _place("wan_vae_preview", folder_paths.get_temp_directory(), ".mp4", taken)
             self.shown = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All names that it will have."""
+        return [self.path] if self.preview is None else [self.path, self.preview]
 
     def video(self, settings: OutputSettings) -> SavedVideo:
         """The VIDEO; of pictures a temporary one that holds them as they are."""
@@ -275,6 +289,16 @@ class _Video:
         together = self.preview.with_suffix(".mkv")
         pictures_as_video(self.path, together, settings)
         return SavedVideo(str(together), in_mp4=False)
+
+
+def _place(
+    prefix: str, root: str, suffix: str, taken: Sequence[Path], size: tuple[int, int] = (0, 0)
+) -> tuple[Path, str]:
+    """A new file below ``root``, numbered as ComfyUI does, and the subfolder that it is in."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *size)
+    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}") in taken:
+        counter += 1
+    return path, subfolder
 
 
 class WanVAEParallelLoadVideoToLatent(io.ComfyNode):

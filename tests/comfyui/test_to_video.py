@@ -143,6 +143,49 @@ def test_a_batch_is_consecutive_parts_or_several_videos(server, send, received, 
     assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
 
 
+# Of a second video: other channels, NaN, and a size that the format can't have.
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (torch.zeros(1, 48, 2, 4, 6), "48 channels"),
+        (torch.full((1, 16, 2, 4, 6), torch.nan), "NaN"),
+        (torch.zeros(1, 16, 2, 4, 6), "takes 64 to 16384 pixels a side"),
+    ],
+)
+def test_nothing_is_decoded_before_an_error_in_a_later_video_of_a_list(server, send, second, words):
+    graph = {
+        **to_video(["both", 0], format="MP4 H.265 10 bit", save=True, filename_prefix="list"),
+        "one": send("one.safetensors", latents(rows=8, columns=9)),
+        "other": send("other.safetensors", second),
+        "both": node("ProbeLatentList", one=["one", 0], other=["other", 0]),
+    }
+    graph["v"]["inputs"]["samples"] = ["both", 0]
+    del graph["s"]
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    assert words in run.detail["exception_message"]
+    assert not run.progress("v")
+    assert not list(server.output.glob("list*"))
+
+
+def test_each_video_of_a_list_has_a_name_and_a_size_of_its_own(server, send):
+    graph = {
+        **to_video(["both", 0], format="MP4 H.264 8 bit", save=True, filename_prefix="each/v"),
+        "one": send("one.safetensors", latents()),
+        "other": send("other.safetensors", latents(batch=2, columns=8)),
+        "both": node("ProbeLatentList", one=["one", 0], other=["other", 0]),
+    }
+    graph["v"]["inputs"]["samples"] = ["both", 0]
+    del graph["s"]
+    shown = server.run(graph).check().outputs("v")["images"]
+    assert [file["filename"] for file in shown] == [f"v_0000{number}_.mp4" for number in (1, 2, 3)]
+    widths = []
+    for file in shown:
+        with open_frames(server.output / "each" / file["filename"], colours=3, most=None) as frames:
+            widths.append(next(iter(frames)).shape[2])
+    assert widths == [48, 64, 64]
+
+
 def words(words):
     """Puts into the LATENT what WanVideoWrapper's sampler says beside its latents."""
     return node("ProbeAddWords", latent=["raw", 0], words=words)

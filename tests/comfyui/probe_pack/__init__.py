@@ -394,6 +394,23 @@ class AddWords(io.ComfyNode):
         return io.NodeOutput({**latent, **added})
 
 
+class LatentList(io.ComfyNode):
+    """Two LATENTs as a list."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeLatentList",
+            category="probe",
+            inputs=[io.Latent.Input("one"), io.Latent.Input("other")],
+            outputs=[io.Latent.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, one, other):
+        return io.NodeOutput([one, other])
+
+
 class CompareNodes(io.ComfyNode):
     """Runs core's nodes that encode and need no model with two VAEs; tells how far their results are apart."""
 
@@ -506,6 +523,7 @@ class ProbeExtension(ComfyExtension):
             SmallCoreVAE,
             WrapperVAE,
             AddWords,
+            LatentList,
             CompareNodes,
         ]
 
