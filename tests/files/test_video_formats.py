@@ -1,6 +1,7 @@
 """Every format, there and back: colours by two decoders, tags, sound, texts, odd sides, and what is refused."""
 
 import json
+import shutil
 import stat
 import subprocess
 import time
@@ -15,7 +16,7 @@ from PIL import Image
 
 from wan_vae_parallel import OutputError
 from wan_vae_parallel.files.audio import Audio
-from wan_vae_parallel.files.ffmpeg import find_ffmpeg
+from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.formats import FORMATS, choose_format
 from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.files.video import open_output, plan_output
@@ -226,6 +227,88 @@ def test_what_browsers_can_not_play_gets_a_preview(tmp_path):
         for i, colour in enumerate(COLOURS):
             patch = found[:, 36:, i * 12 + 4 : i * 12 + 8].mean(dim=(0, 1, 2)) * 255
             assert (patch - torch.tensor(colour) * 255).abs().max() < 6
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "p/%d.png"])
+@pytest.mark.parametrize(
+    "fault",
+    ["it does not start", "it ends in the middle", "it fails at the end", "its place goes", "no place", "no encoder"],
+)
+def test_a_preview_that_fails_is_told_and_the_video_stays(tmp_path, caplog, name, fault):
+    expected, place, real = tmp_path / "expected", tmp_path / "place", find_ffmpeg()
+    options = {"format": "ffv1"} if name == "v.mkv" else {}
+    expected.mkdir()
+    write(expected / name, **options)
+    previewed = {
+        "it does not start": 'case "$*" in *veryfast*) exit 3;; esac',
+        "it ends in the middle": 'case "$*" in *veryfast*) head -c 100000 >/dev/null; kill -9 $$;; esac',
+        "it fails at the end": f'case "$*" in *veryfast*) {real} "$@"; exit 3;; esac',
+        "no encoder": 'case "$*" in *encoder=libx264) exit 0;; esac',
+    }
+    ffmpeg = program(tmp_path / "ffmpeg", f'{previewed.get(fault, "")}\nexec {real} "$@"')
+    if fault != "no place":
+        place.mkdir()
+    (tmp_path / "made").mkdir()
+    with open_output(
+        tmp_path / "made" / name, shape=SHAPE, fps=16, preview=place / "preview.mp4", ffmpeg=ffmpeg, **options
+    ) as put:
+        put(FRAMES[:, :2])
+        if fault == "its place goes":
+            shutil.rmtree(place)
+        put(FRAMES[:, 2:])
+    files = [
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (expected, tmp_path / "made")
+    ]
+    assert files[0] == files[1]
+    assert len(files[0]) == (1 if name == "v.mkv" else COUNT)
+    assert "preview.mp4 could not be made" in caplog.text
+    assert not place.exists() or not list(place.iterdir())
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """How many ffmpegs were fed, and how many at a time at the most."""
+    alive, counts = set(), {"all": 0, "at once": 0}
+    begin, close = FedProcess.__init__, FedProcess.close
+
+    def begun(self, command):
+        begin(self, command)
+        alive.add(self)
+        counts["all"] += 1
+        counts["at once"] = max(counts["at once"], len(alive))
+
+    def closed(self):
+        close(self)
+        alive.discard(self)
+
+    monkeypatch.setattr(FedProcess, "__init__", begun)
+    monkeypatch.setattr(FedProcess, "close", closed)
+    return counts
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_one_process_writes_all_pictures_of_a_batch_each_as_by_itself(tmp_path, processes, frames):
+    batch = torch.rand(12, frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(1))
+    (tmp_path / "all").mkdir()
+    write(tmp_path / "all" / "%d.png", batch, format="png16", metadata={"prompt": "p"})
+    assert processes == {"all": 1, "at once": 1}
+    for video in (0, 5, 11):
+        alone = tmp_path / f"{video}"
+        alone.mkdir()
+        write(alone / "%d.png", batch[video : video + 1], format="png16", metadata={"prompt": "p"})
+        for frame in range(frames):
+            together = (tmp_path / "all" / f"{video * frames + frame}.png").read_bytes()
+            assert together == (alone / f"{frame}.png").read_bytes()
+
+
+def test_videos_of_one_frame_are_encoded_one_after_the_other(tmp_path, processes):
+    batch = torch.rand(6, 1, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(1))
+    write(tmp_path / "v.mkv", batch, format="ffv1")
+    assert processes == {"all": 6, "at once": 1}
+    for video in range(6):
+        found = by_ffmpeg(tmp_path / f"v_{video + 1}.mkv")
+        assert (found - batch[video]).abs().max() <= 0.5 / 65535 + 1e-7
 
 
 @pytest.mark.parametrize(
