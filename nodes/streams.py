@@ -67,8 +67,8 @@ def plan_file(
     return VideoDecode(engine.vae, whole, path, settings, normalized, on_wait=_check)
 
 
-def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: int) -> None:
-    """Decodes to a file, with progress, previews and cancelling.
+def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: int) -> list[Path]:
+    """Decodes to a file, or several of pictures, with progress, previews and cancelling; returns these.
 
     Args:
         vae: decodes.
@@ -81,7 +81,7 @@ def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: i
     progress = ChunkProgress(parts=parts)
     engine.make_room("decoder", engine.memory_needed(decode.shape))
     try:
-        decode.run(on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*decode.shape[3:])))
+        return decode.run(on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*decode.shape[3:])))
     except OutOfMemoryError as error:
         raise OutOfMemoryError(error.text) from error  # a graph is no Python
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..wan_vae_parallel.errors import ArgumentError, LatentError
+from ..wan_vae_parallel.errors import ArgumentError, LatentError, OutputError
 from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
@@ -23,6 +25,8 @@ from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video
 from ..wan_vae_parallel.to_video import VideoDecode
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
 from .streams import decode_to_file, encode_file, latents_for_file, plan_file
+
+logger = logging.getLogger(__name__)
 
 # What the node calls the engine's formats, and the suffix of their files.
 _FORMATS = {
@@ -34,6 +38,8 @@ _FORMATS = {
     "PNG pictures 8 bit": ("png8", ""),
     "PNG pictures 16 bit": ("png16", ""),
 }
+# The names of pictures, in a folder of their own.
+_PICTURE = "%05d.png"
 _OWN_FFMPEG = "imageio-ffmpeg"
 # Where core's VIDEO keeps the name of its file.
 _CORES_FILE = "_VideoFromFile__file"
@@ -234,12 +240,13 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             planned.append(
                 (made, settings, plan_file(wan, latents, made.path, settings, normalized=normalized[number]))
             )
-        results, shown = [], []
+        results: list[SavedVideo | ExecutionBlocker] = []
+        shown: list[ui.SavedResult] = []
         for number, (made, settings, decode) in enumerate(planned):
-            decode_to_file(wan, decode, part=number, parts=len(planned))
+            files = decode_to_file(wan, decode, part=number, parts=len(planned))
             results.append(made.video(settings))
-            shown.append(made.shown)
-        return io.NodeOutput(results, ui=ui.PreviewVideo(shown))
+            shown += made.shown(files)
+        return io.NodeOutput(results, ui={"images": shown, "animated": (planned[0][0].plays,)})
 
     @classmethod
     def _texts(cls) -> dict[str, str]:
@@ -269,26 +276,51 @@ class _Video:
         self.format, suffix = _FORMATS[title]
         kind = io.FolderType.output if saved else io.FolderType.temp
         root = folder_paths.get_output_directory() if saved else folder_paths.get_temp_directory()
-        self.path, subfolder = _place(prefix, root, suffix or "/%05d.png", taken, size)
+        temporary = folder_paths.get_temp_directory()
+        chosen = FORMATS[self.format]
+        self.path, subfolder = _place(prefix, root, suffix or f"/{_PICTURE}", taken, size)
+        self._saved = saved
+        self._shown = ui.SavedResult(self.path.name, subfolder, kind)
+        # Pictures that were saved are shown as Save Image does, by themselves.
+        self._pictures = os.path.join(subfolder, self.path.parent.name) if chosen.pictures and saved else None
         self.preview: Path | None = None
-        self.shown = ui.SavedResult(self.path.name, subfolder, kind)
-        if not FORMATS[self.format].browsers:
-            self.preview, subfolder = _place("wan_vae_preview", folder_paths.get_temp_directory(), ".mp4", taken)
-            self.shown = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
+        if not chosen.browsers and self._pictures is None:
+            self.preview, subfolder = _place("wan_vae_preview", temporary, ".mp4", taken)
+            self._previewed = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
+        self._together: Path | None = None
+        if chosen.pictures:
+            self._together, _ = _place("wan_vae_pictures", temporary, ".mkv", taken)
+
+    @property
+    def plays(self) -> bool:
+        """Whether the node shows a video, and not pictures."""
+        return self._pictures is None
 
     @property
     def paths(self) -> list[Path]:
         """All names that it will have."""
-        return [self.path] if self.preview is None else [self.path, self.preview]
+        return [path for path in (self.path, self.preview, self._together) if path is not None]
 
-    def video(self, settings: OutputSettings) -> SavedVideo:
-        """The VIDEO; of pictures a temporary one that holds them as they are."""
-        if not FORMATS[self.format].pictures:
+    def shown(self, files: Sequence[Path]) -> list[ui.SavedResult]:
+        """What the node shows: first what browsers play, and of what was saved all ``files``."""
+        if self._pictures is not None:
+            return [ui.SavedResult(file.name, self._pictures, io.FolderType.output) for file in files]
+        if self.preview is None:
+            return [self._shown]
+        # A preview that failed is not there, and the log has said why.
+        previews = [self._previewed] if self.preview.is_file() else []
+        return [*previews, self._shown] if self._saved else previews
+
+    def video(self, settings: OutputSettings) -> SavedVideo | ExecutionBlocker:
+        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are."""
+        if self._together is None:
             return SavedVideo(str(self.path), in_mp4=self.format in _IN_MP4)
-        assert self.preview is not None
-        together = self.preview.with_suffix(".mkv")
-        pictures_as_video(self.path, together, settings)
-        return SavedVideo(str(together), in_mp4=False)
+        try:
+            pictures_as_video(self.path, self._together, settings)
+        except OutputError as error:
+            logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
+            return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")
+        return SavedVideo(str(self._together), in_mp4=False)
 
 
 def _place(
