@@ -401,13 +401,17 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
         )
 
 
-def _sounds(audio: Sequence[Any] | None) -> list[Audio]:
-    return [
-        Audio(waveform.detach().cpu().float(), int(one["sample_rate"]))
-        for one in audio or ()
-        if one is not None
-        for waveform in one["waveform"]
-    ]
+def _sounds(audio: Sequence[Any] | None) -> list[Audio | None]:
+    """One for each video; of no channels, as of a video without sound, none."""
+    sounds: list[Audio | None] = []
+    for one in audio or ():
+        waveforms = () if one is None else one["waveform"]
+        if not len(waveforms):
+            sounds.append(None)
+        for waveform in waveforms:
+            samples = waveform.detach().cpu().float()
+            sounds.append(Audio(samples, int(one["sample_rate"])) if len(samples) else None)
+    return sounds
 
 
 def _videos() -> list[str]:

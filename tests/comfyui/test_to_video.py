@@ -287,6 +287,24 @@ def test_sound_is_muxed_and_trims_and_components_work(server, send, received):
     assert len(received("frames.safetensors")) == (4 if "t" in graph else 9)
 
 
+# Of no samples, and of no channels.
+@pytest.mark.parametrize(("channels", "sound"), [(2, True), (0, False)])
+def test_sound_of_no_length_is_silence_or_none(server, send, channels, sound):
+    graph = to_video(
+        send("l.safetensors", latents()),
+        format="MP4 H.264 8 bit",
+        audio=["a", 0],
+        save=True,
+        filename_prefix=f"silent{channels}",
+    )
+    graph["a"] = node("ProbeEmptyAudio", channels=channels)
+    (file,) = server.run(graph).check().outputs("v")["images"]
+    path = server.output / file["filename"]
+    said = subprocess.run([find_ffmpeg(), "-i", str(path)], capture_output=True, text=True, check=False).stderr
+    assert "Duration: 00:00:00.5" in said
+    assert ("Audio: aac" in said) == sound
+
+
 def test_two_workers_make_the_same_video_with_progress_and_previews(server, send, received):
     loader = node("WanVAEParallelLoader", vae_name="wan21.safetensors", devices="cpu,cpu", chunk=1)
     graph = {**to_video(send("l.safetensors", latents(frames=5)), loader=loader), **components(), **decoded()}

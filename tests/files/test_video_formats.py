@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import time
+import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -176,9 +177,10 @@ def test_qualities_differ_in_size_where_there_are_some(tmp_path, name):
         ("ffv1", "v.mkv", "pcm_s24le"),
     ],
 )
-@pytest.mark.parametrize("seconds", [0.1, 3.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 3.0])
 def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec, seconds):
     time_ = torch.arange(int(48000 * seconds)) / 48000
+    # Of no samples it is silence.
     audio = Audio(torch.stack([torch.sin(2765 * time_), torch.zeros_like(time_)]) * 0.5, 48000)
     frames = FRAMES[:, :1].expand(1, 16, -1, -1, -1)  # one second
     write(tmp_path / file, frames, format=name, audio=audio)
@@ -192,7 +194,7 @@ def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec
     assert abs(len(samples) - 48000) <= (
         0 if exact else 2100
     )  # codecs have frames of up to 1024, and a first one to start with
-    assert abs(samples[2000:4000, 0].max() - 0.5) < 0.05
+    assert abs(samples[2000:4000, 0].max() - (0.5 if seconds else 0)) < 0.05
     assert abs(samples[:, 1]).max() < 0.05
     assert (abs(samples[20000:, 0]).max() < 0.01) == (seconds < 1)
 
@@ -202,6 +204,16 @@ def test_sound_may_come_from_a_file(tmp_path):
     write(tmp_path / "b.webm", audio=tmp_path / "a.mp4")
     said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "b.webm")], capture_output=True, text=True, check=False)
     assert "Audio: opus" in said.stderr
+
+
+def test_a_file_with_an_empty_sound_is_silence(tmp_path):
+    with wave.open(str(tmp_path / "empty.wav"), "wb") as file:
+        file.setparams((2, 2, 48000, 0, "NONE", ""))
+    write(tmp_path / "v.mkv", format="ffv1", audio=tmp_path / "empty.wav")
+    command = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.mkv"), "-map", "0:a", "-f", "f32le", "-"]
+    samples = numpy.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, dtype="<f4")
+    assert len(samples) == 2 * 48000 * COUNT // 16
+    assert not samples.any()
 
 
 # Texts, previews, sides.
@@ -376,8 +388,8 @@ def test_what_can_not_work_is_refused_before_the_start(tmp_path, name, shape, op
 @pytest.mark.parametrize(
     ("waveform", "rate", "words"),
     [
-        (torch.zeros(9, 5), 48000, "9 channels of 5 samples"),
-        (torch.zeros(2, 0), 48000, "2 channels of 0 samples"),
+        (torch.zeros(9, 5), 48000, "has 9 channels; it must have 1 to 8"),
+        (torch.zeros(0, 5), 48000, "has 0 channels"),
         (torch.zeros(5), 48000, "must be a tensor of floats"),
         (torch.zeros(2, 5), 0, "has 0 samples a second"),
         (torch.zeros(2, 5), 48000.0, "a whole number"),

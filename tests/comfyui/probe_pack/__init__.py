@@ -411,6 +411,23 @@ class LatentList(io.ComfyNode):
         return io.NodeOutput([one, other])
 
 
+class EmptyAudio(io.ComfyNode):
+    """Sound of no samples."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeEmptyAudio",
+            category="probe",
+            inputs=[io.Int.Input("channels")],
+            outputs=[io.Audio.Output()],
+        )
+
+    @classmethod
+    def execute(cls, channels):
+        return io.NodeOutput({"waveform": torch.zeros(1, channels, 0), "sample_rate": 44100})
+
+
 class CompareNodes(io.ComfyNode):
     """Runs core's nodes that encode and need no model with two VAEs; tells how far their results are apart."""
 
@@ -524,6 +541,7 @@ class ProbeExtension(ComfyExtension):
             WrapperVAE,
             AddWords,
             LatentList,
+            EmptyAudio,
             CompareNodes,
         ]
 
