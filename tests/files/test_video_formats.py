@@ -21,6 +21,7 @@ from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.formats import FORMATS, choose_format
 from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.files.video import open_output, plan_output
+from wan_vae_parallel.files.video_out import encode_again
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
 COLOURS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 0), (1, 1, 1)]
@@ -204,6 +205,39 @@ def test_sound_may_come_from_a_file(tmp_path):
     write(tmp_path / "b.webm", audio=tmp_path / "a.mp4")
     said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "b.webm")], capture_output=True, text=True, check=False)
     assert "Audio: opus" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("h264", "v.mp4"), ("h264", "v.mkv"), ("vp9", "v.webm"), ("prores", "v.mov"), ("ffv1", "v.mkv")]
+)
+@pytest.mark.parametrize("metadata", [{}, {"prompt": "ours"}])
+def test_of_a_file_with_sound_nothing_else_comes_along(tmp_path, name, file, metadata):
+    (tmp_path / "texts").write_text(
+        ";FFMETADATA1\ntitle=secret\nartist=secret\n"
+        "[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=100\ntitle=secret\n"
+        "[CHAPTER]\nTIMEBASE=1/1000\nSTART=100\nEND=250\ntitle=secret\n"
+    )
+    source = ["-f", "lavfi", "-i", "sine=d=1", "-f", "ffmetadata", "-i", str(tmp_path / "texts")]
+    source += ["-attach", str(tmp_path / "texts"), "-metadata:s:t", "mimetype=text/secret", "-map", "0:a"]
+    source += ["-map_metadata", "1", "-map_chapters", "1", "-metadata:s:a", "title=secret"]
+    source += ["-metadata:s:a", "language=deu", "-disposition:a", "comment"]
+    subprocess.run([find_ffmpeg(), "-v", "error", *source, str(tmp_path / "sound.mkv")], check=True)
+
+    def said(path):
+        return subprocess.run([find_ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
+
+    assert all(word in said(tmp_path / "sound.mkv") for word in ("secret", "Chapter", "Attachment", "deu", "comment"))
+    made = tmp_path / "made"
+    made.mkdir()
+    preview = {} if FORMATS[name].browsers else {"preview": made / "preview.mp4"}
+    write(made / file, format=name, audio=tmp_path / "sound.mkv", metadata=metadata, **preview)
+    if name in ("prores", "ffv1"):
+        encode_again(made / file, made / "again.mp4")
+    for path in made.iterdir():
+        text = said(path).partition(path.name)[2]
+        assert "Audio" in text, path
+        assert ("ours" in text) == (bool(metadata) and path.name != "preview.mp4"), path
+        assert not any(word in text for word in ("secret", "Chapter", "Attachment", "deu", "comment", "Data:")), text
 
 
 def test_a_file_with_an_empty_sound_is_silence(tmp_path):

@@ -38,6 +38,8 @@ _TAGS = (
     *("-color_range", "tv", "-colorspace", "bt709"),
     *("-color_primaries", "bt709", "-color_trc", "bt709"),
 )
+# What a file with sound has beside it, chapters and texts of its streams: none of it is the video's.
+_NOTHING_ELSE = ("-map_chapters", "-1", "-map_metadata:s", "-1", "-disposition:a", "default")
 # Threads of an encoder, at most, and the pixels of a frame beyond which it is half of them.
 _THREADS, _LARGE_PIXELS = 12, 1920 * 1088
 _FULL = re.compile(r"No space left|File too large|quota|Disk full", re.IGNORECASE)
@@ -228,6 +230,7 @@ class VideoOutput:
             arguments += ["-map_metadata", str(1 + (self._settings.audio is not None))]
         else:
             arguments += ["-map_metadata", "-1"]
+        arguments += _NOTHING_ELSE
         if path.suffix.lower() in (".mp4", ".mov"):
             arguments += ["-movflags", "+faststart+use_metadata_tags"]
         # Without a random number in the file: the same frames are the same bytes.
@@ -258,7 +261,7 @@ class VideoOutput:
         ]
         if self._settings.audio is not None:
             arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds), "-c:a", "aac"]
-        return [*arguments, "-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4"]
+        return [*arguments, "-map_metadata", "-1", *_NOTHING_ELSE, "-movflags", "+faststart", "-f", "mp4"]
 
     def _try(self) -> None:
         """Has ffmpeg encode one black frame to nowhere: what it can't do is known before a decode."""
@@ -426,6 +429,7 @@ def encode_again(path: Path, into: Path) -> None:
             [
                 *(find_ffmpeg(), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
                 *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0"),
+                *_NOTHING_ELSE,
                 *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
                 *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
                 *("-f", "mp4", f"file:{temporary}"),
