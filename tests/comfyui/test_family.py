@@ -14,6 +14,7 @@ from tests.comfyui.server import node
 from wan_vae_parallel import Architecture, vae_from_state_dict
 from wan_vae_parallel.bench import random_weights
 from wan_vae_parallel.files.latents import denormalize, normalize
+from wan_vae_parallel.files.video import open_output
 
 pytestmark = pytest.mark.usefixtures("files")
 
@@ -182,6 +183,25 @@ def test_qwen_image_21_decodes_and_encodes_images(server, send, received):
     close(images, engine_frames("qwen21.safetensors", latents))
     close(received("qwen21 of flat"), images)
     close(received("qwen21 latents"), engine("qwen21.safetensors").encode(images[:, None]))
+
+
+def test_of_a_videos_file_qwen_image_21_makes_a_latent_of_each_frame(server, send, received):
+    frames = torch.rand(1, 5, 32, 48, 3, generator=torch.Generator().manual_seed(5))
+    with open_output(server.input / "qwen21.mkv", shape=frames.shape, fps=16, format="ffv1") as write:
+        write(frames)
+    graph = {
+        "vae": loader("qwen21.safetensors"),
+        "loaded": node("WanVAEParallelLoadVideoToLatent", file="qwen21.mkv", vae=["vae", 0]),
+        "save": node("ProbeSaveTensor", name="qwen21 video", latent=["loaded", 0]),
+    }
+    run = server.run(graph).check()
+    assert received("qwen21 video").shape == (5, 64, 1, 2, 3)
+    close(received("qwen21 video"), engine("qwen21.safetensors").encode(frames[0][:, None]), bound=2e-3)
+    assert run.progress("loaded")[-1] == (5, 5)
+    # Latents of a video are refused in the words of a graph.
+    graph = {"latent": send("video", torch.zeros(1, 64, 2, 2, 3)), "vae": graph["vae"], "ours": decode()}
+    run = server.run({**graph, "save": save("qwen21 none", "ours")})
+    assert run.detail["exception_message"].strip().endswith("knows no time; take the VAE of the model that made them")
 
 
 def test_a_batch_of_images_is_cores(server, send, received):

@@ -69,8 +69,9 @@ def check_latents(latents: torch.Tensor, architecture: Architecture) -> torch.Te
     latents = ordered
     if architecture.images_only and latents.shape[2] > 1:
         raise LatentError(
-            f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; pass "
-            f"pictures as a batch, [B, C, 1, h, w]"
+            f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; take the "
+            f"VAE of the model that made them",
+            in_python="pass pictures as a batch, [B, C, 1, h, w]",
         )
     # The largest is NaN if any is; counting them all takes ten times as long.
     if not math.isfinite(_largest(latents)):

@@ -172,5 +172,5 @@ class VideoInput:
             )
         return FrameError(
             f"{self._path} is damaged or cut short behind frame {done} (ffmpeg: {reason}); fetch or export it again, "
-            f"or take the frames before with --frames"
+            f"or take the first {done} frames alone"
         )
