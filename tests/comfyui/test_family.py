@@ -204,6 +204,19 @@ def test_of_a_videos_file_qwen_image_21_makes_a_latent_of_each_frame(server, sen
     assert run.detail["exception_message"].strip().endswith("knows no time; take the VAE of the model that made them")
 
 
+def test_what_workflows_leave_is_what_cores_loader_can_not_use(server, send):
+    # By these files' names, as they are published.
+    latents = {"upscale2x": LATENTS[:, :, :1], "qwen21": torch.zeros(1, 64, 1, 2, 2)}
+    for file, samples in latents.items():
+        graph = {
+            "latent": send(f"core {file}", samples),
+            "vae": node("VAELoader", vae_name=f"{file}.safetensors"),
+            "core": decode(decoder="VAEDecode"),
+            "save": node("SaveImage", images=["core", 0], filename_prefix=file),
+        }
+        assert server.run(graph).ended == "execution_error"
+
+
 def test_a_batch_of_images_is_cores(server, send, received):
     graph = {
         "latent": send("pictures", torch.randn(5, 16, 1, 4, 6, generator=torch.Generator().manual_seed(4))),
