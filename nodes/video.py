@@ -21,7 +21,7 @@ from ..wan_vae_parallel.errors import ArgumentError, LatentError, OutputError
 from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
-from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video
+from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video, tag_as_hvc1
 from ..wan_vae_parallel.to_video import VideoDecode
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
 from .streams import decode_to_file, encode_file, latents_for_file, plan_file
@@ -54,26 +54,38 @@ def _temporary() -> str:
 
 
 class SavedVideo(InputImpl.VideoFromFile):
-    """A file as core's VIDEO; streams that MP4 can't hold are encoded again, as H.264, when it is saved there."""
+    """A file as core's VIDEO; what core's copies lack of it is added when it is saved.
 
-    def __init__(self, file: str, *, in_mp4: bool, **options: Any) -> None:
+    - Streams that MP4 can't hold are encoded again, as H.264.
+    - H.265 in MP4 keeps the tag hvc1, without which Apple's players refuse it.
+
+    Args:
+        file: where it is.
+        format: the engine's name of what is in it.
+        options: core's.
+    """
+
+    def __init__(self, file: str, *, format: str, **options: Any) -> None:
         super().__init__(file, **options)
-        self._in_mp4 = in_mp4
+        self._format = format
 
     def save_to(
         self, path: Any, format: Any = Types.VideoContainer.AUTO, codec: Any = Types.VideoCodec.AUTO, **rest: Any
     ) -> Any:
-        """As core's; in MP4, streams that it can't hold become H.264."""
+        """As core's, and as the class says."""
         named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
         to_mp4 = named or format == Types.VideoContainer.MP4
-        if not to_mp4 or self._in_mp4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
-            return super().save_to(path, format=format, codec=codec, **rest)
+        if not to_mp4 or self._format in _IN_MP4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
+            result = super().save_to(path, format=format, codec=codec, **rest)
+            if self._format == "h265":
+                _tag_as_hvc1(path)
+            return result
         # Not by core, whose colours would be those of other tags than it writes.
         with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
             encoded = Path(folder) / "encoded.mp4"
             encode_again(Path(self.get_stream_source()), encoded)
             copied = copy.copy(self)
-            copied._in_mp4 = True
+            copied._format = "h264"
             setattr(copied, _CORES_FILE, str(encoded))
             return copied.save_to(path, format=format, codec=codec, **rest)
 
@@ -81,8 +93,29 @@ class SavedVideo(InputImpl.VideoFromFile):
         """As core's, of those versions that trim; a part of the file stays one of ours."""
         trimmed = super().as_trimmed(*args, **options)
         if type(trimmed) is InputImpl.VideoFromFile:
-            trimmed.__class__, trimmed._in_mp4 = SavedVideo, self._in_mp4
+            trimmed.__class__, trimmed._format = SavedVideo, self._format
         return trimmed
+
+
+def _tag_as_hvc1(path: Any) -> None:
+    """`video_out.tag_as_hvc1` of what core has written, to a file or a buffer; what it can't do is only said."""
+    try:
+        _tag(path)
+    except OutputError as error:
+        logger.warning("Wan VAE Parallel: Apple's players may refuse this H.265 video: %s", error)
+
+
+def _tag(path: Any) -> None:
+    if isinstance(path, (str, os.PathLike)):
+        tag_as_hvc1(Path(path))
+        return
+    with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
+        copy_of_it = Path(folder) / "video"
+        copy_of_it.write_bytes(path.getvalue())
+        if tag_as_hvc1(copy_of_it):
+            path.seek(0)
+            path.truncate()
+            path.write(copy_of_it.read_bytes())
 
 
 class WanVAEParallelDecodeToVideo(io.ComfyNode):
@@ -314,13 +347,13 @@ class _Video:
     def video(self, settings: OutputSettings) -> SavedVideo | ExecutionBlocker:
         """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are."""
         if self._together is None:
-            return SavedVideo(str(self.path), in_mp4=self.format in _IN_MP4)
+            return SavedVideo(str(self.path), format=self.format)
         try:
             pictures_as_video(self.path, self._together, settings)
         except OutputError as error:
             logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
             return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")
-        return SavedVideo(str(self._together), in_mp4=False)
+        return SavedVideo(str(self._together), format=self.format)
 
 
 def _place(

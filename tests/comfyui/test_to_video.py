@@ -106,6 +106,33 @@ def test_every_format_is_a_video_for_cores_nodes_and_shown(server, send, receive
     assert (again.mean((0, 1, 2)) - expected.mean((0, 1, 2))).abs().max() < 0.02
 
 
+def test_h265_that_core_copies_stays_what_apples_players_take(server, send):
+    source = send("l.safetensors", latents(rows=8, columns=9))
+    graph = {
+        **to_video(source, format="MP4 H.265 10 bit", audio=["a", 0]),
+        "a": node("EmptyAudio", duration=1.0, sample_rate=44100, channels=2),
+        "save": node("SaveVideo", video=["v", 0], filename_prefix="hvc1", format="auto", codec="auto"),
+        "again": node("ProbeSaveVideo", video=["v", 0], name="hvc1"),
+    }
+    run = server.run(graph).check()
+    saved = run.outputs("save")["images"][0]
+    files = [server.output / saved["subfolder"] / saved["filename"]]
+    files += [server.output / name for name in ("hvc1.mp4", "hvc1.mov", "buffer hvc1.mp4")]
+    before = None
+    for file in files:
+        said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+        assert re.search(r"Video: hevc.*\(hvc1 / 0x.*yuv420p10le\(tv, bt709", said), said
+        assert "Audio: aac" in said
+        # This server's Save Video adds no texts.
+        assert file == files[0] or re.search(r"asked +: for", said), said
+        command = [find_ffmpeg(), "-v", "error", "-i", str(file), "-map", "0:v", "-c", "copy", "-f", "md5", "-"]
+        streams = subprocess.run(command, capture_output=True, check=True).stdout
+        assert streams == (before or streams)
+        before = streams
+        with open_frames(file, colours=3, most=None) as frames:
+            assert len(list(frames)) == 9
+
+
 def test_what_was_trimmed_is_saved_as_the_whole_is(server, send):
     if "Video Slice" not in server.get("/object_info"):
         pytest.skip("this ComfyUI does not trim videos")

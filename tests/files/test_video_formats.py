@@ -1,6 +1,7 @@
 """Every format, there and back: colours by two decoders, tags, sound, texts, odd sides, and what is refused."""
 
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.formats import FORMATS, choose_format
 from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.files.video import open_output, plan_output
-from wan_vae_parallel.files.video_out import encode_again
+from wan_vae_parallel.files.video_out import encode_again, tag_as_hvc1
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
 COLOURS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 0), (1, 1, 1)]
@@ -263,6 +264,33 @@ def test_texts_come_back_however_long_they_are(tmp_path, name, file):
     with av.open(str(tmp_path / file)) as container:
         found = {key.lower(): value for key, value in container.metadata.items()}
     assert {key: found[key] for key in texts} == texts
+
+
+@pytest.mark.parametrize(("name", "file"), [("prores", "v.mov"), ("ffv1", "v.mkv")])
+def test_texts_are_kept_and_none_added_by_encoding_again(tmp_path, name, file):
+    write(tmp_path / file, format=name, metadata={"prompt": "p=1;", "workflow": "日本"})
+    encode_again(tmp_path / file, tmp_path / "again.mp4")
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(tmp_path / "again.mp4")) as container:
+        found = {key.lower(): value for key, value in container.metadata.items()}
+    assert (found["prompt"], found["workflow"]) == ("p=1;", "日本")
+    assert (found["major_brand"], found["minor_version"]) == ("isom", "512")
+
+
+def test_hev1_becomes_hvc1_and_nothing_else_changes(tmp_path):
+    write(tmp_path / "v.mp4", format="h265", metadata={"prompt": "p=1;"})
+    assert not tag_as_hvc1(tmp_path / "v.mp4")
+    for suffix, container in ((".mp4", "mp4"), (".mov", "mov")):
+        file = tmp_path / f"copy{suffix}"
+        command = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.mp4"), "-c", "copy", "-tag:v", "hev1"]
+        subprocess.run([*command, "-movflags", "use_metadata_tags", "-f", container, str(file)], check=True)
+        assert tag_as_hvc1(file)
+        said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+        assert "(hvc1 / 0x" in said
+        assert re.search(r"prompt +: p=1;", said)
+        assert torch.equal(by_ffmpeg(file), by_ffmpeg(tmp_path / "v.mp4"))
+    write(tmp_path / "other.mp4")
+    assert not tag_as_hvc1(tmp_path / "other.mp4")
 
 
 def test_what_browsers_can_not_play_gets_a_preview(tmp_path):

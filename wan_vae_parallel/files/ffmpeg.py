@@ -97,11 +97,13 @@ class VideoStream:
         wide: it has more than 8 bits.
         alpha: it has transparency.
         decoder: the one that reads that, where ffmpeg's usual one does not.
+        tag: the codec's in the container, of four letters, where it has one.
     """
 
     wide: bool = False
     alpha: bool = False
     decoder: str | None = None
+    tag: str | None = None
 
 
 def describe_video(program: str, path: Path) -> VideoStream:
@@ -123,6 +125,7 @@ def describe_video(program: str, path: Path) -> VideoStream:
                 wide=_WIDE.search(found[2]) is not None,
                 alpha=apart or _ALPHA.match(found[2]) is not None,
                 decoder=_ALPHA_DECODERS.get(found[1]) if apart else None,
+                tag=tag[1] if (tag := re.search(r"\((\w{4}) / 0x", text)) else None,
             )
     return VideoStream()
 

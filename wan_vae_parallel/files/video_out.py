@@ -21,7 +21,7 @@ import torch
 from ..errors import OutputError
 from ..ops.pixel_format import PixelFormat
 from .audio import Audio, audio_filter, audio_input, write_samples
-from .ffmpeg import FedProcess, check_encoder, complaints, find_ffmpeg
+from .ffmpeg import FedProcess, check_encoder, complaints, describe_video, find_ffmpeg
 from .formats import FileFormat
 from .pictures import add_texts
 from .settings import Check, OutputSettings
@@ -40,6 +40,10 @@ _TAGS = (
 )
 # What a file with sound has beside it, chapters and texts of its streams: none of it is the video's.
 _NOTHING_ELSE = ("-map_chapters", "-1", "-map_metadata:s", "-1", "-disposition:a", "default")
+# What ffmpeg reads as a MOV's or MP4's texts and is none: each copy would have it once more.
+_NOT_TEXTS = tuple(
+    word for name in ("major_brand", "minor_version", "compatible_brands") for word in ("-metadata", f"{name}=")
+)
 # Threads of an encoder, at most, and the pixels of a frame beyond which it is half of them.
 _THREADS, _LARGE_PIXELS = 12, 1920 * 1088
 _FULL = re.compile(r"No space left|File too large|quota|Disk full", re.IGNORECASE)
@@ -404,17 +408,13 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
         OutputError: it can't be written.
     """
     with replacing(path) as temporary:
-        done = subprocess.run(
-            [
-                *(find_ffmpeg(settings.ffmpeg), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
-                *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
-                *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
-                f"file:{temporary}",
-            ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = complaints(done.stderr.decode(errors="replace"))
+        said = _run(
+            find_ffmpeg(settings.ffmpeg),
+            *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
+            *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
+            f"file:{temporary}",
+        )
+        if said:
             raise OutputError(f"{path} could not be written (ffmpeg: {said}); free some room or choose another place")
 
 
@@ -425,20 +425,51 @@ def encode_again(path: Path, into: Path) -> None:
         OutputError: it can't be read or written.
     """
     with replacing(into) as temporary:
-        done = subprocess.run(
-            [
-                *(find_ffmpeg(), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
-                *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0"),
-                *_NOTHING_ELSE,
-                *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
-                *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
-                *("-f", "mp4", f"file:{temporary}"),
-            ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = complaints(done.stderr.decode(errors="replace"))
+        said = _run(
+            find_ffmpeg(),
+            *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0", *_NOTHING_ELSE),
+            *_NOT_TEXTS,
+            *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
+            *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
+            *("-f", "mp4", f"file:{temporary}"),
+        )
+        if said:
             raise OutputError(f"{path} could not be encoded again as H.264 (ffmpeg: {said}); free some room")
+
+
+def tag_as_hvc1(path: Path) -> bool:
+    """Gives H.265 in an MP4 or MOV file that is tagged hev1 the tag hvc1, as our own files have; whether it was hev1.
+
+    The streams stay what they are: their parameters lie in the file's header, as those of copies of our files do.
+
+    Raises:
+        OutputError: it can't be written; the file is as it was.
+    """
+    program = find_ffmpeg()
+    if describe_video(program, path).tag != "hev1":
+        return False
+    with replacing(path) as temporary:
+        said = _run(
+            program,
+            *("-i", f"file:{path}", "-map", "0:v", "-map", "0:a?", "-c", "copy", "-map_metadata", "0"),
+            *_NOT_TEXTS,
+            *("-tag:v", "hvc1", "-movflags", "+faststart+use_metadata_tags"),
+            *("-f", "mov" if path.suffix.lower() == ".mov" else "mp4", f"file:{temporary}"),
+        )
+        if said:
+            raise OutputError(f"{path} could not be tagged as hvc1 (ffmpeg: {said}); free some room")
+    return True
+
+
+def _run(program: str, *arguments: str) -> str:
+    """Runs an ffmpeg; if it failed, what it complains of."""
+    done = subprocess.run(
+        [program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    if not done.returncode:
+        return ""
+    return complaints(done.stderr.decode(errors="replace")) or f"nothing, and ended with code {done.returncode}"
 
 
 class _CanNotEncode(Exception):
@@ -457,10 +488,6 @@ def _try_once(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: i
         for name, size in sizes:
             with (Path(folder) / name).open("wb") as file:
                 file.truncate(size)
-        done = subprocess.run(
-            [*(word.replace("file:@/", f"file:{folder}/") for word in command), "-f", "null", "-"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        said = complaints(done.stderr.decode(errors="replace"))
-        raise _CanNotEncode(said or f"nothing, and ended with code {done.returncode}")
+        (program, *arguments) = (word.replace("file:@/", f"file:{folder}/") for word in command)
+        if said := _run(program, *arguments, "-f", "null", "-"):
+            raise _CanNotEncode(said)
