@@ -109,6 +109,17 @@ def test_rgba_is_cores_template_of_two_decodes_joined(server, send, received, de
     for name in names[1:]:
         close(received(name), received("joined"))
     assert list(server.output.glob("alpha*.webm"))
+    if devices == "cpu":
+        return
+    # The workers have the weights of both from now on.
+    before = len(server.log())
+    again = LATENTS.flip(0, 2)
+    sent = {**graph, "latent": send("rgba again", again)}
+    server.run({name: sent[name] for name in ("latent", "rgb", "alpha", "ours", "save ours")}).check()
+    close(received("ours")[..., :3], engine_frames("rgb.safetensors", again))
+    said = [line for line in server.log()[before:].splitlines() if "decoded 17 frames" in line]
+    assert len(said) == 2
+    assert all(line.endswith("(warm)") for line in said), said
 
 
 def test_two_vaes_that_make_other_frames_are_refused_before_a_decode(server, send):
@@ -123,6 +134,17 @@ def test_two_vaes_that_make_other_frames_are_refused_before_a_decode(server, sen
     assert run.ended == "execution_error"
     assert "don't make the same frames" in run.detail["exception_message"]
     assert not run.progress("ours")
+
+
+def test_a_video_of_frames_with_alpha_is_made_without_it_and_the_log_says_so(server, send):
+    graph = {
+        "latent": send("layers", LATENTS[:, :, :2]),
+        "vae": loader("layered.safetensors"),
+        "video": node("WanVAEParallelDecodeToVideo", samples=["latent", 0], vae=["vae", 0]),
+    }
+    before = len(server.log())
+    server.run(graph).check()
+    assert server.log()[before:].count("has no alpha: the fourth colour is left out") == 1
 
 
 def test_layered_images_decode_and_encode_as_cores(server, send, received):

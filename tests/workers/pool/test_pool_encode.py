@@ -48,14 +48,14 @@ def test_weights_are_taken_when_they_are_wanted(path, latents, expected, frames,
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         pool = vae._engine
         torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
-        assert pool._parts == {"encoder"}
+        assert pool.parts == {"encoder"}
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
-        assert pool._parts == {"encoder", "decoder"}
+        assert pool.parts == {"encoder", "decoder"}
         before = pids(vae)
         assert vae.park()
-        assert pool._parts == set()
+        assert pool.parts == set()
         torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
-        assert pool._parts == {"encoder"}
+        assert pool.parts == {"encoder"}
         assert pids(vae) == before
 
 
