@@ -5,6 +5,7 @@ B videos, T latent frames, h x w latent rows and columns, z channels; H x W fram
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import comfy.model_management as model_management
 import torch
 
-from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError, OutOfMemoryError
+from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError
 from ..wan_vae_parallel.files.frames_in import open_frames, resized
 from ..wan_vae_parallel.files.settings import OutputSettings
-from ..wan_vae_parallel.to_video import joined, write_video
+from ..wan_vae_parallel.images import encode_pictures, images_at_once
+from ..wan_vae_parallel.to_video import VideoDecode, joined
+from .graph_errors import in_graph_words
 from .latents import look_normalized, read_samples
 from .progress import ChunkProgress
 from .vaes import ParallelVAE, _output_dtype
@@ -23,6 +26,7 @@ from .vaes import ParallelVAE, _output_dtype
 _check = model_management.throw_exception_if_processing_interrupted
 
 
+@in_graph_words()
 def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tuple[torch.Tensor, bool]:
     """What of a LATENT is to be decoded to a file, ``[B, z, T, h, w]``, and whether it is normalised.
 
@@ -46,17 +50,11 @@ def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tupl
     return samples.latents, normalized or (samples.from_wrapper and look_normalized(samples.latents))
 
 
-def decode_to_file(
-    vae: ParallelVAE,
-    latents: Sequence[torch.Tensor],
-    path: Path,
-    settings: OutputSettings,
-    *,
-    normalized: bool,
-    part: int,
-    parts: int,
-) -> None:
-    """Decodes parts of one video to a file, with progress, previews and cancelling.
+@in_graph_words()
+def plan_file(
+    vae: ParallelVAE, latents: Sequence[torch.Tensor], path: Path, settings: OutputSettings, *, normalized: bool
+) -> VideoDecode:
+    """A decode of parts of one video to a file, checked and not begun.
 
     Args:
         vae: decodes.
@@ -64,34 +62,38 @@ def decode_to_file(
         path: where to.
         settings: how.
         normalized: see `wan_vae_parallel.VAE.decode`.
+
+    Raises:
+        LatentError: they can't be decoded.
+        OutputError: they can't be written so.
+    """
+    engine = vae._current_engine("decoder")
+    whole = joined(latents, engine.architecture)
+    return VideoDecode(engine.vae, whole, path, settings, normalized, on_wait=_check)
+
+
+@in_graph_words()
+def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: int) -> list[Path]:
+    """Decodes to a file, or several of pictures, with progress, previews and cancelling; returns these.
+
+    Args:
+        vae: decodes.
+        decode: what `plan_file` made.
         part: which of ``parts`` videos it is, for the progress bar.
         parts: how many there are.
     """
     engine = vae._current_engine("decoder")
-    whole = joined(latents, engine.architecture)
     engine.set_chunk(vae._chunk)
     progress = ChunkProgress(parts=parts)
-
-    def make_room() -> None:
-        engine.make_room("decoder", engine.memory_needed(whole.shape))
-
-    try:
-        write_video(
-            engine.vae,
-            whole,
-            path,
-            settings,
-            normalized,
-            on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*whole.shape[3:])),
-            on_wait=_check,
-            before=make_room,
-        )
-    except OutOfMemoryError as error:
-        raise OutOfMemoryError(error.text) from error  # a graph is no Python
+    engine.make_room("decoder", engine.memory_needed(decode.shape))
+    return decode.run(on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*decode.shape[3:])))
 
 
+@in_graph_words()
 def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: int | None, chunk: int) -> torch.Tensor:
     """Encodes a video's file to ``[1, z, T', h, w]``, with progress and cancelling.
+
+    With a VAE that knows no time each frame is a picture: ``[T, z, 1, h, w]``.
 
     Args:
         vae: encodes.
@@ -122,22 +124,25 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
                 frame = resized(frame, _stretched(frame, size, architecture.encode_ratio))
                 if not room:
                     count = source.expected or most or architecture.temporal_ratio + 1
-                    engine.make_room("encoder", engine.encode_memory_needed((1, count, *frame.shape[1:])))
+                    shape = (1, count, *frame.shape[1:])
+                    if architecture.images_only:
+                        shape = (images_at_once(architecture, *frame.shape[1:3]), 1, *frame.shape[1:])
+                    engine.make_room("encoder", engine.encode_memory_needed(shape))
                     room = True
                 yield frame
 
         done = 0
-        try:
-            for latents in engine.vae.encode_stream(frames(), normalized=vae._normalized, on_wait=_check):
-                parts.append(latents)
-                done += latents.shape[2]
-                total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
-                progress(done, max(done, total or 0), latents)
-        except OutOfMemoryError as error:
-            raise OutOfMemoryError(error.text) from error
+        # As core's VAE Encode does with such a VAE: each frame is a picture.
+        images = architecture.images_only
+        encode = functools.partial(encode_pictures, engine.vae) if images else engine.vae.encode_stream
+        for latents in encode(frames(), normalized=vae._normalized, on_wait=_check):
+            parts.append(latents)
+            done += len(latents) if images else latents.shape[2]
+            total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
+            progress(done, max(done, total or 0), latents)
     if not parts:
         raise FrameError(f"{path} has no frames; name another video")
-    return torch.cat(parts, dim=2).to(vae.output_device, _output_dtype(vae))
+    return torch.cat(parts, dim=0 if images else 2).to(vae.output_device, _output_dtype(vae))
 
 
 def _stretched(frame: torch.Tensor, size: tuple[int, int], ratio: int) -> tuple[int, int]:

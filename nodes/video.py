@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,14 +15,18 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..wan_vae_parallel.errors import ArgumentError, LatentError
+from ..wan_vae_parallel.errors import ArgumentError, LatentError, OutputError
 from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
-from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video
+from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video, tag_as_hvc1
+from ..wan_vae_parallel.to_video import VideoDecode
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
-from .streams import decode_to_file, encode_file, latents_for_file
+from .streams import decode_to_file, encode_file, latents_for_file, plan_file
+
+logger = logging.getLogger(__name__)
 
 # What the node calls the engine's formats, and the suffix of their files.
 _FORMATS = {
@@ -33,6 +38,8 @@ _FORMATS = {
     "PNG pictures 8 bit": ("png8", ""),
     "PNG pictures 16 bit": ("png16", ""),
 }
+# The names of pictures, in a folder of their own.
+_PICTURE = "%05d.png"
 _OWN_FFMPEG = "imageio-ffmpeg"
 # Where core's VIDEO keeps the name of its file.
 _CORES_FILE = "_VideoFromFile__file"
@@ -47,26 +54,38 @@ def _temporary() -> str:
 
 
 class SavedVideo(InputImpl.VideoFromFile):
-    """A file as core's VIDEO; streams that MP4 can't hold are encoded again, as H.264, when it is saved there."""
+    """A file as core's VIDEO; what core's copies lack of it is added when it is saved.
 
-    def __init__(self, file: str, *, in_mp4: bool, **options: Any) -> None:
+    - Streams that MP4 can't hold are encoded again, as H.264.
+    - H.265 in MP4 keeps the tag hvc1, without which Apple's players refuse it.
+
+    Args:
+        file: where it is.
+        format: the engine's name of what is in it.
+        options: core's.
+    """
+
+    def __init__(self, file: str, *, format: str, **options: Any) -> None:
         super().__init__(file, **options)
-        self._in_mp4 = in_mp4
+        self._format = format
 
     def save_to(
         self, path: Any, format: Any = Types.VideoContainer.AUTO, codec: Any = Types.VideoCodec.AUTO, **rest: Any
     ) -> Any:
-        """As core's; in MP4, streams that it can't hold become H.264."""
+        """As core's, and as the class says."""
         named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
         to_mp4 = named or format == Types.VideoContainer.MP4
-        if not to_mp4 or self._in_mp4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
-            return super().save_to(path, format=format, codec=codec, **rest)
+        if not to_mp4 or self._format in _IN_MP4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
+            result = super().save_to(path, format=format, codec=codec, **rest)
+            if self._format == "h265":
+                _tag_as_hvc1(path)
+            return result
         # Not by core, whose colours would be those of other tags than it writes.
         with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
             encoded = Path(folder) / "encoded.mp4"
             encode_again(Path(self.get_stream_source()), encoded)
             copied = copy.copy(self)
-            copied._in_mp4 = True
+            copied._format = "h264"
             setattr(copied, _CORES_FILE, str(encoded))
             return copied.save_to(path, format=format, codec=codec, **rest)
 
@@ -74,8 +93,29 @@ class SavedVideo(InputImpl.VideoFromFile):
         """As core's, of those versions that trim; a part of the file stays one of ours."""
         trimmed = super().as_trimmed(*args, **options)
         if type(trimmed) is InputImpl.VideoFromFile:
-            trimmed.__class__, trimmed._in_mp4 = SavedVideo, self._in_mp4
+            trimmed.__class__, trimmed._format = SavedVideo, self._format
         return trimmed
+
+
+def _tag_as_hvc1(path: Any) -> None:
+    """`video_out.tag_as_hvc1` of what core has written, to a file or a buffer; what it can't do is only said."""
+    try:
+        _tag(path)
+    except OutputError as error:
+        logger.warning("Wan VAE Parallel: Apple's players may refuse this H.265 video: %s", error)
+
+
+def _tag(path: Any) -> None:
+    if isinstance(path, (str, os.PathLike)):
+        tag_as_hvc1(Path(path))
+        return
+    with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
+        copy_of_it = Path(folder) / "video"
+        copy_of_it.write_bytes(path.getvalue())
+        if tag_as_hvc1(copy_of_it):
+            path.seek(0)
+            path.truncate()
+            path.write(copy_of_it.read_bytes())
 
 
 class WanVAEParallelDecodeToVideo(io.ComfyNode):
@@ -215,10 +255,12 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             )
         videos = [parts] if join[0] else [[part] for part in parts]
         sounds = _sounds(audio)
-        results, shown = [], []
+        # All of them before the first is decoded: nobody waits for some to hear of an error in another.
+        planned: list[tuple[_Video, OutputSettings, VideoDecode]] = []
         for number, latents in enumerate(videos):
             height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
-            made = _Video(format[0], filename_prefix[0], saved=save[0], width=width, height=height)
+            taken = [path for made, _, _ in planned for path in made.paths]
+            made = _Video(format[0], filename_prefix[0], saved=save[0], size=(width, height), taken=taken)
             settings = OutputSettings(
                 fps=Fraction(fps[0]).limit_denominator(10**6),
                 format=made.format,
@@ -228,12 +270,16 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 preview=made.preview,
                 ffmpeg=None if ffmpeg[0] == _OWN_FFMPEG else "ffmpeg",
             )
-            decode_to_file(
-                wan, latents, made.path, settings, normalized=normalized[number], part=number, parts=len(videos)
+            planned.append(
+                (made, settings, plan_file(wan, latents, made.path, settings, normalized=normalized[number]))
             )
+        results: list[SavedVideo | ExecutionBlocker] = []
+        shown: list[ui.SavedResult] = []
+        for number, (made, settings, decode) in enumerate(planned):
+            files = decode_to_file(wan, decode, part=number, parts=len(planned))
             results.append(made.video(settings))
-            shown.append(made.shown)
-        return io.NodeOutput(results, ui=ui.PreviewVideo(shown))
+            shown += made.shown(files)
+        return io.NodeOutput(results, ui={"images": shown, "animated": (planned[0][0].plays,)})
 
     @classmethod
     def _texts(cls) -> dict[str, str]:
@@ -247,34 +293,77 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
 
 
 class _Video:
-    """Where a video goes, and what ComfyUI hears of it."""
+    """Where a video goes, and what ComfyUI hears of it.
 
-    def __init__(self, title: str, prefix: str, *, saved: bool, width: int, height: int) -> None:
+    Args:
+        title: of the format.
+        prefix: of its name, as the user wrote it.
+        saved: in the output folder; else in the temporary one.
+        size: width and height.
+        taken: names that other videos will have, which are not there yet.
+    """
+
+    def __init__(self, title: str, prefix: str, *, saved: bool, size: tuple[int, int], taken: Sequence[Path]) -> None:
         if title not in _FORMATS:
             raise ArgumentError(f"format is {title!r}; it must be one of {', '.join(_FORMATS)}")
         self.format, suffix = _FORMATS[title]
-        chosen = FORMATS[self.format]
         kind = io.FolderType.output if saved else io.FolderType.temp
         root = folder_paths.get_output_directory() if saved else folder_paths.get_temp_directory()
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
-        stem = f"{name}_{counter:05}_"
-        self.path = Path(folder) / (f"{stem}{suffix}" if suffix else f"{stem}/%05d.png")
+        temporary = folder_paths.get_temp_directory()
+        chosen = FORMATS[self.format]
+        self.path, subfolder = _place(prefix, root, suffix or f"/{_PICTURE}", taken, size)
+        self._saved = saved
+        self._shown = ui.SavedResult(self.path.name, subfolder, kind)
+        # Pictures that were saved are shown as Save Image does, by themselves.
+        self._pictures = os.path.join(subfolder, self.path.parent.name) if chosen.pictures and saved else None
         self.preview: Path | None = None
-        self.shown = ui.SavedResult(self.path.name, subfolder, kind)
-        if not chosen.browsers:
-            temporary = folder_paths.get_temp_directory()
-            place, name, counter, subfolder, _ = folder_paths.get_save_image_path("wan_vae_preview", temporary)
-            self.preview = Path(place) / f"{name}_{counter:05}_.mp4"
-            self.shown = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
+        if not chosen.browsers and self._pictures is None:
+            self.preview, subfolder = _place("wan_vae_preview", temporary, ".mp4", taken)
+            self._previewed = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
+        self._together: Path | None = None
+        if chosen.pictures:
+            self._together, _ = _place("wan_vae_pictures", temporary, ".mkv", taken)
 
-    def video(self, settings: OutputSettings) -> SavedVideo:
-        """The VIDEO; of pictures a temporary one that holds them as they are."""
-        if not FORMATS[self.format].pictures:
-            return SavedVideo(str(self.path), in_mp4=self.format in _IN_MP4)
-        assert self.preview is not None
-        together = self.preview.with_suffix(".mkv")
-        pictures_as_video(self.path, together, settings)
-        return SavedVideo(str(together), in_mp4=False)
+    @property
+    def plays(self) -> bool:
+        """Whether the node shows a video, and not pictures."""
+        return self._pictures is None
+
+    @property
+    def paths(self) -> list[Path]:
+        """All names that it will have."""
+        return [path for path in (self.path, self.preview, self._together) if path is not None]
+
+    def shown(self, files: Sequence[Path]) -> list[ui.SavedResult]:
+        """What the node shows: first what browsers play, and of what was saved all ``files``."""
+        if self._pictures is not None:
+            return [ui.SavedResult(file.name, self._pictures, io.FolderType.output) for file in files]
+        if self.preview is None:
+            return [self._shown]
+        # A preview that failed is not there, and the log has said why.
+        previews = [self._previewed] if self.preview.is_file() else []
+        return [*previews, self._shown] if self._saved else previews
+
+    def video(self, settings: OutputSettings) -> SavedVideo | ExecutionBlocker:
+        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are."""
+        if self._together is None:
+            return SavedVideo(str(self.path), format=self.format)
+        try:
+            pictures_as_video(self.path, self._together, settings)
+        except OutputError as error:
+            logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
+            return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")
+        return SavedVideo(str(self._together), format=self.format)
+
+
+def _place(
+    prefix: str, root: str, suffix: str, taken: Sequence[Path], size: tuple[int, int] = (0, 0)
+) -> tuple[Path, str]:
+    """A new file below ``root``, numbered as ComfyUI does, and the subfolder that it is in."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *size)
+    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}") in taken:
+        counter += 1
+    return path, subfolder
 
 
 class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
@@ -345,13 +434,17 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
         )
 
 
-def _sounds(audio: Sequence[Any] | None) -> list[Audio]:
-    return [
-        Audio(waveform.detach().cpu().float(), int(one["sample_rate"]))
-        for one in audio or ()
-        if one is not None
-        for waveform in one["waveform"]
-    ]
+def _sounds(audio: Sequence[Any] | None) -> list[Audio | None]:
+    """One for each video; of no channels, as of a video without sound, none."""
+    sounds: list[Audio | None] = []
+    for one in audio or ():
+        waveforms = () if one is None else one["waveform"]
+        if not len(waveforms):
+            sounds.append(None)
+        for waveform in waveforms:
+            samples = waveform.detach().cpu().float()
+            sounds.append(Audio(samples, int(one["sample_rate"])) if len(samples) else None)
+    return sounds
 
 
 def _videos() -> list[str]:

@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import wan_vae_parallel as wvp
 from tests.processes import MARK, children, patience, strays, wait_until
 from wan_vae_parallel import cli, memory
+from wan_vae_parallel.bench import random_weights
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.latents import read_latents, save_latents
@@ -134,6 +136,46 @@ def test_encode_takes_the_first_frames_at_another_size_normalized(files, shown, 
     architecture = wvp.Architecture.published("wan2.1")
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (architecture.latents_mean, architecture.latents_std))
     torch.testing.assert_close(read_latents(tmp_path / "n.latent") * std + mean, results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_encode_of_images_makes_a_latent_of_each(files, shown, tmp_path, capsys, monkeypatch):
+    folder, _, _ = shown
+    # Some groups, of which the last is smaller.
+    monkeypatch.setattr("wan_vae_parallel.images.images_that_pay", lambda *_: 4)
+    exact = load_file(folder / "f.safetensors")["frames"]
+    with wvp.load_vae(files[0] / "vae.safetensors", devices="cpu") as vae:
+        expected = {
+            "f.safetensors": vae.encode(exact[0][:, None]),
+            "p": vae.encode((exact[0][:, None] * 255).round() / 255),
+        }
+        expected["p/%04d.png"] = expected["p"]
+    for source, latents in expected.items():
+        assert encode(files, folder / source, tmp_path / "o.latent", "--images") == 0
+        assert "9 latents of 9 pictures\n" in capsys.readouterr().out
+        assert latents.shape == (9, 16, 1, 4, 6)
+        torch.testing.assert_close(read_latents(tmp_path / "o.latent"), latents)
+    assert encode(files, folder / "p", tmp_path / "o.latent", "--images", "--frames", "3", "--size", "32x16") == 0
+    assert read_latents(tmp_path / "o.latent").shape == (3, 16, 1, 2, 4)
+    # A video's frames, too.
+    assert encode(files, folder / "v.mp4", tmp_path / "o.latent", "--images") == 0
+    assert read_latents(tmp_path / "o.latent").shape == (9, 16, 1, 4, 6)
+
+
+def test_a_vae_that_knows_no_time_takes_pictures_and_speaks_in_the_words_of_a_shell(shown, tmp_path, capsys):
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    architecture = wvp.Architecture.published("qwen-image-2.1", width=8)
+    weights = random_weights(dataclasses.replace(architecture, encoder_width=8))
+    save_file(weights, folder / "vae.safetensors")
+    for source in ("p", "v.mp4", "f.safetensors"):
+        assert encode([folder], shown[0] / source, tmp_path / "o.latent") == 0
+        assert "9 latents of 9 pictures\n" in capsys.readouterr().out
+        latents = read_latents(tmp_path / "o.latent")
+        assert latents.shape == (9, 64, 1, 2, 3)
+    save_latents(tmp_path / "video.latent", latents.transpose(0, 2))
+    arguments = ["decode", tmp_path / "video.latent", "--vae", folder / "vae.safetensors", "-o", tmp_path / "v.mp4"]
+    assert main([*map(str, arguments), "--devices", "cpu"]) == 1
+    assert "knows no time; take the VAE of the model that made them\n" in capsys.readouterr().err
 
 
 def test_encode_of_one_picture_makes_one_latent_frame(files, shown, tmp_path):

@@ -94,6 +94,40 @@ def test_other_vaes_stay(file):
     assert outcomes[0].changed
 
 
+# Names as they are published; those of the family that core loads are beside them.
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        ("qwen_image_2.1_vae_bf16.safetensors", True),
+        ("Wan2.1_VAE_upscale2x_imageonly_real_v1.safetensors", True),
+        ("wan/Wan2_2_VAE_pruned_50.safetensors", True),
+        ("lightvaew2_2.safetensors", True),
+        ("qwen_image_vae.safetensors", False),
+        ("qwen_image_layered_vae.safetensors", False),
+        ("wan_alpha_2.1_vae_rgb_channel.safetensors", False),
+        ("wan2.2_vae.safetensors", False),
+        ("Wan2_1_VAE_bf16.safetensors", False),
+        ("lightvaew2_1.safetensors", False),
+    ],
+)
+def test_what_core_can_not_load_is_left_and_told(file, left):
+    video = editor(loader(1, file, links=[5]), decode(2, 5), links=[[5, 1, 0, 2, 1, "VAE"]])
+    prompt = {
+        "1": {"class_type": "VAELoader", "inputs": {"vae_name": file}},
+        "2": {"class_type": "VAEDecode", "inputs": {"samples": ["9", 0], "vae": ["1", 0]}},
+    }
+    for workflow in (video, prompt, nested(WAN, [[file]])):
+        made, (outcome,) = make_parallel(workflow)
+        assert outcome.changed != left
+        assert (made == workflow) == left
+        if left:
+            assert outcome.done == (
+                "left: ComfyUI's own loader can't load it; take Load Wan VAE (Parallel) in its place"
+            )
+        # Who names it knows of a ComfyUI that can.
+        assert make_parallel(workflow, names=["*"])[1][0].changed
+
+
 @pytest.mark.parametrize("mode", [2, 4])
 def test_muted_and_bypassed_loaders_stay(mode):
     video = editor(loader(1, links=[5], mode=mode), decode(2, 5, mode=mode), links=[[5, 1, 0, 2, 1, "VAE"]])

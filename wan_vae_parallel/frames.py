@@ -48,8 +48,9 @@ def check_length(frames: int, architecture: Architecture) -> None:
     """Raises `FrameError` if a video of so many ``frames`` is none that the VAE can encode."""
     if architecture.images_only and frames > 1:
         raise FrameError(
-            f"frames of a video have {frames} frames, and {architecture.name} knows no time; pass pictures as a batch, "
-            f"[B, 1, H, W, C]"
+            f"frames of a video have {frames} frames, and {architecture.name} knows no time; encode each as a picture "
+            f"of its own",
+            in_python="pass pictures as a batch, [B, 1, H, W, C]",
         )
 
 

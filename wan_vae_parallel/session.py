@@ -203,6 +203,8 @@ class Session:
     def take_over(self, other: Session) -> None:
         """Goes on with ``other``'s worker processes, which `other` will start anew if it wants some.
 
+        They keep ``other``'s weights beside this VAE's: two that take turns load each once.
+
         Nothing happens unless both have the same several devices, ``other``'s workers are there and idle, and none of
         this VAE's are in use.
         """
@@ -211,7 +213,7 @@ class Session:
             return
         if mine.devices == theirs.devices and not mine.running and theirs.stage in ("ready", "parked"):
             mine.stop(grace=0.0)
-            mine.take_over(theirs)
+            mine.take_over(theirs, keep=True)
 
     def release(self) -> None:
         """Gives the devices' memory back, and ends workers; the next decode loads the weights again."""

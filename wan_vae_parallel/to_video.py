@@ -104,55 +104,81 @@ def joined(latents: torch.Tensor | Sequence[torch.Tensor], architecture: Archite
     return torch.cat([part.to("cpu", dtype) for part in parts], dim=axis)
 
 
-def write_video(
-    vae: Decodes,
-    latents: torch.Tensor,
-    path: str | Path,
-    settings: OutputSettings,
-    normalized: bool = False,
-    *,
-    on_chunk: OnPicture | None = None,
-    on_wait: Callable[[], None] | None = None,
-    at_work: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    before: Callable[[], None] | None = None,
-) -> list[Path]:
-    """Decodes latents to a file; see `vae.VAE.decode_to_video`.
+class VideoDecode:
+    """A decode of latents to a file that has been checked, and has not begun: of several, all can be made first.
 
     Args:
         vae: decodes.
         latents: ``[B, z, T, h, w]``.
         path: where to.
         settings: how.
-        normalized: see there.
-        on_chunk: see there.
+        normalized: see `vae.VAE.decode`.
         on_wait: see there.
-        at_work: entered whenever files are opened, written to or closed.
-        before: called when all has been checked, and the decode is about to begin.
 
-    Returns:
-        The files that were written; none on a group's other ranks.
+    Attributes:
+        shape: ``[B, z, T, h, w]`` of the latents.
+        files: that it will write; none on a group's other ranks.
+
+    Raises:
+        LatentError, ClosedError: as `vae.VAE.decode` does.
+        OutputError: it can't be written so.
     """
-    if vae.group is not None and dist.get_rank(vae.group):
-        for _ in vae.pixel_stream(latents, None, normalized, on_wait):
-            pass
-        return []
-    shape = vae.output_shape(check_latents(latents, vae.architecture).shape)
-    output = plan_output(path, shape, settings)
-    if before:
-        before()
-    done = 0
-    with contextlib.ExitStack() as stack:
-        with at_work():
-            write = stack.enter_context(output.open(on_wait or _nothing))
-        for frames in vae.pixel_stream(latents, output.pixels, normalized, on_wait):
+
+    def __init__(
+        self,
+        vae: Decodes,
+        latents: torch.Tensor,
+        path: str | Path,
+        settings: OutputSettings,
+        normalized: bool = False,
+        *,
+        on_wait: Callable[[], None] | None = None,
+    ) -> None:
+        latents = check_latents(latents, vae.architecture)
+        self.shape = latents.shape
+        self._on_wait = on_wait
+        self._frames = vae.output_shape(latents.shape)
+        writes = vae.group is None or not dist.get_rank(vae.group)
+        self._output = plan_output(path, self._frames, settings) if writes else None
+        self._pixels = self._output.pixels if self._output else None
+        self._stream = vae.pixel_stream(latents, self._pixels, normalized, on_wait)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._output.files if self._output else []
+
+    def run(
+        self,
+        *,
+        on_chunk: OnPicture | None = None,
+        at_work: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> list[Path]:
+        """Decodes, once.
+
+        Args:
+            on_chunk: see `vae.VAE.decode_to_video`.
+            at_work: entered whenever files are opened, written to or closed.
+
+        Returns:
+            `files`.
+        """
+        if self._output is None:
+            for _ in self._stream:
+                pass
+            return []
+        done = 0
+        with contextlib.closing(self._stream), contextlib.ExitStack() as stack:
             with at_work():
-                write(frames)
-            done += frames.shape[1]
-            if on_chunk:
-                on_chunk(done, shape[1], _picture(frames[0, -1], output.pixels, shape))
-        with at_work():
-            stack.close()
-    return output.files
+                write = stack.enter_context(self._output.open(self._on_wait or _nothing))
+            for frames in self._stream:
+                with at_work():
+                    write(frames)
+                done += frames.shape[1]
+                if on_chunk:
+                    on_chunk(done, self._frames[1], _picture(frames[0, -1], self._pixels, self._frames))
+            with at_work():
+                stack.close()
+        return self._output.files
 
 
 def _picture(frame: torch.Tensor, pixels: PixelFormat | None, shape: torch.Size) -> Picture:

@@ -30,7 +30,7 @@ from .ops.pixel_format import PixelFormat
 from .runtime.host_bytes import copy
 from .runtime.source import Source, StreamSource, TensorSource
 from .session import DecodeRun, EncodeRun, Session
-from .to_video import AnyAudio, OnPicture, joined, output_settings, write_video
+from .to_video import AnyAudio, OnPicture, VideoDecode, joined, output_settings
 from .workers.run import PoolRun
 from .workers.shared_memory import populating
 
@@ -164,9 +164,8 @@ class VAE(Session):
             LatentError, ClosedError, OutOfMemoryError: as `decode` does.
         """
         settings = output_settings(self.architecture, fps=fps, format=format, quality=quality, audio=audio, **options)
-        return write_video(
-            self, joined(latents, self.architecture), path, settings, normalized, on_chunk=on_chunk, on_wait=on_wait
-        )
+        whole = joined(latents, self.architecture)
+        return VideoDecode(self, whole, path, settings, normalized, on_wait=on_wait).run(on_chunk=on_chunk)
 
     def pixel_stream(
         self,

@@ -25,6 +25,11 @@ LOADER = "VAELoader"
 # Names under which VAEs of the family are published; those of other architectures with like names come first.
 _OTHERS = ("*taew*", "*lighttae*", "*taehv*", "*lightvae*pro*", "*lightvae*lite*")
 _FAMILY = ("*wan*vae*", "*vae*wan*", "*lightvae*", "qwen_image*vae*", "*qwen*image*vae*")
+# Those of which core's own loader makes an error, up to ComfyUI 0.33, or frames of twelve colours: an Apply is no help.
+_NO_MODEL = (
+    *("*upscale2x*", "qwen*image*2[._]1*", "*lightvae*2[._]2*"),
+    *("*wan*2[._]2*prun*", "*prun*wan*2[._]2*"),
+)
 # Modes of nodes that are muted or bypassed.
 _OFF_MODES = (2, 4)
 # Where a link that is a list has what one that is an object has by name.
@@ -60,8 +65,8 @@ def make_parallel(
 ) -> tuple[Json, list[Outcome]]:
     """Puts Apply Wan VAE Parallel behind each VAE Loader whose file is one of Wan's family, by its name.
 
-    All that took the loader's VAE takes the parallel one then. Loaders that are muted or bypassed, and those that an
-    Apply follows already, stay as they are; so does everything else.
+    All that took the loader's VAE takes the parallel one then. Loaders that are muted or bypassed, those that an Apply
+    follows already, and those of files that core can't load stay as they are; so does everything else.
 
     Args:
         workflow: an editor's or an API's workflow; it is not changed.
@@ -98,17 +103,23 @@ class _Known:
 
     def __contains__(self, file: str) -> bool:
         name = re.split(r"[/\\]", file.lower())[-1]
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._asked):
-            return True
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OTHERS):
-            return False
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._family)
+        return _fits(name, self._asked) or (not _fits(name, _OTHERS) and _fits(name, self._family))
+
+    def has_no_model(self, file: str) -> bool:
+        """Whether core can't load one of these files."""
+        name = re.split(r"[/\\]", file.lower())[-1]
+        return not _fits(name, self._asked) and _fits(name, _NO_MODEL)
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 _NOT_OURS = "left: not a VAE of Wan's family, by its name"
 _OFF = "left: muted or bypassed"
 _DONE_BEFORE = "left: an Apply follows it already"
 _UNUSED = "left: nothing takes its VAE"
+_CORE_CAN_NOT = "left: ComfyUI's own loader can't load it; take Load Wan VAE (Parallel) in its place"
 _SEVERAL = "left: its subgraph is used with other VAEs, too"
 _CHANGED = "made parallel"
 
@@ -133,6 +144,8 @@ def _change_prompt(prompt: Json, known: _Known, widgets: list[Any]) -> Iterator[
         ]
         if file not in known:
             yield Outcome("", key, file, _NOT_OURS)
+        elif known.has_no_model(file):
+            yield Outcome("", key, file, _CORE_CAN_NOT)
         elif any(taker["class_type"] == APPLY for taker, _ in takers):
             yield Outcome("", key, file, _DONE_BEFORE)
         elif not takers:
@@ -190,6 +203,8 @@ class _Editor:
             return _NOT_OURS
         if not all(ours):
             return _SEVERAL
+        if any(self._known.has_no_model(file) for file in files):
+            return _CORE_CAN_NOT
         places = self._places(graph)
         if loader.get("mode", 0) in _OFF_MODES or (
             places and all(place.get("mode", 0) in _OFF_MODES for place in places)

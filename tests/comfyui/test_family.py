@@ -14,6 +14,7 @@ from tests.comfyui.server import node
 from wan_vae_parallel import Architecture, vae_from_state_dict
 from wan_vae_parallel.bench import random_weights
 from wan_vae_parallel.files.latents import denormalize, normalize
+from wan_vae_parallel.files.video import open_output
 
 pytestmark = pytest.mark.usefixtures("files")
 
@@ -108,6 +109,17 @@ def test_rgba_is_cores_template_of_two_decodes_joined(server, send, received, de
     for name in names[1:]:
         close(received(name), received("joined"))
     assert list(server.output.glob("alpha*.webm"))
+    if devices == "cpu":
+        return
+    # The workers have the weights of both from now on.
+    before = len(server.log())
+    again = LATENTS.flip(0, 2)
+    sent = {**graph, "latent": send("rgba again", again)}
+    server.run({name: sent[name] for name in ("latent", "rgb", "alpha", "ours", "save ours")}).check()
+    close(received("ours")[..., :3], engine_frames("rgb.safetensors", again))
+    said = [line for line in server.log()[before:].splitlines() if "decoded 17 frames" in line]
+    assert len(said) == 2
+    assert all(line.endswith("(warm)") for line in said), said
 
 
 def test_two_vaes_that_make_other_frames_are_refused_before_a_decode(server, send):
@@ -122,6 +134,17 @@ def test_two_vaes_that_make_other_frames_are_refused_before_a_decode(server, sen
     assert run.ended == "execution_error"
     assert "don't make the same frames" in run.detail["exception_message"]
     assert not run.progress("ours")
+
+
+def test_a_video_of_frames_with_alpha_is_made_without_it_and_the_log_says_so(server, send):
+    graph = {
+        "latent": send("layers", LATENTS[:, :, :2]),
+        "vae": loader("layered.safetensors"),
+        "video": node("WanVAEParallelDecodeToVideo", samples=["latent", 0], vae=["vae", 0]),
+    }
+    before = len(server.log())
+    server.run(graph).check()
+    assert server.log()[before:].count("has no alpha: the fourth colour is left out") == 1
 
 
 def test_layered_images_decode_and_encode_as_cores(server, send, received):
@@ -182,6 +205,38 @@ def test_qwen_image_21_decodes_and_encodes_images(server, send, received):
     close(images, engine_frames("qwen21.safetensors", latents))
     close(received("qwen21 of flat"), images)
     close(received("qwen21 latents"), engine("qwen21.safetensors").encode(images[:, None]))
+
+
+def test_of_a_videos_file_qwen_image_21_makes_a_latent_of_each_frame(server, send, received):
+    frames = torch.rand(1, 5, 32, 48, 3, generator=torch.Generator().manual_seed(5))
+    with open_output(server.input / "qwen21.mkv", shape=frames.shape, fps=16, format="ffv1") as write:
+        write(frames)
+    graph = {
+        "vae": loader("qwen21.safetensors"),
+        "loaded": node("WanVAEParallelLoadVideoToLatent", file="qwen21.mkv", vae=["vae", 0]),
+        "save": node("ProbeSaveTensor", name="qwen21 video", latent=["loaded", 0]),
+    }
+    run = server.run(graph).check()
+    assert received("qwen21 video").shape == (5, 64, 1, 2, 3)
+    close(received("qwen21 video"), engine("qwen21.safetensors").encode(frames[0][:, None]), bound=2e-3)
+    assert run.progress("loaded")[-1] == (5, 5)
+    # Latents of a video are refused in the words of a graph.
+    graph = {"latent": send("video", torch.zeros(1, 64, 2, 2, 3)), "vae": graph["vae"], "ours": decode()}
+    run = server.run({**graph, "save": save("qwen21 none", "ours")})
+    assert run.detail["exception_message"].strip().endswith("knows no time; take the VAE of the model that made them")
+
+
+def test_what_workflows_leave_is_what_cores_loader_can_not_use(server, send):
+    # By these files' names, as they are published.
+    latents = {"upscale2x": LATENTS[:, :, :1], "qwen21": torch.zeros(1, 64, 1, 2, 2)}
+    for file, samples in latents.items():
+        graph = {
+            "latent": send(f"core {file}", samples),
+            "vae": node("VAELoader", vae_name=f"{file}.safetensors"),
+            "core": decode(decoder="VAEDecode"),
+            "save": node("SaveImage", images=["core", 0], filename_prefix=file),
+        }
+        assert server.run(graph).ended == "execution_error"
 
 
 def test_a_batch_of_images_is_cores(server, send, received):

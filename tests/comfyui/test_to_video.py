@@ -1,5 +1,6 @@
 """Latents to a video file and back in a real ComfyUI server, by POST /prompt."""
 
+import contextlib
 import os
 import re
 import signal
@@ -10,8 +11,10 @@ import urllib.request
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.comfyui.server import node
+from tests.comfyui.conftest import random_checkpoint
+from tests.comfyui.server import Server, node
 from tests.processes import patience
 from wan_vae_parallel.files.ffmpeg import find_ffmpeg
 from wan_vae_parallel.files.frames_in import open_frames
@@ -103,6 +106,33 @@ def test_every_format_is_a_video_for_cores_nodes_and_shown(server, send, receive
     assert (again.mean((0, 1, 2)) - expected.mean((0, 1, 2))).abs().max() < 0.02
 
 
+def test_h265_that_core_copies_stays_what_apples_players_take(server, send):
+    source = send("l.safetensors", latents(rows=8, columns=9))
+    graph = {
+        **to_video(source, format="MP4 H.265 10 bit", audio=["a", 0]),
+        "a": node("EmptyAudio", duration=1.0, sample_rate=44100, channels=2),
+        "save": node("SaveVideo", video=["v", 0], filename_prefix="hvc1", format="auto", codec="auto"),
+        "again": node("ProbeSaveVideo", video=["v", 0], name="hvc1"),
+    }
+    run = server.run(graph).check()
+    saved = run.outputs("save")["images"][0]
+    files = [server.output / saved["subfolder"] / saved["filename"]]
+    files += [server.output / name for name in ("hvc1.mp4", "hvc1.mov", "buffer hvc1.mp4")]
+    before = None
+    for file in files:
+        said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+        assert re.search(r"Video: hevc.*\(hvc1 / 0x.*yuv420p10le\(tv, bt709", said), said
+        assert "Audio: aac" in said
+        # This server's Save Video adds no texts.
+        assert file == files[0] or re.search(r"asked +: for", said), said
+        command = [find_ffmpeg(), "-v", "error", "-i", str(file), "-map", "0:v", "-c", "copy", "-f", "md5", "-"]
+        streams = subprocess.run(command, capture_output=True, check=True).stdout
+        assert streams == (before or streams)
+        before = streams
+        with open_frames(file, colours=3, most=None) as frames:
+            assert len(list(frames)) == 9
+
+
 def test_what_was_trimmed_is_saved_as_the_whole_is(server, send):
     if "Video Slice" not in server.get("/object_info"):
         pytest.skip("this ComfyUI does not trim videos")
@@ -131,6 +161,71 @@ def test_a_saved_file_lies_in_output_and_the_next_one_has_the_next_number(server
     assert names == ["sub/w48_00001_.mp4", "sub/w48_00002_.mp4"]
 
 
+@pytest.mark.parametrize("format", [name for name in FORMATS if "H.264" not in name and "VP9" not in name])
+def test_what_was_saved_is_named_in_the_history_beside_what_browsers_play(server, send, format):
+    prefix = f"named/{format.split()[1]}"
+    source = send("l.safetensors", latents(batch=2, frames=2, rows=8, columns=8))
+    run = server.run(to_video(source, format=format, save=True, filename_prefix=prefix)).check()
+    shown = run.outputs("v")
+    saved = {f"{file['subfolder']}/{file['filename']}" for file in shown["images"] if file["type"] == "output"}
+    assert saved == {str(file.relative_to(server.output)) for file in server.output.glob(f"{prefix}*/*.png")} | {
+        str(file.relative_to(server.output)) for file in server.output.glob(f"{prefix}*") if file.is_file()
+    }
+    if format.startswith("PNG"):
+        # Browsers show pictures, and the editor takes no output for a video in which there is one.
+        assert len(saved) == 2 * 5
+        assert shown["animated"] == [False]
+        assert all(file["type"] == "output" for file in shown["images"])
+    else:
+        assert len(saved) == 2
+        assert shown["animated"] == [True]
+        # The first of each is what the editor plays.
+        assert [file["type"] for file in shown["images"]] == ["temp", "output"] * 2
+    for file in shown["images"]:
+        query = "&".join(f"{key}={value}" for key, value in file.items())
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/view?{query}", timeout=30).close()
+
+
+@contextlib.contextmanager
+def failing_ffmpeg(tmp_path, comfyui, fault):
+    """A server whose ffmpeg of the PATH fails where the shell's ``case`` pattern fits."""
+    path = tmp_path / "bin" / "ffmpeg"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\ncase "$*" in {fault}) exit 3;; esac\nexec {find_ffmpeg()} "$@"\n')
+    path.chmod(0o755)
+    folder = tmp_path / "comfyui"
+    (folder / "models" / "vae").mkdir(parents=True)
+    random_checkpoint(folder / "models" / "vae" / "wan21.safetensors")
+    environment = {"PATH": f"{path.parent}:{os.environ['PATH']}"}
+    running = Server(*comfyui, folder, "--cpu", environment=environment)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def test_a_saved_file_stays_whatever_becomes_of_its_preview_and_its_video(comfyui, tmp_path):
+    with failing_ffmpeg(tmp_path, comfyui, "*veryfast*|*matroska*") as server:
+        save_file({"tensor": latents()}, server.input / "l.safetensors")
+        source = node("ProbeLoadTensor", name="l.safetensors")
+        options = {"save": True, "ffmpeg": "of the PATH"}
+        run = server.run(to_video(source, format="MOV ProRes 422 HQ 10 bit", filename_prefix="a", **options)).check()
+        assert [file["filename"] for file in run.outputs("v")["images"]] == ["a_00001_.mov"]
+        assert (server.output / "a_00001_.mov").is_file()
+        graph = to_video(source, format="PNG pictures 8 bit", filename_prefix="p", **options)
+        run = server.run(graph).check()
+        assert len(run.outputs("v")["images"]) == 9
+        assert len(list(server.output.glob("p_00001_/*.png"))) == 9
+        log = server.log()
+        assert re.search(r"preview .*mp4 could not be made", log)
+        assert re.search(r"pictures in .*p_00001_ make no VIDEO", log)
+        # Who takes the VIDEO hears why there is none.
+        graph["save"] = node("SaveVideo", video=["v", 0], filename_prefix="s", format="auto", codec="auto")
+        messages = []
+        server.run(graph, on_message=messages.append)
+        assert any("make no VIDEO" in str(message) for message in messages if message["type"] == "execution_error")
+
+
 @pytest.mark.parametrize("join", [True, False])
 def test_a_batch_is_consecutive_parts_or_several_videos(server, send, received, join):
     batch = latents(batch=2, frames=2)
@@ -141,6 +236,49 @@ def test_a_batch_is_consecutive_parts_or_several_videos(server, send, received, 
     assert len(run.outputs("v")["images"]) == (1 if join else 2)
     # Of several videos the last one's frames are the ones that the probe wrote last.
     assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
+
+
+# Of a second video: other channels, NaN, and a size that the format can't have.
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (torch.zeros(1, 48, 2, 4, 6), "48 channels"),
+        (torch.full((1, 16, 2, 4, 6), torch.nan), "NaN"),
+        (torch.zeros(1, 16, 2, 4, 6), "takes 64 to 16384 pixels a side"),
+    ],
+)
+def test_nothing_is_decoded_before_an_error_in_a_later_video_of_a_list(server, send, second, words):
+    graph = {
+        **to_video(["both", 0], format="MP4 H.265 10 bit", save=True, filename_prefix="list"),
+        "one": send("one.safetensors", latents(rows=8, columns=9)),
+        "other": send("other.safetensors", second),
+        "both": node("ProbeLatentList", one=["one", 0], other=["other", 0]),
+    }
+    graph["v"]["inputs"]["samples"] = ["both", 0]
+    del graph["s"]
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    assert words in run.detail["exception_message"]
+    assert not run.progress("v")
+    assert not list(server.output.glob("list*"))
+
+
+def test_each_video_of_a_list_has_a_name_and_a_size_of_its_own(server, send):
+    graph = {
+        **to_video(["both", 0], format="MP4 H.264 8 bit", save=True, filename_prefix="each/v"),
+        "one": send("one.safetensors", latents()),
+        "other": send("other.safetensors", latents(batch=2, columns=8)),
+        "both": node("ProbeLatentList", one=["one", 0], other=["other", 0]),
+    }
+    graph["v"]["inputs"]["samples"] = ["both", 0]
+    del graph["s"]
+    shown = server.run(graph).check().outputs("v")["images"]
+    assert [file["filename"] for file in shown] == [f"v_0000{number}_.mp4" for number in (1, 2, 3)]
+    widths = []
+    for file in shown:
+        with open_frames(server.output / "each" / file["filename"], colours=3, most=None) as frames:
+            widths.append(next(iter(frames)).shape[2])
+    assert widths == [48, 64, 64]
 
 
 def words(words):
@@ -174,6 +312,24 @@ def test_sound_is_muxed_and_trims_and_components_work(server, send, received):
     run = server.run(graph).check()
     assert run.outputs("sa")["audio"]
     assert len(received("frames.safetensors")) == (4 if "t" in graph else 9)
+
+
+# Of no samples, and of no channels.
+@pytest.mark.parametrize(("channels", "sound"), [(2, True), (0, False)])
+def test_sound_of_no_length_is_silence_or_none(server, send, channels, sound):
+    graph = to_video(
+        send("l.safetensors", latents()),
+        format="MP4 H.264 8 bit",
+        audio=["a", 0],
+        save=True,
+        filename_prefix=f"silent{channels}",
+    )
+    graph["a"] = node("ProbeEmptyAudio", channels=channels)
+    (file,) = server.run(graph).check().outputs("v")["images"]
+    path = server.output / file["filename"]
+    said = subprocess.run([find_ffmpeg(), "-i", str(path)], capture_output=True, text=True, check=False).stderr
+    assert "Duration: 00:00:00.5" in said
+    assert ("Audio: aac" in said) == sound
 
 
 def test_two_workers_make_the_same_video_with_progress_and_previews(server, send, received):

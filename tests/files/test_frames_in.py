@@ -14,6 +14,7 @@ from wan_vae_parallel import FrameError
 from wan_vae_parallel.files.frames_in import is_tensor, open_frames, read_frames, resized
 from wan_vae_parallel.files.pictures import to_picture
 from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel.ops.dispatch import say_once
 
 FRAMES = torch.randint(0, 256, (12, 16, 24, 3), generator=torch.Generator().manual_seed(0)).float() / 255
 
@@ -63,7 +64,7 @@ def test_pictures_of_different_sizes_are_told_before_any_is_read_unless_they_get
         assert [tuple(frame.shape) for frame in source] == [(1, 16, 24, 3), (1, 8, 24, 3)]
 
 
-def test_pictures_of_every_kind_become_colours(tmp_path):
+def test_pictures_of_every_kind_become_colours(tmp_path, caplog):
     grey = (FRAMES[0, ..., :1] * 255).round().to(torch.uint8)
     Image.fromarray(grey[..., 0].numpy()).save(tmp_path / "grey.png")
     assert torch.equal(read_frames(tmp_path / "grey.png", colours=3), FRAMES[:1, ..., :1].expand(-1, -1, -1, 3))
@@ -75,7 +76,10 @@ def test_pictures_of_every_kind_become_colours(tmp_path):
     alpha = torch.cat([FRAMES[0], FRAMES[1, ..., :1]], dim=-1)
     to_picture(alpha).save(tmp_path / "alpha.png")
     assert torch.equal(read_frames(tmp_path / "alpha.png", colours=4)[0], alpha)
+    say_once.cache_clear()
+    assert "alpha" not in caplog.text
     assert torch.equal(read_frames(tmp_path / "alpha.png", colours=3)[0], FRAMES[0])  # left out, as ComfyUI does
+    assert "pictures have alpha, which is left out" in caplog.text
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (24, 16)).save(tmp_path / "turned.jpg", exif=turned)

@@ -1,9 +1,12 @@
 """Every format, there and back: colours by two decoders, tags, sound, texts, odd sides, and what is refused."""
 
 import json
+import re
+import shutil
 import stat
 import subprocess
 import time
+import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from PIL import Image
 
 from wan_vae_parallel import OutputError
 from wan_vae_parallel.files.audio import Audio
-from wan_vae_parallel.files.ffmpeg import find_ffmpeg
+from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.formats import FORMATS, choose_format
 from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.files.video import open_output, plan_output
+from wan_vae_parallel.files.video_out import encode_again, tag_as_hvc1
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
 COLOURS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 0), (1, 1, 1)]
@@ -175,9 +179,10 @@ def test_qualities_differ_in_size_where_there_are_some(tmp_path, name):
         ("ffv1", "v.mkv", "pcm_s24le"),
     ],
 )
-@pytest.mark.parametrize("seconds", [0.1, 3.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 3.0])
 def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec, seconds):
     time_ = torch.arange(int(48000 * seconds)) / 48000
+    # Of no samples it is silence.
     audio = Audio(torch.stack([torch.sin(2765 * time_), torch.zeros_like(time_)]) * 0.5, 48000)
     frames = FRAMES[:, :1].expand(1, 16, -1, -1, -1)  # one second
     write(tmp_path / file, frames, format=name, audio=audio)
@@ -191,7 +196,7 @@ def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec
     assert abs(len(samples) - 48000) <= (
         0 if exact else 2100
     )  # codecs have frames of up to 1024, and a first one to start with
-    assert abs(samples[2000:4000, 0].max() - 0.5) < 0.05
+    assert abs(samples[2000:4000, 0].max() - (0.5 if seconds else 0)) < 0.05
     assert abs(samples[:, 1]).max() < 0.05
     assert (abs(samples[20000:, 0]).max() < 0.01) == (seconds < 1)
 
@@ -201,6 +206,49 @@ def test_sound_may_come_from_a_file(tmp_path):
     write(tmp_path / "b.webm", audio=tmp_path / "a.mp4")
     said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "b.webm")], capture_output=True, text=True, check=False)
     assert "Audio: opus" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("h264", "v.mp4"), ("h264", "v.mkv"), ("vp9", "v.webm"), ("prores", "v.mov"), ("ffv1", "v.mkv")]
+)
+@pytest.mark.parametrize("metadata", [{}, {"prompt": "ours"}])
+def test_of_a_file_with_sound_nothing_else_comes_along(tmp_path, name, file, metadata):
+    (tmp_path / "texts").write_text(
+        ";FFMETADATA1\ntitle=secret\nartist=secret\n"
+        "[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=100\ntitle=secret\n"
+        "[CHAPTER]\nTIMEBASE=1/1000\nSTART=100\nEND=250\ntitle=secret\n"
+    )
+    source = ["-f", "lavfi", "-i", "sine=d=1", "-f", "ffmetadata", "-i", str(tmp_path / "texts")]
+    source += ["-attach", str(tmp_path / "texts"), "-metadata:s:t", "mimetype=text/secret", "-map", "0:a"]
+    source += ["-map_metadata", "1", "-map_chapters", "1", "-metadata:s:a", "title=secret"]
+    source += ["-metadata:s:a", "language=deu", "-disposition:a", "comment"]
+    subprocess.run([find_ffmpeg(), "-v", "error", *source, str(tmp_path / "sound.mkv")], check=True)
+
+    def said(path):
+        return subprocess.run([find_ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
+
+    assert all(word in said(tmp_path / "sound.mkv") for word in ("secret", "Chapter", "Attachment", "deu", "comment"))
+    made = tmp_path / "made"
+    made.mkdir()
+    preview = {} if FORMATS[name].browsers else {"preview": made / "preview.mp4"}
+    write(made / file, format=name, audio=tmp_path / "sound.mkv", metadata=metadata, **preview)
+    if name in ("prores", "ffv1"):
+        encode_again(made / file, made / "again.mp4")
+    for path in made.iterdir():
+        text = said(path).partition(path.name)[2]
+        assert "Audio" in text, path
+        assert ("ours" in text) == (bool(metadata) and path.name != "preview.mp4"), path
+        assert not any(word in text for word in ("secret", "Chapter", "Attachment", "deu", "comment", "Data:")), text
+
+
+def test_a_file_with_an_empty_sound_is_silence(tmp_path):
+    with wave.open(str(tmp_path / "empty.wav"), "wb") as file:
+        file.setparams((2, 2, 48000, 0, "NONE", ""))
+    write(tmp_path / "v.mkv", format="ffv1", audio=tmp_path / "empty.wav")
+    command = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.mkv"), "-map", "0:a", "-f", "f32le", "-"]
+    samples = numpy.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, dtype="<f4")
+    assert len(samples) == 2 * 48000 * COUNT // 16
+    assert not samples.any()
 
 
 # Texts, previews, sides.
@@ -218,6 +266,33 @@ def test_texts_come_back_however_long_they_are(tmp_path, name, file):
     assert {key: found[key] for key in texts} == texts
 
 
+@pytest.mark.parametrize(("name", "file"), [("prores", "v.mov"), ("ffv1", "v.mkv")])
+def test_texts_are_kept_and_none_added_by_encoding_again(tmp_path, name, file):
+    write(tmp_path / file, format=name, metadata={"prompt": "p=1;", "workflow": "日本"})
+    encode_again(tmp_path / file, tmp_path / "again.mp4")
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(tmp_path / "again.mp4")) as container:
+        found = {key.lower(): value for key, value in container.metadata.items()}
+    assert (found["prompt"], found["workflow"]) == ("p=1;", "日本")
+    assert (found["major_brand"], found["minor_version"]) == ("isom", "512")
+
+
+def test_hev1_becomes_hvc1_and_nothing_else_changes(tmp_path):
+    write(tmp_path / "v.mp4", format="h265", metadata={"prompt": "p=1;"})
+    assert not tag_as_hvc1(tmp_path / "v.mp4")
+    for suffix, container in ((".mp4", "mp4"), (".mov", "mov")):
+        file = tmp_path / f"copy{suffix}"
+        command = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.mp4"), "-c", "copy", "-tag:v", "hev1"]
+        subprocess.run([*command, "-movflags", "use_metadata_tags", "-f", container, str(file)], check=True)
+        assert tag_as_hvc1(file)
+        said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+        assert "(hvc1 / 0x" in said
+        assert re.search(r"prompt +: p=1;", said)
+        assert torch.equal(by_ffmpeg(file), by_ffmpeg(tmp_path / "v.mp4"))
+    write(tmp_path / "other.mp4")
+    assert not tag_as_hvc1(tmp_path / "other.mp4")
+
+
 def test_what_browsers_can_not_play_gets_a_preview(tmp_path):
     for name in ("v.mkv", "p/%d.png"):
         write(tmp_path / name, format="ffv1" if name == "v.mkv" else None, preview=tmp_path / "preview.mp4")
@@ -226,6 +301,88 @@ def test_what_browsers_can_not_play_gets_a_preview(tmp_path):
         for i, colour in enumerate(COLOURS):
             patch = found[:, 36:, i * 12 + 4 : i * 12 + 8].mean(dim=(0, 1, 2)) * 255
             assert (patch - torch.tensor(colour) * 255).abs().max() < 6
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "p/%d.png"])
+@pytest.mark.parametrize(
+    "fault",
+    ["it does not start", "it ends in the middle", "it fails at the end", "its place goes", "no place", "no encoder"],
+)
+def test_a_preview_that_fails_is_told_and_the_video_stays(tmp_path, caplog, name, fault):
+    expected, place, real = tmp_path / "expected", tmp_path / "place", find_ffmpeg()
+    options = {"format": "ffv1"} if name == "v.mkv" else {}
+    expected.mkdir()
+    write(expected / name, **options)
+    previewed = {
+        "it does not start": 'case "$*" in *veryfast*) exit 3;; esac',
+        "it ends in the middle": 'case "$*" in *veryfast*) head -c 100000 >/dev/null; kill -9 $$;; esac',
+        "it fails at the end": f'case "$*" in *veryfast*) {real} "$@"; exit 3;; esac',
+        "no encoder": 'case "$*" in *encoder=libx264) exit 0;; esac',
+    }
+    ffmpeg = program(tmp_path / "ffmpeg", f'{previewed.get(fault, "")}\nexec {real} "$@"')
+    if fault != "no place":
+        place.mkdir()
+    (tmp_path / "made").mkdir()
+    with open_output(
+        tmp_path / "made" / name, shape=SHAPE, fps=16, preview=place / "preview.mp4", ffmpeg=ffmpeg, **options
+    ) as put:
+        put(FRAMES[:, :2])
+        if fault == "its place goes":
+            shutil.rmtree(place)
+        put(FRAMES[:, 2:])
+    files = [
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (expected, tmp_path / "made")
+    ]
+    assert files[0] == files[1]
+    assert len(files[0]) == (1 if name == "v.mkv" else COUNT)
+    assert "preview.mp4 could not be made" in caplog.text
+    assert not place.exists() or not list(place.iterdir())
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """How many ffmpegs were fed, and how many at a time at the most."""
+    alive, counts = set(), {"all": 0, "at once": 0}
+    begin, close = FedProcess.__init__, FedProcess.close
+
+    def begun(self, command):
+        begin(self, command)
+        alive.add(self)
+        counts["all"] += 1
+        counts["at once"] = max(counts["at once"], len(alive))
+
+    def closed(self):
+        close(self)
+        alive.discard(self)
+
+    monkeypatch.setattr(FedProcess, "__init__", begun)
+    monkeypatch.setattr(FedProcess, "close", closed)
+    return counts
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_one_process_writes_all_pictures_of_a_batch_each_as_by_itself(tmp_path, processes, frames):
+    batch = torch.rand(12, frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(1))
+    (tmp_path / "all").mkdir()
+    write(tmp_path / "all" / "%d.png", batch, format="png16", metadata={"prompt": "p"})
+    assert processes == {"all": 1, "at once": 1}
+    for video in (0, 5, 11):
+        alone = tmp_path / f"{video}"
+        alone.mkdir()
+        write(alone / "%d.png", batch[video : video + 1], format="png16", metadata={"prompt": "p"})
+        for frame in range(frames):
+            together = (tmp_path / "all" / f"{video * frames + frame}.png").read_bytes()
+            assert together == (alone / f"{frame}.png").read_bytes()
+
+
+def test_videos_of_one_frame_are_encoded_one_after_the_other(tmp_path, processes):
+    batch = torch.rand(6, 1, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(1))
+    write(tmp_path / "v.mkv", batch, format="ffv1")
+    assert processes == {"all": 6, "at once": 1}
+    for video in range(6):
+        found = by_ffmpeg(tmp_path / f"v_{video + 1}.mkv")
+        assert (found - batch[video]).abs().max() <= 0.5 / 65535 + 1e-7
 
 
 @pytest.mark.parametrize(
@@ -293,8 +450,8 @@ def test_what_can_not_work_is_refused_before_the_start(tmp_path, name, shape, op
 @pytest.mark.parametrize(
     ("waveform", "rate", "words"),
     [
-        (torch.zeros(9, 5), 48000, "9 channels of 5 samples"),
-        (torch.zeros(2, 0), 48000, "2 channels of 0 samples"),
+        (torch.zeros(9, 5), 48000, "has 9 channels; it must have 1 to 8"),
+        (torch.zeros(0, 5), 48000, "has 0 channels"),
         (torch.zeros(5), 48000, "must be a tensor of floats"),
         (torch.zeros(2, 5), 0, "has 0 samples a second"),
         (torch.zeros(2, 5), 48000.0, "a whole number"),

@@ -84,6 +84,31 @@ def test_a_vae_with_alpha_gets_opaque_frames(folder):
         read(folder / "v.mp4", colours=7)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vp9.webm", ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-lossless", "1"]),
+        ("vp9.mkv", ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-lossless", "1"]),
+        ("vp8.webm", ["-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0", "-b:v", "2M"]),
+        ("ffv1.mkv", ["-c:v", "ffv1", "-pix_fmt", "bgra"]),
+        ("prores.mov", ["-c:v", "prores_ks", "-pix_fmt", "yuva444p10le"]),
+    ],
+)
+def test_alpha_is_read_by_a_vae_that_has_it_and_told_by_one_that_has_not(tmp_path, caplog, name, options):
+    # Red, less and less opaque to the left.
+    source = "color=black:s=64x48:r=16:d=0.25,format=rgba,geq=r=255:g=0:b=0:a='X*4'"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, *options]
+    subprocess.run([*command, str(tmp_path / name)], check=True)
+    frames = read(tmp_path / name, colours=4)
+    assert frames.shape == (4, 48, 64, 4)
+    assert (frames[..., 3] - torch.arange(64) * 4 / 255).abs().max() < 0.03
+    assert (frames[..., :3] - torch.tensor([1.0, 0, 0])).abs().max() < 0.03
+    assert not caplog.text
+    plain = read(tmp_path / name)
+    assert (plain - frames[..., :3]).abs().max() < 0.02
+    assert f"{name} has alpha, which is left out" in caplog.text
+
+
 def test_no_process_stays_wherever_reading_ends(folder):
     before = children()
     with VideoInput(folder / "v.mp4", colours=3):
@@ -105,7 +130,8 @@ def cut(source, target, share):
 def test_a_video_that_is_cut_short_is_an_error_behind_the_frames_that_it_has(folder, tmp_path, name, reason):
     path = cut(folder / name, tmp_path / name, 0.8)
     before = children()
-    with pytest.raises(FrameError, match=rf"cut short behind frame \d+ \(ffmpeg: .*({reason}).*\); .* --frames"):
+    words = rf"cut short behind frame (\d+) \(ffmpeg: .*({reason}).*\); .* take the first \1 frames alone"
+    with pytest.raises(FrameError, match=words):
         read(path)
     assert children() == before
     # What is whole may be had.

@@ -115,11 +115,23 @@ def test_what_fits_is_let_through(tmp_path):
     check_writable(tmp_path / "frames.bin", needed=1)
 
 
-def test_a_name_as_long_as_the_system_allows(tmp_path):
-    path = tmp_path / ("f" * 251 + ".bin")
+# Letters of one byte, two, three and four; and such that cutting after any number of bytes cuts one of them.
+@pytest.mark.parametrize("name", ["f" * 251, "é" * 125, "名" * 83, "😀" * 62, "a" + "名" * 83, "ab" + "名" * 83])
+def test_a_name_as_long_as_the_system_allows(tmp_path, name):
+    path = tmp_path / f"{name}.bin"
     with replacing(path) as temporary:
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("name", ["f" * 256, "名" * 86])
+@pytest.mark.parametrize("refuse", [check_writable, enter])
+def test_a_longer_name_is_told_beforehand(tmp_path, refuse, name, monkeypatch):
+    # As from Python 3.13 on.
+    monkeypatch.setattr(type(tmp_path), "is_dir", lambda self: os.path.isdir(self))
+    monkeypatch.setattr(type(tmp_path), "exists", lambda self: os.path.exists(self))
+    with pytest.raises(OutputError, match=r"can't be written \(.*[Nn]ame too long.*\); choose another name"):
+        refuse(tmp_path / name)
 
 
 def test_a_link_stays_a_link(tmp_path):

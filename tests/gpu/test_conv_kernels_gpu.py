@@ -422,6 +422,17 @@ def test_residuals_and_outputs_may_have_more_than_2_to_the_31_values():
     )
 
 
+def test_what_cudnn_won_has_our_bits_beyond_2_to_the_31_values(monkeypatch):
+    channels, rows, columns, count = here((32, 3, 5, 3), gpu=[(96, 510, 509, 90)])[0]
+    arena, slots, weight, bias = conv_problem((1, rows, columns), channels, channels, dtype=DTYPE)
+    slots = slots[torch.arange(count + 2, device=DEVICE) % 3]
+    if INTERPRETED:
+        monkeypatch.setattr(conv_ops, "MOST_VALUES", 2000)
+    assert len(slots) * arena[0].numel() > conv_ops.MOST_VALUES
+    out = conv_ops.conv(arena, slots, weight, bias, cudnn=True)
+    assert torch.equal(out, conv_ops.conv(arena, slots, weight, bias))
+
+
 def test_upsampled_frames_may_have_more_than_2_to_the_31_values():
     channels, rows, columns, count = here((32, 3, 5, 3), gpu=[(96, 510, 509, 24)])[0]
     _, (arena, slots, weight, bias) = upsample_problem((1, rows, columns), channels, channels, dtype=DTYPE)

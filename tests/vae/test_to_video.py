@@ -18,7 +18,9 @@ import wan_vae_parallel as wvp
 from tests.oracle import load, oracle_vae, random_latents
 from tests.processes import children, patience, wait_until
 from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
+from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.runtime.local import LocalDecoder
+from wan_vae_parallel.to_video import VideoDecode
 
 
 def read(path, frames):
@@ -146,6 +148,18 @@ def test_what_can_not_work_is_refused_before_the_first_step(vae, latents, tmp_pa
     with pytest.raises(error, match=words):
         vae.decode_to_video(latents, tmp_path / "v.mp4", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["nan", "infinite for the dtype"])
+def test_of_several_decodes_all_can_be_checked_before_the_first(vae, latents, tmp_path, change):
+    bad = latents.double()
+    bad[0, 0, -1, 0, 0] = torch.nan if change == "nan" else 1e300
+    settings = OutputSettings(format="ffv1")
+    good = VideoDecode(vae, latents, tmp_path / "a.mkv", settings)
+    with pytest.raises(wvp.LatentError):
+        VideoDecode(vae, bad, tmp_path / "b.mkv", settings)
+    assert not list(tmp_path.iterdir())
+    assert good.run() == [tmp_path / "a.mkv"]
 
 
 # Ends before the end: no file, no process, a cause, and the next decode works.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ..files.formats import FORMATS, QUALITIES
 from ..files.latents import read_latents
 from ..loading import load_vae
-from ..to_video import joined, output_settings, write_video
+from ..to_video import VideoDecode, joined, output_settings
 from ..torchrun import launched, torchrun_group
 from .shared import Progress, add_engine_options, quality, rate, signals
 
@@ -75,16 +75,10 @@ def _run(options: argparse.Namespace) -> None:
                 ffmpeg=options.ffmpeg,
             )
             bar = Progress(shown=first)
-            files = write_video(
-                vae,
-                latents,
-                options.output,
-                settings,
-                options.normalized,
-                on_chunk=lambda done, total, _: bar.show(done, total),
-                on_wait=signals.end_if_stopped,
-                at_work=signals.held,
+            decode = VideoDecode(
+                vae, latents, options.output, settings, options.normalized, on_wait=signals.end_if_stopped
             )
+            files = decode.run(on_chunk=lambda done, total, _: bar.show(done, total), at_work=signals.held)
             bar.close()
             if files:
                 print(f"written: {files[0]}" + (f" to {files[-1]}" if len(files) > 1 else ""))

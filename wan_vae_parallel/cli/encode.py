@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..files.frames_in import is_tensor, open_frames, read_frames, resized
 from ..files.latents import check_latent_output, save_latents
+from ..images import encode_pictures
 from ..loading import load_vae
 from ..torchrun import launched, torchrun_group
 from ..vae import VAE
@@ -36,6 +37,11 @@ def add_parser(commands: Any) -> None:
     )
     encode.add_argument("--frames", type=positive, dest="most", help="the first so many; default: all")
     encode.add_argument(
+        "--images",
+        action="store_true",
+        help="each picture is a latent of its own, not a video's frame; always so with a VAE that knows no time",
+    )
+    encode.add_argument(
         "--normalized", action="store_true", help="latents as the diffusion model wants them (WanVideoWrapper)"
     )
     add_engine_options(encode, of="frames (of the video, at full resolution)")
@@ -54,6 +60,7 @@ def _run(options: argparse.Namespace) -> None:
         ) as vae:
             if options.size:
                 latent_size(vae.architecture, options.size, encoded=True)
+            options.images = options.images or vae.architecture.images_only
             if is_tensor(options.frames):
                 latents, taken = _encode_tensor(vae, options, shown=first)
             else:
@@ -61,6 +68,9 @@ def _run(options: argparse.Namespace) -> None:
             if first:
                 with signals.held():
                     save_latents(options.output, latents)
+                if options.images:
+                    print(f"written: {options.output}, {len(latents)} latents of {taken} pictures")
+                    return
                 left = taken - vae.architecture.encoded_frames(taken)
                 print(
                     f"written: {options.output}, {latents.shape[2]} latent frames of {taken} frames"
@@ -69,20 +79,22 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
-    """Latents of frames that are all in memory, and how many frames a video has."""
+    """Latents of frames that are all in memory, and how many frames a video has, or how many pictures there are."""
     frames = read_frames(options.frames, colours=vae.architecture.input_channels)
     frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
     if options.size:
         frames = resized(frames, options.size)
     bar, count = Progress(shown=shown), vae.architecture.frame_count
+    if options.images:
+        frames = frames.flatten(0, 1)[:, None]
 
     def show(done: int, total: int, _: torch.Tensor) -> None:
         signals.end_if_stopped()
-        bar.show(count(done), count(total))
+        bar.show(*((done, total) if options.images else (count(done), count(total))))
 
     latents = vae.encode(frames, normalized=options.normalized, on_chunk=show)
     bar.close()
-    return latents, frames.shape[1]
+    return latents, len(frames) if options.images else frames.shape[1]
 
 
 def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:
@@ -107,11 +119,16 @@ def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tup
                 taken += 1
                 yield resized(frame, options.size) if options.size else frame
 
-        for latents in vae.encode_stream(frames(), normalized=options.normalized):
-            parts.append(latents)
-            made += latents.shape[2]
-            bar.show(vae.architecture.frame_count(made), source.expected)
+        if options.images:
+            for latents in encode_pictures(vae, frames(), normalized=options.normalized):
+                parts.append(latents)
+                bar.show(taken, source.expected)
+        else:
+            for latents in vae.encode_stream(frames(), normalized=options.normalized):
+                parts.append(latents)
+                made += latents.shape[2]
+                bar.show(vae.architecture.frame_count(made), source.expected)
         with signals.held():
             stack.close()
     bar.close()
-    return torch.cat(parts, dim=2) if parts else torch.empty(0), taken
+    return torch.cat(parts, dim=0 if options.images else 2) if parts else torch.empty(0), taken

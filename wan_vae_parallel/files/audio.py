@@ -25,7 +25,7 @@ class Audio:
     """Samples in memory.
 
     Attributes:
-        waveform: ``[C, N]``, floats in [-1, 1].
+        waveform: ``[C, N]``, floats in [-1, 1]; of no samples it is silence.
         sample_rate: samples a second.
     """
 
@@ -37,11 +37,8 @@ class Audio:
         if not isinstance(wave, torch.Tensor) or wave.dim() != 2 or not wave.is_floating_point():
             shape = f"{tuple(wave.shape)} {wave.dtype}" if isinstance(wave, torch.Tensor) else type(wave).__name__
             raise OutputError(f"the audio is {shape}; it must be a tensor of floats [channels, samples]")
-        if not 1 <= wave.shape[0] <= _MOST_CHANNELS or not wave.shape[1]:
-            raise OutputError(
-                f"the audio has {wave.shape[0]} channels of {wave.shape[1]} samples; it must have 1 to "
-                f"{_MOST_CHANNELS} channels, and samples"
-            )
+        if not 1 <= wave.shape[0] <= _MOST_CHANNELS:
+            raise OutputError(f"the audio has {wave.shape[0]} channels; it must have 1 to {_MOST_CHANNELS}")
         if isinstance(rate, bool) or not isinstance(rate, int) or not _RATES[0] <= rate <= _RATES[1]:
             raise OutputError(
                 f"the audio has {rate!r} samples a second; it must have a whole number from {_RATES[0]} to {_RATES[1]}"
@@ -53,6 +50,8 @@ class Audio:
 def write_samples(audio: Audio, seconds: Fraction, file: Path) -> None:
     """Writes the samples of so many seconds, as `audio_input` tells of them."""
     used = audio.waveform[:, : math.ceil(seconds * audio.sample_rate)].detach().to("cpu", torch.float32)
+    if not used.shape[1]:
+        used = torch.zeros(used.shape[0], 1)  # to go on from: not every ffmpeg fills what is empty
     file.write_bytes(used.t().contiguous().numpy().astype("<f4").tobytes())
 
 

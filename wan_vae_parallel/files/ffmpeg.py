@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +32,9 @@ _CONSEQUENCES = re.compile(
 _LONGEST = 200
 # In names of pixel formats: yuv420p10le, gbrp16be, p010le, rgb48be, rgba64le, gray16be, x2rgb10le, gbrpf32le.
 _WIDE = re.compile(r"(9|10|12|14|16|32|48|64)(le|be)$")
+_ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya(8|16)|ayuv|vuya")
+# Of codecs whose alpha is a stream within the stream: ffmpeg's own decoders leave it where it is.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Seconds between two looks whether a wait is over or cancelled.
 _LOOK_SECONDS = 0.1
 # Parts of a video that wait for the encoder: it works beside the decode, which is held back when these are full.
@@ -85,17 +89,45 @@ def _encoder_help(program: str, encoder: str) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def has_more_than_8_bits(program: str, path: Path) -> bool:
-    """Whether a file's first video has, as far as ffmpeg can tell."""
+@dataclass(frozen=True, kw_only=True)
+class VideoStream:
+    """What ffmpeg tells of a file's first video.
+
+    Attributes:
+        wide: it has more than 8 bits.
+        alpha: it has transparency.
+        decoder: the one that reads that, where ffmpeg's usual one does not.
+        tag: the codec's in the container, of four letters, where it has one.
+    """
+
+    wide: bool = False
+    alpha: bool = False
+    decoder: str | None = None
+    tag: str | None = None
+
+
+def describe_video(program: str, path: Path) -> VideoStream:
+    """What a file's first video is, as far as ffmpeg can tell."""
     try:
         done = subprocess.run(
             [program, "-nostdin", "-hide_banner", "-i", f"file:{path}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
         )  # fmt: skip
     except OSError:
-        return False  # whoever reads the file will say it
-    found = re.search(r" Video: .*?, (\w+)[(,]", done.stderr.decode(errors="replace"))
-    return found is not None and _WIDE.search(found[1]) is not None
+        return VideoStream()  # whoever reads the file will say it
+    # Each stream's line, and those of its metadata behind it.
+    streams = re.split(r"^ *Stream #", done.stderr.decode(errors="replace"), flags=re.MULTILINE)[1:]
+    for text in streams:
+        found = re.search(r" Video: (\w+).*?, (\w+)[(,]", text.partition("\n")[0])
+        if found and "(attached pic)" not in text:
+            apart = re.search(r"^ +alpha_mode +: 1\s*$", text, re.MULTILINE | re.IGNORECASE) is not None
+            return VideoStream(
+                wide=_WIDE.search(found[2]) is not None,
+                alpha=apart or _ALPHA.match(found[2]) is not None,
+                decoder=_ALPHA_DECODERS.get(found[1]) if apart else None,
+                tag=tag[1] if (tag := re.search(r"\((\w{4}) / 0x", text)) else None,
+            )
+    return VideoStream()
 
 
 def complaints(text: str) -> str:

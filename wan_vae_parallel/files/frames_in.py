@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from ..errors import FrameError, OutOfMemoryError
 from ..frames import check_values
 from ..memory import free_memory, gibibytes
+from ..ops.dispatch import say_once
 from .tensor_file import TensorFile
 from .video_in import VideoInput
 
@@ -185,6 +186,8 @@ def _read_picture(path: Path, colours: int) -> torch.Tensor:
                 grey = torch.from_numpy(numpy.asarray(picture).astype(numpy.float32) / 65535)
                 values = grey[..., None].expand(-1, -1, min(colours, 3))
             else:
+                if colours == 3 and picture.has_transparency_data:
+                    say_once("pictures have alpha, which is left out, as this VAE has 3 colours")
                 array = numpy.asarray(picture.convert(_MODES.get(colours, "RGB")))
                 values = torch.from_numpy(array.astype(numpy.float32) / 255)
     except _READ_ERRORS as error:

@@ -80,8 +80,9 @@ def ordered_latents(latents: torch.Tensor, architecture: Architecture) -> torch.
     latents = ordered
     if architecture.images_only and latents.shape[2] > 1:
         raise LatentError(
-            f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; pass "
-            f"pictures as a batch, [B, C, 1, h, w]"
+            f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; take the "
+            f"VAE of the model that made them",
+            in_python="pass pictures as a batch, [B, C, 1, h, w]",
         )
     return latents
 

@@ -19,7 +19,8 @@ import numpy
 import torch
 
 from ..errors import FrameError
-from .ffmpeg import complaints, has_more_than_8_bits
+from ..ops.dispatch import say_once
+from .ffmpeg import complaints, describe_video
 
 # Pixel formats by the number of colours: RGB of 8 bits, and of 16 where a video has more than 8.
 _FORMATS = {3: "rgb24", 4: "rgba"}
@@ -36,7 +37,7 @@ class VideoInput:
 
     Args:
         path: of the file.
-        colours: C, 3 or 4; a video without alpha is opaque.
+        colours: C, 3 or 4; a video without alpha is opaque, and of 3 it is left out.
         most: frames to read, the first ones; None for all.
 
     Raises:
@@ -104,15 +105,19 @@ class VideoInput:
         import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
 
         program = imageio_ffmpeg.get_ffmpeg_exe()
-        wide = has_more_than_8_bits(program, self._path)
-        pixels = (_WIDE_FORMATS if wide else _FORMATS)[self._colours]
+        stream = describe_video(program, self._path)
+        if stream.alpha and self._colours == 3:
+            say_once(f"{self._path} has alpha, which is left out, as this VAE has 3 colours")
+        decoder = stream.decoder if self._colours == 4 else None
+        pixels = (_WIDE_FORMATS if stream.wide else _FORMATS)[self._colours]
         command = [
             program, "-nostdin", "-hide_banner", "-nostats", "-v", "level+info",
+            *(["-c:V", decoder] if decoder else []),
             # Whatever the name looks like, it is a file's; "V": no cover pictures.
             "-i", f"file:{self._path}", "-map", "0:V:0", "-fps_mode", "passthrough",
             *(["-frames:v", str(self._most)] if self._most else []),
             # Pictures that tell their own size.
-            *(["-sws_flags", "accurate_rnd+full_chroma_int"] if wide else []),
+            *(["-sws_flags", "accurate_rnd+full_chroma_int"] if stream.wide else []),
             "-c:v", "pam", "-pix_fmt", pixels, "-f", "image2pipe", "-",
         ]  # fmt: skip
         try:
@@ -167,5 +172,5 @@ class VideoInput:
             )
         return FrameError(
             f"{self._path} is damaged or cut short behind frame {done} (ffmpeg: {reason}); fetch or export it again, "
-            f"or take the frames before with --frames"
+            f"or take the first {done} frames alone"
         )

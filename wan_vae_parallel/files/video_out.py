@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
 import subprocess
@@ -20,11 +21,13 @@ import torch
 from ..errors import OutputError
 from ..ops.pixel_format import PixelFormat
 from .audio import Audio, audio_filter, audio_input, write_samples
-from .ffmpeg import FedProcess, check_encoder, complaints, find_ffmpeg
+from .ffmpeg import FedProcess, check_encoder, complaints, describe_video, find_ffmpeg
 from .formats import FileFormat
 from .pictures import add_texts
 from .settings import Check, OutputSettings
-from .whole import check_writable, replacing, unfinished_folder
+from .whole import check_writable, readable_as_usual, replacing, unfinished_folder
+
+logger = logging.getLogger(__name__)
 
 Write = Callable[[torch.Tensor], None]
 
@@ -34,6 +37,12 @@ _PREVIEW_PIXELS = 960
 _TAGS = (
     *("-color_range", "tv", "-colorspace", "bt709"),
     *("-color_primaries", "bt709", "-color_trc", "bt709"),
+)
+# What a file with sound has beside it, chapters and texts of its streams: none of it is the video's.
+_NOTHING_ELSE = ("-map_chapters", "-1", "-map_metadata:s", "-1", "-disposition:a", "default")
+# What ffmpeg reads as a MOV's or MP4's texts and is none: each copy would have it once more.
+_NOT_TEXTS = tuple(
+    word for name in ("major_brand", "minor_version", "compatible_brands") for word in ("-metadata", f"{name}=")
 )
 # Threads of an encoder, at most, and the pixels of a frame beyond which it is half of them.
 _THREADS, _LARGE_PIXELS = 12, 1920 * 1088
@@ -73,9 +82,7 @@ class VideoOutput:
         check_encoder(self._program, chosen.encoder, self.pixels.name)
         if settings.audio is not None:
             check_encoder(self._program, self._audio_encoder[1])
-        if settings.preview is not None:
-            check_writable(settings.preview)
-            check_encoder(self._program, "libx264", "yuv420p")
+        self._preview = self._planned_preview()
         self._try()
 
     @contextlib.contextmanager
@@ -90,48 +97,67 @@ class VideoOutput:
         Raises:
             OutputError: it can't be written, or not all frames came.
         """
-        preview = self._settings.preview
-        with self._told(), replacing(preview) if preview else contextlib.nullcontext() as temporary:
-            yield from self._open(temporary, check)
+        with self._told():
+            yield from self._open(check)
 
-    def _open(self, preview: Path | None, check: Check) -> Iterator[Write]:
+    def _open(self, check: Check) -> Iterator[Write]:
         with contextlib.ExitStack() as stack:
             temporaries = [stack.enter_context(replacing(file)) for file in self.files]
             outputs = [self._muxed(temporary) for temporary in temporaries]
-            yield from self._fed(outputs, temporaries[0].parent, stack, preview, check)
+            yield from self._fed(outputs, temporaries[0].parent, stack, check)
 
     def _fed(
-        self,
-        outputs: Sequence[list[str]],
-        folder: Path,
-        stack: contextlib.ExitStack,
-        preview: Path | None,
-        check: Check,
+        self, outputs: Sequence[list[str]], folder: Path, stack: contextlib.ExitStack, check: Check
     ) -> Iterator[Write]:
         """Feeds a process for each of ``outputs``; texts and samples for them go to ``folder``."""
         inputs = self._side_inputs(folder)
-        processes = []
-        for video, output in enumerate(outputs):
-            command = [*self._source("pipe:0"), *inputs, *output, *(self._preview(preview) if video == 0 else ())]
-            processes.append(FedProcess(command))
-            stack.callback(processes[-1].close)
+        frames_each = self._batch * self._total // len(outputs)
+
+        def begin(output: list[str]) -> FedProcess:
+            process = FedProcess([*self._source("pipe:0"), *inputs, *output])
+            stack.callback(process.close)
+            return process
+
+        def end(process: FedProcess) -> None:
+            written = process.finish(check)
+            if written != frames_each:
+                raise OSError(f"ffmpeg wrote {written} of {frames_each} frames {process.said}")
+
+        preview: _Preview | None = None
+        if self._preview is not None:
+            command = [*self._source("pipe:0"), *inputs, *self._previewed()]
+            preview = stack.enter_context(contextlib.closing(_Preview(self._preview, command)))
+        # Files of a single frame are written one after the other: a batch of hundreds would start as many processes.
+        at_once = self._total > 1 or len(outputs) == 1
+        processes = [begin(output) for output in outputs] if at_once else []
         done = 0
 
         def write(data: torch.Tensor) -> None:
             nonlocal done
-            done += data.shape[1]
-            for process, video in zip(processes, data, strict=True):
+            for number, frames in enumerate(self._streams(data, done)):
+                own = frames.clone()  # the caller's memory is used again
                 with self._told():
-                    process.put(video.clone(), check)  # the caller's memory is used again
+                    process = processes[number] if at_once else begin(outputs[number])
+                    process.put(own, check)
+                    if not at_once:
+                        end(process)
+                        process.close()
+                if preview and number == 0:
+                    preview.put(own[: data.shape[1]], check)
+            done += data.shape[1]
 
         yield write
         if done != self._total:
             raise OutputError(f"{self._name} would have {done} of {self._total} frames, so it is not written")
         for process in processes:
             with self._told():
-                written = process.finish(check)
-                if written != self._total:
-                    raise OSError(f"ffmpeg wrote {written} of {self._total} frames {process.said}")
+                end(process)
+        if preview:
+            preview.finish(check)
+
+    def _streams(self, data: torch.Tensor, _: int) -> Sequence[torch.Tensor]:
+        """What of a step's ``[B, t, n]`` each process gets, ``[t, n]``, given how many frames came before."""
+        return list(data)
 
     @property
     def _name(self) -> str:
@@ -208,14 +234,27 @@ class VideoOutput:
             arguments += ["-map_metadata", str(1 + (self._settings.audio is not None))]
         else:
             arguments += ["-map_metadata", "-1"]
+        arguments += _NOTHING_ELSE
         if path.suffix.lower() in (".mp4", ".mov"):
             arguments += ["-movflags", "+faststart+use_metadata_tags"]
         # Without a random number in the file: the same frames are the same bytes.
         return [*arguments, "-fflags", "+bitexact", f"file:{path}"]
 
-    def _preview(self, path: Path | None) -> list[str]:
-        if path is None:
-            return []
+    def _planned_preview(self) -> Path | None:
+        """Where a preview goes, if one is wanted and can be made."""
+        preview = self._settings.preview
+        if preview is None:
+            return None
+        try:
+            check_writable(preview)
+            check_encoder(self._program, "libx264", "yuv420p")
+        except OutputError as error:
+            _say_no_preview(preview, error)
+            return None
+        return preview
+
+    def _previewed(self) -> list[str]:
+        """How a preview is encoded."""
         scale = min(1.0, _PREVIEW_PIXELS / max(self._width, self._height))
         width, height = (max(2, round(side * scale / 2) * 2) for side in (self._width, self._height))
         colours = "out_color_matrix=bt709:out_range=tv"
@@ -226,7 +265,7 @@ class VideoOutput:
         ]
         if self._settings.audio is not None:
             arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds), "-c:a", "aac"]
-        return [*arguments, "-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4", f"file:{path}"]
+        return [*arguments, "-map_metadata", "-1", *_NOTHING_ELSE, "-movflags", "+faststart", "-f", "mp4"]
 
     def _try(self) -> None:
         """Has ffmpeg encode one black frame to nowhere: what it can't do is known before a decode."""
@@ -247,6 +286,55 @@ class VideoOutput:
             ) from None
 
 
+class _Preview:
+    """A small video beside another one, from which it takes nothing: what keeps it from being made is only said.
+
+    Args:
+        path: where it goes.
+        command: of the ffmpeg that makes it, up to its name.
+    """
+
+    def __init__(self, path: Path, command: Sequence[str]) -> None:
+        self._path = path
+        self._stack = contextlib.ExitStack()
+        self._process: FedProcess | None = None
+        with self._tried():
+            folder = self._stack.enter_context(unfinished_folder(path.parent, path.name))
+            self._temporary = folder / path.name
+            self._process = FedProcess([*command, f"file:{self._temporary}"])
+            self._stack.callback(self._process.close)
+
+    def put(self, frames: torch.Tensor, check: Check) -> None:
+        """Hands over bytes, see `FedProcess.put`."""
+        with self._tried():
+            if self._process:
+                self._process.put(frames, check)
+
+    def finish(self, check: Check) -> None:
+        """Waits until it is there."""
+        with self._tried():
+            if self._process:
+                self._process.finish(check)
+                readable_as_usual(self._temporary)
+                self._temporary.replace(self._path)
+
+    def close(self) -> None:
+        """Ends the process, and removes what it has begun."""
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def _tried(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._process = None
+            _say_no_preview(self._path, error)
+
+
+def _say_no_preview(path: Path, error: OSError) -> None:
+    logger.warning("the preview %s could not be made (%s); the video itself needs none", path, error)
+
+
 class PictureOutput(VideoOutput):
     """Numbered pictures, one video's after the other's; the arguments are `VideoOutput`'s.
 
@@ -264,8 +352,15 @@ class PictureOutput(VideoOutput):
     ):
         super().__init__(files, chosen, shape, settings)
         self._later = later
+        self._order: list[int] = []
 
-    def _open(self, preview: Path | None, check: Check) -> Iterator[Write]:
+    def _streams(self, data: torch.Tensor, done: int) -> Sequence[torch.Tensor]:
+        # One process for all videos' pictures, whose numbers are noted as they come.
+        batch, count = data.shape[:2]
+        self._order += [video * self._total + done + frame for video in range(batch) for frame in range(count)]
+        return [data.flatten(0, 1)]
+
+    def _open(self, check: Check) -> Iterator[Write]:
         parent = self.files[0].parent
         made = not parent.exists()
         parent.mkdir(exist_ok=True)
@@ -275,14 +370,13 @@ class PictureOutput(VideoOutput):
             # Beside the final place, so that moving them there is only a new name.
             with unfinished_folder(parent, "frames") as folder, contextlib.ExitStack() as stack:
                 pattern = str(folder).replace("%", "%%")
-                outputs = [
-                    [
-                        *(*self._encoded(self._seconds), "-fflags", "+bitexact", "-f", "image2"),
-                        *("-start_number", str(video * self._total), f"{pattern}/%d.png"),
-                    ]
-                    for video in range(self._batch)
+                output = [
+                    *(*self._encoded(self._seconds), "-fflags", "+bitexact", "-f", "image2"),
+                    *("-start_number", "0", f"{pattern}/made %d.png"),
                 ]
-                yield from self._fed(outputs, folder, stack, preview, check)
+                yield from self._fed([output], folder, stack, check)
+                for made_as, number in enumerate(self._order):
+                    (folder / f"made {made_as}.png").replace(folder / f"{number}.png")
                 for number in range(len(self.files)):
                     check()
                     if self._settings.metadata:
@@ -314,17 +408,13 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
         OutputError: it can't be written.
     """
     with replacing(path) as temporary:
-        done = subprocess.run(
-            [
-                *(find_ffmpeg(settings.ffmpeg), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
-                *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
-                *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
-                f"file:{temporary}",
-            ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = complaints(done.stderr.decode(errors="replace"))
+        said = _run(
+            find_ffmpeg(settings.ffmpeg),
+            *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
+            *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
+            f"file:{temporary}",
+        )
+        if said:
             raise OutputError(f"{path} could not be written (ffmpeg: {said}); free some room or choose another place")
 
 
@@ -335,19 +425,51 @@ def encode_again(path: Path, into: Path) -> None:
         OutputError: it can't be read or written.
     """
     with replacing(into) as temporary:
-        done = subprocess.run(
-            [
-                *(find_ffmpeg(), "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error"),
-                *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0"),
-                *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
-                *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
-                *("-f", "mp4", f"file:{temporary}"),
-            ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = complaints(done.stderr.decode(errors="replace"))
+        said = _run(
+            find_ffmpeg(),
+            *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0", *_NOTHING_ELSE),
+            *_NOT_TEXTS,
+            *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
+            *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
+            *("-f", "mp4", f"file:{temporary}"),
+        )
+        if said:
             raise OutputError(f"{path} could not be encoded again as H.264 (ffmpeg: {said}); free some room")
+
+
+def tag_as_hvc1(path: Path) -> bool:
+    """Gives H.265 in an MP4 or MOV file that is tagged hev1 the tag hvc1, as our own files have; whether it was hev1.
+
+    The streams stay what they are: their parameters lie in the file's header, as those of copies of our files do.
+
+    Raises:
+        OutputError: it can't be written; the file is as it was.
+    """
+    program = find_ffmpeg()
+    if describe_video(program, path).tag != "hev1":
+        return False
+    with replacing(path) as temporary:
+        said = _run(
+            program,
+            *("-i", f"file:{path}", "-map", "0:v", "-map", "0:a?", "-c", "copy", "-map_metadata", "0"),
+            *_NOT_TEXTS,
+            *("-tag:v", "hvc1", "-movflags", "+faststart+use_metadata_tags"),
+            *("-f", "mov" if path.suffix.lower() == ".mov" else "mp4", f"file:{temporary}"),
+        )
+        if said:
+            raise OutputError(f"{path} could not be tagged as hvc1 (ffmpeg: {said}); free some room")
+    return True
+
+
+def _run(program: str, *arguments: str) -> str:
+    """Runs an ffmpeg; if it failed, what it complains of."""
+    done = subprocess.run(
+        [program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    if not done.returncode:
+        return ""
+    return complaints(done.stderr.decode(errors="replace")) or f"nothing, and ended with code {done.returncode}"
 
 
 class _CanNotEncode(Exception):
@@ -366,10 +488,6 @@ def _try_once(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: i
         for name, size in sizes:
             with (Path(folder) / name).open("wb") as file:
                 file.truncate(size)
-        done = subprocess.run(
-            [*(word.replace("file:@/", f"file:{folder}/") for word in command), "-f", "null", "-"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        said = complaints(done.stderr.decode(errors="replace"))
-        raise _CanNotEncode(said or f"nothing, and ended with code {done.returncode}")
+        (program, *arguments) = (word.replace("file:@/", f"file:{folder}/") for word in command)
+        if said := _run(program, *arguments, "-f", "null", "-"):
+            raise _CanNotEncode(said)

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from ..errors import OutputError
 from ..memory import gibibytes
 
+# Of a file's name, as much as the folder's gets in which it is written.
+_NAME_BYTES = 100
 # Folders of what is not whole yet, and the processes that write it: one that is forked meanwhile leaves it alone.
 _unfinished: dict[Path, int] = {}
 
@@ -49,7 +51,9 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
 @contextlib.contextmanager
 def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{name[:100]}.", suffix=".partial", dir=parent))
+    # Systems count a name's bytes, of which a letter may have four.
+    begin = os.fsencode(name)[:_NAME_BYTES].decode(errors="ignore")
+    folder = Path(tempfile.mkdtemp(prefix=f".{begin}.", suffix=".partial", dir=parent))
     _unfinished[folder] = os.getpid()
     try:
         yield folder
@@ -89,6 +93,8 @@ def check_writable(path: str | Path, *, needed: int = 0) -> None:
     """Raises `OutputError` if a file can't be written at ``path``, or ``needed`` bytes have no room there."""
     path = Path(path)
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # what is wrong with a name, which the following keep to themselves from Python 3.13 on
         if path.is_dir():
             raise OutputError(f"{path} is a folder; name a file in it")
         if path.exists() and not path.is_file():

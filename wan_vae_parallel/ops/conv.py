@@ -4,17 +4,19 @@ T frames, H rows, W columns, C channels in, O channels out, S slots of an arena
 Layout  an arena is ``[S, H + kh - 1, W + kw - 1, C]``, contiguous, and ``slots`` say in which of its slots the frames
         lie; outputs are contiguous ``[T, H, W, O]``. To torch both are channels_last_3d, as the weights are.
 Bits    on GPUs, in bf16 and fp16, those of kernels/conv.py and down_conv.py; else, or if told to, those of torch's own
-        convolutions.
+        convolutions. These count values in 32 bits: what has more is left to the kernels, or done in parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .dispatch import KERNEL_DTYPES, FallingBack, kernels_run, say_once
+from .limits import MOST_VALUES
 
 
 def conv(
@@ -48,7 +50,7 @@ def conv(
             then, and O is O / 2 but in ``weight`` and ``bias``.
         time_stride: input frames from one output frame to the next.
         transposed: the arena's rows are the picture's columns.
-        cudnn: leave it to PyTorch's convolution, even where a kernel of ours would take it.
+        cudnn: leave it to PyTorch's convolution, even where a kernel of ours would take it, if it can count the values.
 
     Returns:
         ``out``.
@@ -71,6 +73,13 @@ def conv(
             f"{time_stride} frames"
         )
     _check(arena, shape, residual, out, out_slots)
+
+    def values(frames: int, rows: int) -> int:
+        """Of the input or of the output, whichever has more, for so many frames, halves together, and rows."""
+        seen = ((frames - 1) * time_stride + kernel[0]) * (rows + kernel[1] - 1) * arena.shape[2] * arena.shape[3]
+        return max(seen, frames * rows * shape[2] * weight.shape[0])
+
+    cudnn = cudnn and values(frames // halves, shape[1]) <= MOST_VALUES
     if not cudnn and kernels_run(arena):
         from .kernels import conv as kernels
 
@@ -84,7 +93,7 @@ def conv(
                 return into
         else:
             _say_slower(arena)
-    result = _convolved(arena, slots, weight, bias, transposed, time_stride)
+    result = _convolved(arena, slots, weight, bias, transposed, time_stride, values)
     if halves > 1:
         result = result.unflatten(3, (halves, -1)).permute(0, 3, 1, 2, 4).reshape(shape)
     return _put(result, residual, out, out_slots)
@@ -123,6 +132,11 @@ def upsample_conv(
             f"strides {arena.stride()}"
         )
     frames, rows, columns = slots.numel(), 2 * (arena.shape[1] - 2), 2 * (arena.shape[2] - 2)
+
+    def values(frames: int, rows: int) -> int:
+        return max(frames * (rows + 2) * (columns + 2) * arena.shape[3], frames * rows * columns * weight.shape[0])
+
+    cudnn = cudnn and values(1, rows) <= MOST_VALUES
     if not cudnn and kernels_run(arena):
         from .kernels import conv as kernels
 
@@ -139,9 +153,15 @@ def upsample_conv(
     # What lies around the picture is in the arena, so it is doubled too, and cut to one row and column. Frame by
     # frame: a doubled one is as large as four.
     for frame in range(frames):
-        doubled = arena.index_select(0, slots[frame : frame + 1])[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-        doubled = doubled.reshape(1, rows + 4, columns + 4, -1)[:, 1:-1, 1:-1].contiguous()
-        out[frame] = F.conv2d(doubled.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)[0]
+        for _, (top, bottom) in _parts(1, rows, values):
+            # Of the doubled rows, with those around, these are top + 1 to bottom + 2.
+            first, last = (top + 1) // 2, (bottom + 2) // 2
+            seen = arena[:, first : last + 1].index_select(0, slots[frame : frame + 1])
+            doubled = seen[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+            doubled = doubled.reshape(1, 2 * (last + 1 - first), columns + 4, -1)
+            begin = top + 1 - 2 * first
+            doubled = doubled[:, begin : begin + bottom + 2 - top, 1:-1].contiguous()
+            out[frame, top:bottom] = F.conv2d(doubled.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)[0]
     return out
 
 
@@ -185,6 +205,11 @@ def down_conv(
             f"{tuple(arena.shape)} with strides {arena.stride()} and {slots.numel()} slots"
         )
     _check(arena, shape, None, out, out_slots)
+
+    def values(frames: int, rows: int) -> int:
+        return max(frames * (2 * rows + 1) * (columns + 1) * arena.shape[3], frames * rows * shape[2] * weight.shape[0])
+
+    cudnn = cudnn and values(shape[0], shape[1]) <= MOST_VALUES
     if not cudnn and kernels_run(arena):
         from .kernels import down_conv as kernels
 
@@ -197,8 +222,13 @@ def down_conv(
             _say_slower(arena)
     if transposed:
         weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
-    seen = arena.index_select(0, slots)[:, 1:, 1:].contiguous().permute(0, 3, 1, 2)
-    return _put(F.conv2d(seen, weight, bias, stride=2).permute(0, 2, 3, 1).contiguous(), None, out, out_slots)
+
+    def convolved(first: int, last: int, top: int, bottom: int) -> torch.Tensor:
+        seen = arena[:, 2 * top + 1 : 2 * bottom + 2].index_select(0, slots[first:last])
+        seen = seen[:, :, 1:].contiguous().permute(0, 3, 1, 2)
+        return F.conv2d(seen, weight, bias, stride=2).permute(0, 2, 3, 1)
+
+    return _put(_in_parts(convolved, shape, values), None, out, out_slots)
 
 
 @dataclass(frozen=True)
@@ -249,7 +279,7 @@ def head_conv(
     """
     if prepared and prepared.transposed != transposed:
         raise ValueError(f"weights were prepared for transposed={prepared.transposed}, not {transposed}")
-    if prepared is None or cudnn:
+    if prepared is None or (cudnn and slots.numel() * arena[0].numel() <= MOST_VALUES):
         return conv(arena, slots, weight, bias, transposed=transposed, cudnn=cudnn)
     from .kernels import head_conv as kernels
 
@@ -335,14 +365,53 @@ def _convolved(
     bias: torch.Tensor,
     transposed: bool,
     time_stride: int,
+    values: Callable[[int, int], int],
 ) -> torch.Tensor:
+    kt, kh, kw = weight.shape[2:]
     if transposed:
         weight = weight.transpose(3, 4).contiguous(memory_format=torch.channels_last_3d)
-    # The batch axis is put in front while the tensor is contiguous: added later its stride would be C, which
-    # torch reads as "not channels_last" and answers with NCDHW kernels and copies around them.
-    seen = arena.index_select(0, slots).unsqueeze(0).permute(0, 4, 1, 2, 3)
-    # A copy only where torch has no channels-last kernel (fp64 on the CPU); on CUDA a test counts none.
-    return F.conv3d(seen, weight, bias, stride=(time_stride, 1, 1)).permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+
+    def convolved(first: int, last: int, top: int, bottom: int) -> torch.Tensor:
+        used = slots[first * time_stride : (last - 1) * time_stride + kt]
+        # The batch axis is put in front while the tensor is contiguous: added later its stride would be C, which
+        # torch reads as "not channels_last" and answers with NCDHW kernels and copies around them.
+        seen = arena[:, top : bottom + kh - 1].index_select(0, used).unsqueeze(0).permute(0, 4, 1, 2, 3)
+        # A copy only where torch has no channels-last kernel (fp64 on the CPU); on CUDA a test counts none.
+        return F.conv3d(seen, weight, bias, stride=(time_stride, 1, 1)).permute(0, 2, 3, 4, 1).squeeze(0)
+
+    frames = (slots.numel() - kt) // time_stride + 1
+    shape = (frames, arena.shape[1] - kh + 1, arena.shape[2] - kw + 1, weight.shape[0])
+    return _in_parts(convolved, shape, values)
+
+
+def _in_parts(
+    convolved: Callable[[int, int, int, int], torch.Tensor],
+    shape: tuple[int, ...],
+    values: Callable[[int, int], int],
+) -> torch.Tensor:
+    """``[T, H, W, O]`` of what ``convolved`` makes of frames ``[first, last)`` and rows ``[top, bottom)``."""
+    parts = list(_parts(shape[0], shape[1], values))
+    if len(parts) == 1:
+        return convolved(*parts[0][0], *parts[0][1]).contiguous()
+    out: torch.Tensor | None = None
+    for (first, last), (top, bottom) in parts:
+        part = convolved(first, last, top, bottom)
+        out = part.new_empty(shape) if out is None else out
+        out[first:last, top:bottom] = part
+    assert out is not None
+    return out
+
+
+def _parts(
+    frames: int, rows: int, values: Callable[[int, int], int]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Frames and rows of an output whose convolution has at most `MOST_VALUES` ``values(frames, rows)``."""
+    count, height = frames, rows
+    while values(count, height) > MOST_VALUES and (count > 1 or height > 1):
+        count, height = (-(-count // 2), height) if count > 1 else (1, -(-height // 2))
+    for first in range(0, frames, count):
+        for top in range(0, rows, height):
+            yield (first, min(frames, first + count)), (top, min(rows, top + height))
 
 
 def _check(

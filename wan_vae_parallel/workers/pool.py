@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -66,6 +67,7 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 Stage = Literal["gone", "prepared", "loading", "ready", "parked"]
 
+_owners = itertools.count()
 _pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 
@@ -111,8 +113,11 @@ class WorkerPool(Crew):
         # Whether workers have been told of a decode, and whether its memory is not known to be free yet since.
         self._opened = False
         self._finishing = False
-        # The weights that ready workers have, and those that loading ones have been given.
-        self._parts: set[Part] = set()
+        # What workers know this pool's weights by.
+        self._owner = next(_owners)
+        # The weights that ready workers have, this pool's and others' that they worked for, and those that loading ones
+        # have been given.
+        self._parts: set[tuple[int, Part]] = set()
         self._given: Part | None = None
         # Memory that the last encode shared with the workers, for the next: for pixels, and for latents.
         self.rings: list[SharedMemory] = []
@@ -132,7 +137,8 @@ class WorkerPool(Crew):
     @property
     def parts(self) -> frozenset[str]:
         """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the devices now, or on their way there."""
-        return frozenset(self._parts) | ({self._given} if self._given else set())
+        own = {part for owner, part in self._parts if owner == self._owner}
+        return frozenset(own | ({self._given} if self._given else set()))
 
     def run(
         self, latents: torch.Tensor, video_shape: torch.Size, chunk: int, pixels: PixelFormat | None = None
@@ -231,15 +237,27 @@ class WorkerPool(Crew):
             raise
         self._end_when_idle(max(self._idle_seconds, _PREPARED_SECONDS))
 
-    def take_over(self, other: WorkerPool) -> None:
-        """Makes ``other``'s processes this pool's, if it decodes on the same devices and is not decoding now."""
+    def take_over(self, other: WorkerPool, *, keep: bool = False) -> None:
+        """Makes ``other``'s processes this pool's, if it decodes on the same devices and is not decoding now.
+
+        Args:
+            other: has them.
+            keep: they keep ``other``'s weights beside this pool's, for when it takes them back.
+        """
         if self.workers or other.devices != self.devices or not other._decoding.acquire(blocking=False):
             return
         try:
-            other._park()
+            if keep and other.stage == "ready":
+                other._await_finish(_FINISH_SECONDS)
+            if not keep or other.stage != "ready" or other._finishing:
+                other._park()
             with other._changing:
                 self.workers, other.workers = other.workers, []
                 self.stage, other.stage = other.stage, "gone"
+                self.held, other.held = other.held, 0
+                self.rings, other.rings = other.rings, []
+                # A third pool's weights go when the next ones come.
+                self._parts = {one for one in other._parts if one[0] in (self._owner, other._owner)}
                 other._parts, other._given = set(), None
             if other._idle_timer:
                 other._idle_timer.cancel()
@@ -256,7 +274,7 @@ class WorkerPool(Crew):
             self._await_finish()
         started = time.monotonic()
         self.prepare()
-        while self.stage != "ready" or part not in self._parts:
+        while self.stage != "ready" or (self._owner, part) not in self._parts:
             if self.stage not in ("ready", "loading"):
                 self._load()
             if self._given is None:
@@ -265,7 +283,7 @@ class WorkerPool(Crew):
             # A cancelled wait leaves them loading: the next one waits for the rest.
             ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
             if self._given is not None:
-                self._parts.add(self._given)
+                self._parts.add((self._owner, self._given))
             self._given = None
             self.stage, self.held = "ready", max(held for _, held in ready)
             names = ", ".join(map(str, self.devices))
@@ -309,7 +327,7 @@ class WorkerPool(Crew):
     def open(self, kind: str, request: dict[str, Any], *descriptors: int) -> None:
         """Tells ready workers of a decode or an encode; it lasts until `finish`."""
         self._opened = True
-        self.tell(kind, request)
+        self.tell(kind, {**request, "owner": self._owner})
         self.hand_over(*descriptors)
 
     def finish(self) -> None:
@@ -361,6 +379,7 @@ class WorkerPool(Crew):
         with self._sharing():
             dtype = self.dtype if part == "decoder" else self.encode_dtype
             memory, manifest = share_weights(self._weights(), part, dtype)
+            manifest |= {"owner": self._owner, "kept": sorted({self._owner, *(owner for owner, _ in self._parts)})}
             try:
                 self.tell("weights", part, manifest)
                 self.hand_over(memory.descriptor)

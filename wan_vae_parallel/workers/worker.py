@@ -3,6 +3,8 @@
 It loads its modules, touches no device, and waits until it is told to. Parked, it holds nothing on its device but what
 the driver keeps for a process.
 
+Weights have an owner, the pool that they are of: two pools may take turns with the same workers, which keep both's.
+
 What the parent says and what it hears, as tuples of plain values (see `pool`):
 
 | parent | worker |
@@ -40,7 +42,7 @@ import queue
 import select
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -143,8 +145,11 @@ class _Worker:
         # Gives the device's memory back while the last frames are copied.
         self._emptying: threading.Thread | None = None
         self._store: int | None = None
+        # By the pool whose weights they have, and the part. Each works on its own; all lie on the device together.
+        self._decoders: dict[int, ShardDecoder] = {}
+        self._encoders: dict[int, ShardEncoder] = {}
+        # The one that works now.
         self._decoder: ShardDecoder | None = None
-        self._encoder: ShardEncoder | None = None
         self._group: dist.ProcessGroup | None = None
         self._peer_memory: PeerMemory | None = None
         # Whether devices have what they exchange bytes through.
@@ -250,16 +255,18 @@ class _Worker:
     def _take_weights(self, part: Part, manifest: Manifest, descriptor: int) -> None:
         self._heard = True
         assert self._group is not None, "weights came before the ranks' meeting"
-        # Of two sets of one part's weights there is room for one. Nothing keeps the host's copy longer than this takes.
-        if part == "decoder":
-            self._decoder = None
-        else:
-            self._encoder = None
+        owner: int = manifest["owner"]
+        # Of two sets of one pool's weights there is room for one. Nothing keeps the host's copy longer than this takes.
+        self._decoder = None
+        self._drop({*self._decoders, *self._encoders}.difference(manifest["kept"]))
+        (self._decoders if part == "decoder" else self._encoders).pop(owner, None)
         model: ShardDecoder | ShardEncoder
         if part == "decoder":
-            model = self._decoder = ShardDecoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
+            model = ShardDecoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
+            self._decoders[owner] = model
         else:
-            model = self._encoder = ShardEncoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
+            model = ShardEncoder(*shared_weights(descriptor, manifest), self.device, manifest["dtype"])
+            self._encoders[owner] = model
         coordinator = Coordinator(self._group)
         check_agreement(model.facts(), coordinator)
         model.tune(coordinator)
@@ -274,9 +281,16 @@ class _Worker:
         self._heard = False
         self.send("ready", held)
 
+    def _drop(self, owners: Iterable[int]) -> None:
+        """Lets go of some pools' weights."""
+        for owner in owners:
+            self._decoders.pop(owner, None)
+            self._encoders.pop(owner, None)
+
     def _park(self) -> None:
-        self._decoder = self._encoder = None
+        self._decoder = None
         self._rings = []
+        self._drop({*self._decoders, *self._encoders})
         self._connected = False
         if self.device.type == "cuda" and self._peer_memory is None and self._group is not None:
             # NCCL's memory is the group's; without it the group may stay.
@@ -312,8 +326,9 @@ class _Worker:
 
     def _decode(self, request: dict[str, Any], latents_file: int, frames_file: int) -> None:
         self._heard = True  # once more: the decode before this one may have ended behind this one's word
-        decoder, group = self._decoder, self._group
-        assert decoder is not None, "a decode was opened on a worker without weights"
+        group = self._group
+        assert request["owner"] in self._decoders, "a decode was opened on a worker without weights"
+        decoder = self._decoder = self._decoders[request["owner"]]
         latents_memory = SharedMemory(latents_file, request["latents_size"])
         frames_memory = SharedMemory(frames_file, request["frames_size"])
         latents_memory.close()
@@ -369,8 +384,9 @@ class _Worker:
 
     def _encode(self, request: dict[str, Any]) -> None:
         self._heard = True
-        encoder, group = self._encoder, self._group
-        assert encoder is not None, "an encode was opened on a worker without weights"
+        group = self._group
+        assert request["owner"] in self._encoders, "an encode was opened on a worker without weights"
+        encoder = self._encoders[request["owner"]]
         plan = plan_shards(request["rows"], request["columns"], dist.get_world_size(group))
         idle = self.rank >= plan.shards
         asked, image = request["chunk"], request["image"]

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from io import BytesIO
 
 import comfy.latent_formats
 import comfy.ldm.wan.vae
@@ -13,7 +14,7 @@ import comfy.model_management as model_management
 import comfy.sd
 import folder_paths
 import torch
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, Types, io
 from safetensors.torch import load_file, save_file
 
 import nodes
@@ -394,6 +395,64 @@ class AddWords(io.ComfyNode):
         return io.NodeOutput({**latent, **added})
 
 
+class LatentList(io.ComfyNode):
+    """Two LATENTs as a list."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeLatentList",
+            category="probe",
+            inputs=[io.Latent.Input("one"), io.Latent.Input("other")],
+            outputs=[io.Latent.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, one, other):
+        return io.NodeOutput([one, other])
+
+
+class EmptyAudio(io.ComfyNode):
+    """Sound of no samples."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeEmptyAudio",
+            category="probe",
+            inputs=[io.Int.Input("channels")],
+            outputs=[io.Audio.Output()],
+        )
+
+    @classmethod
+    def execute(cls, channels):
+        return io.NodeOutput({"waveform": torch.zeros(1, channels, 0), "sample_rate": 44100})
+
+
+class SaveVideo(io.ComfyNode):
+    """Saves a VIDEO as other nodes do: under a name of any kind, and to a buffer."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ProbeSaveVideo",
+            category="probe",
+            is_output_node=True,
+            inputs=[io.Video.Input("video"), io.String.Input("name")],
+        )
+
+    @classmethod
+    def execute(cls, video, name):
+        folder = folder_paths.get_output_directory()
+        for suffix in (".mp4", ".mov"):
+            video.save_to(os.path.join(folder, f"{name}{suffix}"), metadata={"asked": "for"})
+        buffer = BytesIO()
+        video.save_to(buffer, format=Types.VideoContainer.MP4, metadata={"asked": "for"})
+        with open(os.path.join(folder, f"buffer {name}.mp4"), "wb") as file:
+            file.write(buffer.getvalue())
+        return io.NodeOutput()
+
+
 class CompareNodes(io.ComfyNode):
     """Runs core's nodes that encode and need no model with two VAEs; tells how far their results are apart."""
 
@@ -506,6 +565,9 @@ class ProbeExtension(ComfyExtension):
             SmallCoreVAE,
             WrapperVAE,
             AddWords,
+            LatentList,
+            EmptyAudio,
+            SaveVideo,
             CompareNodes,
         ]
 

@@ -49,14 +49,14 @@ def test_weights_are_taken_when_they_are_wanted(path, latents, expected, frames,
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         pool = vae._engine
         torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
-        assert pool._parts == {"encoder"}
+        assert pool.parts == {"encoder"}
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
-        assert pool._parts == {"encoder", "decoder"}
+        assert pool.parts == {"encoder", "decoder"}
         before = pids(vae)
         assert vae.park()
-        assert pool._parts == set()
+        assert pool.parts == set()
         torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
-        assert pool._parts == {"encoder"}
+        assert pool.parts == {"encoder"}
         assert pids(vae) == before
 
 
@@ -248,3 +248,17 @@ def test_shared_memory_stays_for_the_next_encode_of_the_size_and_no_longer(path,
             torch.testing.assert_close(vae.encode(frames), encoded, **CLOSE)
             assert wait_until(lambda: not mapped_here() and not any(map(mapped, workers)), patience(10))
         assert pids(vae) == workers
+
+
+def test_shared_memory_goes_with_the_workers_from_one_vae_to_another(path, frames, encoded):
+    with (
+        wvp.load_vae(path, devices="cpu,cpu", chunk=1) as one,
+        wvp.load_vae(path, devices="cpu,cpu", chunk=2) as other,
+    ):
+        torch.testing.assert_close(one.encode(frames), encoded, **CLOSE)
+        for taker, owner in ((other, one), (one, other), (other, one)):
+            before = pids(owner)
+            taker.take_over(owner)
+            assert not owner._engine.rings
+            torch.testing.assert_close(taker.encode(frames), encoded, **CLOSE)
+            assert pids(taker) == before

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
 from tests.processes import gone, patience, wait_until
 from tests.workers.pool.common import CLOSE, FRAMES, at, pids
-from wan_vae_parallel.workers import process
+from wan_vae_parallel.workers import pool, process
 from wan_vae_parallel.workers.pool import WorkerPool
+from wan_vae_parallel.workers.shared_weights import share_weights
 
 
 class Interrupt(BaseException):
@@ -38,6 +39,87 @@ def seconds_of_cpu(pid):
 def prepared(vae):
     """Waits until the workers have loaded their modules, as they tell the pool."""
     return wait_until(lambda: all(worker.prepared or worker.connection.poll() for worker in vae._engine.workers), 120)
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The parts whose weights pools have handed to workers."""
+    parts = []
+
+    def share(checkpoint, part, dtype):
+        parts.append(part)
+        return share_weights(checkpoint, part, dtype)
+
+    monkeypatch.setattr(pool, "share_weights", share)
+    return parts
+
+
+@pytest.fixture
+def others(path, tmp_path):
+    """Files of other weights than the usual ones'."""
+    paths = []
+    for number in range(2):
+        weights = load_file(path)
+        weights["decoder.conv1.weight"] = weights["decoder.conv1.weight"] * (0.5 + number)
+        paths.append(tmp_path / f"other{number}.safetensors")
+        save_file(weights, paths[-1])
+    return paths
+
+
+def test_vaes_that_take_turns_keep_both_weights_on_the_same_workers(path, others, latents, expected, given):
+    frames = torch.rand(1, 5, 32, 24, 3, generator=torch.Generator().manual_seed(3))
+    with (
+        wvp.load_vae(others[0], devices="cpu") as alone,
+        wvp.load_vae(path, devices="cpu,cpu", chunk=1) as one,
+        wvp.load_vae(others[0], devices="cpu,cpu", chunk=1) as other,
+    ):
+        other_expected, encoded = alone.decode(latents), alone.encode(frames)
+        assert (other_expected - expected).abs().max() > 0.01
+        torch.testing.assert_close(one.decode(latents), expected, **CLOSE)
+        before = pids(one)
+        for _ in range(3):
+            other.take_over(one)
+            assert (pids(other), pids(one)) == (before, [])
+            assert (stage(other), stage(one)) == ("ready", "gone")
+            torch.testing.assert_close(other.decode(latents), other_expected, **CLOSE)
+            assert other.loaded_parts == {"decoder"}
+            assert one.loaded_parts == frozenset()
+            one.take_over(other)
+            torch.testing.assert_close(one.decode(latents), expected, **CLOSE)
+        assert given == ["decoder", "decoder"]
+        # A part more changes nothing for the other one.
+        other.take_over(one)
+        torch.testing.assert_close(other.encode(frames), encoded, atol=1e-4, rtol=0)
+        one.take_over(other)
+        torch.testing.assert_close(one.decode(latents), expected, **CLOSE)
+        assert given == ["decoder", "decoder", "encoder"]
+        # Given back is given back, of both.
+        assert one.park()
+        other.take_over(one)
+        torch.testing.assert_close(other.decode(latents), other_expected, **CLOSE)
+        one.take_over(other)
+        torch.testing.assert_close(one.decode(latents), expected, **CLOSE)
+        assert given == ["decoder", "decoder", "encoder", "decoder", "decoder"]
+        assert pids(one) == before
+
+
+def test_of_three_vaes_that_take_turns_two_keep_their_weights(path, others, latents, expected, given):
+    paths = [path, *others]
+    vaes = [wvp.load_vae(one, devices="cpu,cpu", chunk=1) for one in paths]
+    try:
+        results = []
+        for last, vae in ((None, 0), (0, 1), (1, 2), (2, 1), (1, 0)):
+            if last is not None:
+                vaes[vae].take_over(vaes[last])
+            results.append(vaes[vae].decode(latents))
+        assert given == ["decoder"] * 4  # the first one's once more
+        torch.testing.assert_close(results[0], expected, **CLOSE)
+        torch.testing.assert_close(results[4], expected, **CLOSE)
+        torch.testing.assert_close(results[3], results[1], **CLOSE)
+        assert (results[1] - results[2]).abs().max() > 0.01
+    finally:
+        for vae in vaes:
+            vae.close()
 
 
 @pytest.fixture
