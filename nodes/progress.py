@@ -1,9 +1,10 @@
-"""ComfyUI's progress bar, previews and cancelling, fed by the engine's chunks."""
+"""ComfyUI's progress bar, previews and cancelling, fed by the engine's chunks; errors in words for a graph."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.model_management as model_management
 import comfy.utils
@@ -11,12 +12,23 @@ import torch
 from comfy.cli_args import args
 from PIL import Image
 
+from ..wan_vae_parallel.errors import WanVAEError
 from ..wan_vae_parallel.files.pictures import to_picture
 
 # Between two previews: nobody sees more, and several devices have a chunk ready every few hundredths of a second.
 _PREVIEW_SECONDS = 0.25
 # Every so many rows and columns of a frame, [H, W, C].
 _Picture = Callable[[int], torch.Tensor]
+
+
+@contextlib.contextmanager
+def without_python() -> Iterator[None]:
+    """Within it errors lose advice that only helps who calls from Python: a graph is none."""
+    try:
+        yield
+    except WanVAEError as error:
+        error.args = (error.text,)
+        raise
 
 
 class ChunkProgress:

@@ -12,17 +12,18 @@ from typing import Any
 import comfy.model_management as model_management
 import torch
 
-from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError, OutOfMemoryError
+from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError
 from ..wan_vae_parallel.files.frames_in import open_frames, resized
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.to_video import joined, write_video
 from .latents import look_normalized, read_samples
-from .progress import ChunkProgress
+from .progress import ChunkProgress, without_python
 from .vaes import ParallelVAE, _output_dtype
 
 _check = model_management.throw_exception_if_processing_interrupted
 
 
+@without_python()
 def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tuple[torch.Tensor, bool]:
     """What of a LATENT is to be decoded to a file, ``[B, z, T, h, w]``, and whether it is normalised.
 
@@ -46,6 +47,7 @@ def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tupl
     return samples.latents, normalized or (samples.from_wrapper and look_normalized(samples.latents))
 
 
+@without_python()
 def decode_to_file(
     vae: ParallelVAE,
     latents: Sequence[torch.Tensor],
@@ -75,21 +77,19 @@ def decode_to_file(
     def make_room() -> None:
         engine.make_room("decoder", engine.memory_needed(whole.shape))
 
-    try:
-        write_video(
-            engine.vae,
-            whole,
-            path,
-            settings,
-            normalized,
-            on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*whole.shape[3:])),
-            on_wait=_check,
-            before=make_room,
-        )
-    except OutOfMemoryError as error:
-        raise OutOfMemoryError(error.text) from error  # a graph is no Python
+    write_video(
+        engine.vae,
+        whole,
+        path,
+        settings,
+        normalized,
+        on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*whole.shape[3:])),
+        on_wait=_check,
+        before=make_room,
+    )
 
 
+@without_python()
 def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: int | None, chunk: int) -> torch.Tensor:
     """Encodes a video's file to ``[1, z, T', h, w]``, with progress and cancelling.
 
@@ -127,14 +127,11 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
                 yield frame
 
         done = 0
-        try:
-            for latents in engine.vae.encode_stream(frames(), normalized=vae._normalized, on_wait=_check):
-                parts.append(latents)
-                done += latents.shape[2]
-                total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
-                progress(done, max(done, total or 0), latents)
-        except OutOfMemoryError as error:
-            raise OutOfMemoryError(error.text) from error
+        for latents in engine.vae.encode_stream(frames(), normalized=vae._normalized, on_wait=_check):
+            parts.append(latents)
+            done += latents.shape[2]
+            total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
+            progress(done, max(done, total or 0), latents)
     if not parts:
         raise FrameError(f"{path} has no frames; name another video")
     return torch.cat(parts, dim=2).to(vae.output_device, _output_dtype(vae))

@@ -17,11 +17,12 @@ import comfy.sd
 import torch
 
 from ..wan_vae_parallel import VAE, load_vae
-from ..wan_vae_parallel.errors import CheckpointError, LatentError, OutOfMemoryError
+from ..wan_vae_parallel.errors import CheckpointError, LatentError
 from ..wan_vae_parallel.files.checkpoint import read_checkpoint
 from .core_vaes import core_patcher, core_vae, without_model
 from .engines import Engine, Source, shared_engine, source_of_weights
 from .latents import join_loop, look_normalized, loop_latents, read_samples
+from .progress import without_python
 from .weights import SOURCE, LoadedWeights, changed_padding, patches_of, unwrapped
 from .wrapper import wrapper_source
 
@@ -68,6 +69,7 @@ class ParallelVAE:
         _say_once("Wan VAE Parallel: decoding whole frames; tile sizes and overlaps are not needed")
         return self.decode_latents(samples)
 
+    @without_python()
     def decode_latents(
         self, samples: torch.Tensor, *, normalized: bool = False, workers_of: ParallelVAE | None = None
     ) -> torch.Tensor:
@@ -81,12 +83,10 @@ class ParallelVAE:
         engine = self._current_engine("decoder")
         if workers_of is not None:
             engine.take_workers(workers_of._engine)
-        try:
-            frames = engine.decode(samples, normalized=normalized or self._normalized, chunk=self._chunk)
-        except OutOfMemoryError as error:
-            raise OutOfMemoryError(error.text) from error  # a graph is no Python
+        frames = engine.decode(samples, normalized=normalized or self._normalized, chunk=self._chunk)
         return frames.to(self.output_device, _output_dtype(self))
 
+    @without_python()
     def decode_samples(
         self, latent: Any, *, normalized: bool = False, workers_of: ParallelVAE | None = None
     ) -> torch.Tensor:
@@ -122,16 +122,14 @@ class ParallelVAE:
         _say_once("Wan VAE Parallel: encoding whole frames; tile sizes and overlaps are not needed")
         return self.encode_pixels(pixel_samples, not_video=not_video)
 
+    @without_python()
     def encode_pixels(self, pixels: torch.Tensor, *, chunk: int = 0, not_video: bool | None = None) -> torch.Tensor:
         """`encode` with so many latent frames' pictures at once; 0 for as many as the VAE was made with."""
         engine = self._current_engine("encoder")
         pixels = _cropped(self, pixels)
         if pixels.dim() == 4:
             pixels = pixels.unsqueeze(1 if (self.not_video if not_video is None else not_video) else 0)
-        try:
-            latents = engine.encode(pixels, chunk=chunk or self._chunk, normalized=self._normalized)
-        except OutOfMemoryError as error:
-            raise OutOfMemoryError(error.text) from error
+        latents = engine.encode(pixels, chunk=chunk or self._chunk, normalized=self._normalized)
         return latents.to(self.output_device, _output_dtype(self))
 
     def _current_engine(self, part: str) -> Engine:

@@ -10,8 +10,29 @@ import torch
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
+# Where errors say that they are from. ComfyUI shows it before their name, and calls a pack's modules by its folder.
+_PACKAGE = "wan_vae_parallel"
+
+
 class WanVAEError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose.
+
+    Args:
+        text: what is wrong, and what to do.
+        in_python: what else to do, for who calls from Python.
+
+    Attributes:
+        text: the message without that.
+    """
+
+    __module__ = _PACKAGE
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = _PACKAGE
+
+    def __init__(self, text: str = "", in_python: str = "") -> None:
+        super().__init__(f"{text}, or {in_python}" if in_python else text)
+        self.text = text
 
 
 class ArgumentError(WanVAEError, ValueError):
@@ -35,19 +56,7 @@ class DeviceError(WanVAEError, ValueError):
 
 
 class OutOfMemoryError(WanVAEError, MemoryError):
-    """A decode or an encode does not fit, not even one frame at a time.
-
-    Args:
-        text: what does not fit, and what to do.
-        in_python: what else to do, for who calls from Python.
-
-    Attributes:
-        text: the message without that.
-    """
-
-    def __init__(self, text: str = "", in_python: str = "") -> None:
-        super().__init__(f"{text}, or {in_python}" if in_python else text)
-        self.text = text
+    """A decode or an encode does not fit, not even one frame at a time."""
 
 
 class ClosedError(WanVAEError, RuntimeError):

@@ -275,7 +275,7 @@ def check_host_room(shape: Sequence[int], dtype: torch.dtype, *, videos: int, in
         shape: of one video.
         dtype: of the frames.
         videos: how many of them.
-        in_python: a way out for who calls from Python, see `OutOfMemoryError`.
+        in_python: a way out for who calls from Python, see `WanVAEError`.
     """
     needed, free = videos * math.prod(shape) * dtype.itemsize, free_memory(torch.device("cpu"))
     if needed > free:

@@ -234,6 +234,7 @@ def test_free_releases_the_engine_and_the_next_prompt_works(server, send, receiv
         ("channels", torch.randn(1, 48, 2, 3, 4), ["48 channels", "takes 16", "Wan 2.2 5B"]),  # the wrong VAE
         ("nan", torch.full((1, 16, 2, 3, 4), float("nan")), ["384 NaN"]),  # a sampler that blew up
         ("axes", torch.randn(16, 4), ["2 axes", "[B, C, T, h, w]"]),
+        ("order", torch.randn(16, 5, 4, 16), ["not clear which they are; take them as the sampler made them"]),
     ],
 )
 def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, received, name, latents, words):
@@ -242,6 +243,8 @@ def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, re
     assert run.ended == "execution_error"
     for word in words:
         assert word in run.detail["exception_message"]
+    assert run.detail["exception_type"] == "wan_vae_parallel.LatentError"
+    assert "permute" not in run.detail["exception_message"]  # which a graph can't
     test_a_latent_without_a_time_axis_is_one_frame(server, send, received)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from ..errors import ArgumentError, OutOfMemoryError, WanVAEError
+from ..errors import ArgumentError, WanVAEError
 from ..torchrun import launched
 from . import bench, decode, demo, encode, info, workflow
 from .shared import signals
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if signals.stopped:  # ffmpeg may hear of a Ctrl-C first
             return _say_stopped()
         # Without what only helps in Python.
-        print(f"error: {error.text if isinstance(error, OutOfMemoryError) else error}", file=sys.stderr)
+        print(f"error: {error.text}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Nobody reads what is printed any more; files are whole by then. Python itself would try again at its end.
