@@ -261,6 +261,43 @@ def test_a_workflow_made_with_four_gpus_runs_here_and_says_where(server, send):
 
 
 @pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
+def test_on_a_machine_with_too_few_gpus_all_but_the_first_decode_where_auto_would(server, send):
+    graph = {
+        "latent": send("rest", LATENTS[:, :, :1] + 0.5),
+        "vae": parallel_loader(devices="all but the first"),
+        "decode": decode(),
+        "save": save("rest", "decode"),
+    }
+    server.run(graph).check()
+    assert "devices all but the first were asked for; using cpu" in server.log()
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
+def test_devices_are_a_list_that_takes_what_is_not_in_it_and_texts_that_are_connected(server, send, received):
+    for name in ("WanVAEParallelLoader", "WanVAEParallelApply"):
+        kind, described = server.get("/object_info")[name]["input"]["optional"]["devices"]
+        assert kind == "COMBO"
+        assert described["options"] == ["auto", "cpu"]
+        assert described["default"] == "auto"
+        assert described["device_names"] == {}  # of GPUs
+    text = node("PrimitiveString", value="cpu,cuda:3")
+    applied = apply("core") | {"inputs": {"vae": ["core", 0], "devices": ["text", 0]}}
+    core = node("VAELoader", vae_name="wan21.safetensors")
+    graph = {"text": text, "core": core, "latent": send("text", LATENTS[:, :, :1]), "applied": applied}
+    graph |= {"vae": parallel_loader(devices="cpu"), "one": decode(), "other": decode(vae="applied")}
+    graph |= {"save one": save("one", "one"), "save other": save("other", "other")}
+    server.run(graph).check()
+    assert torch.equal(received("one"), received("other"))
+    assert "devices cpu,cuda:3 were asked for; using cpu" in server.log()
+
+    del graph["save one"]  # else it would be run, and the other one left out
+    with pytest.raises(AssertionError, match="vae takes VAE,WANVAE, and STRING is connected to it; connect a VAE"):
+        server.run(graph | {"applied": {**applied, "inputs": {**applied["inputs"], "vae": ["text", 0]}}})
+    with pytest.raises(AssertionError, match="devices takes a text, and VAE is connected to it"):
+        server.run(graph | {"applied": {**applied, "inputs": {**applied["inputs"], "devices": ["core", 0]}}})
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
 def test_a_device_that_is_none_is_an_error(server, send):
     graph = {
         "latent": send("tpu", LATENTS[:, :, :1]),
