@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from typing import Any
 
 import folder_paths
@@ -12,6 +13,7 @@ from comfy_api.latest import io
 from comfy_execution.validation import validate_node_input
 
 from .choices import listed_devices
+from .report import tell_decoded
 from .vaes import ParallelVAE, apply_parallel, check_alike, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
@@ -260,10 +262,13 @@ class WanVAEParallelDecodeRGBA(io.ComfyNode):
     def execute(cls, samples: dict[str, Any], vae_rgb: Any, vae_alpha: Any) -> io.NodeOutput:
         rgb, alpha = _parallel_vae(vae_rgb), _parallel_vae(vae_alpha)
         check_alike(samples, rgb, alpha)
+        since = time.monotonic()
         # One set of worker processes for both, which whoever decoded last has.
         colours = rgb.decode_samples(samples, workers_of=alpha)
         opacity = alpha.decode_samples(samples, workers_of=rgb)
-        return io.NodeOutput(torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1))
+        frames = torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1)
+        tell_decoded(frames, since, rgb._engine.devices)  # both in one line
+        return io.NodeOutput(frames)
 
 
 class WanVAEParallelEncode(io.ComfyNode):

@@ -5,6 +5,7 @@ B videos, T latent frames, h x w latent rows and columns, z channels; H x W fram
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.to_video import joined, write_video
 from .latents import look_normalized, read_samples
 from .progress import ChunkProgress, without_python
+from .report import tell_encoded
 from .vaes import ParallelVAE, _output_dtype
 
 _check = model_management.throw_exception_if_processing_interrupted
@@ -57,8 +59,8 @@ def decode_to_file(
     normalized: bool,
     part: int,
     parts: int,
-) -> None:
-    """Decodes parts of one video to a file, with progress, previews and cancelling.
+) -> int:
+    """Decodes parts of one video to a file, with progress, previews and cancelling; returns how many frames it has.
 
     Args:
         vae: decodes.
@@ -87,6 +89,7 @@ def decode_to_file(
         on_wait=_check,
         before=make_room,
     )
+    return len(whole) * engine.architecture.frame_count(whole.shape[2])
 
 
 @without_python()
@@ -104,6 +107,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
         CheckpointError: the weights have no encoder.
         FrameError: the file can't be read, or has no frames.
     """
+    since = time.monotonic()
     engine = vae._current_engine("encoder")
     architecture = engine.architecture
     if architecture.encoder_width is None:
@@ -134,7 +138,9 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
             progress(done, max(done, total or 0), latents)
     if not parts:
         raise FrameError(f"{path} has no frames; name another video")
-    return torch.cat(parts, dim=2).to(vae.output_device, _output_dtype(vae))
+    whole = torch.cat(parts, dim=2)
+    tell_encoded(whole, architecture, since, engine.devices)
+    return whole.to(vae.output_device, _output_dtype(vae))
 
 
 def _stretched(frame: torch.Tensor, size: tuple[int, int], ratio: int) -> tuple[int, int]:

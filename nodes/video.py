@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video
+from .report import tell_work
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
 from .streams import decode_to_file, encode_file, latents_for_file
 
@@ -216,8 +218,9 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
         videos = [parts] if join[0] else [[part] for part in parts]
         sounds = _sounds(audio)
         results, shown = [], []
+        since, frames, size = time.monotonic(), 0, (0, 0)
         for number, latents in enumerate(videos):
-            height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
+            size = height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
             made = _Video(format[0], filename_prefix[0], saved=save[0], width=width, height=height)
             settings = OutputSettings(
                 fps=Fraction(fps[0]).limit_denominator(10**6),
@@ -228,11 +231,12 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 preview=made.preview,
                 ffmpeg=None if ffmpeg[0] == _OWN_FFMPEG else "ffmpeg",
             )
-            decode_to_file(
+            frames += decode_to_file(
                 wan, latents, made.path, settings, normalized=normalized[number], part=number, parts=len(videos)
             )
             results.append(made.video(settings))
             shown.append(made.shown)
+        tell_work("decoded and encoded as video", frames, size, since, wan._engine.devices)
         return io.NodeOutput(results, ui=ui.PreviewVideo(shown))
 
     @classmethod

@@ -1,7 +1,9 @@
 """The nodes in a real ComfyUI server, by POST /prompt. The version is in ComfyUI's comfyui_version.py."""
 
 import os
+import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui.conftest import random_checkpoint
-from tests.comfyui.server import Server, node
+from tests.comfyui.server import REPOSITORY, Server, node
 from tests.oracle import oracle_frames, oracle_vae
 from tests.processes import patience
 from wan_vae_parallel.architecture import Architecture
@@ -173,6 +175,25 @@ def test_progress_and_previews_come_with_each_chunk(server, send, decoder):
     assert len(values) >= 5  # at least one a chunk
     assert values[-1] == 17
     assert any(b"\xff\xd8\xff" in preview for preview in run.previews)  # a JPEG
+
+
+@pytest.mark.parametrize("core", [False, True], ids=["ours", "core's"])
+def test_nodes_say_how_many_frames_they_made_in_what_time_and_where(server, send, core):
+    latents = LATENTS[:, :, :2] + (0.31 if core else 0.3)  # no cached result
+    graph = {"latent": send(f"said{core}", latents), "vae": parallel_loader()}
+    graph["decode"] = node("VAEDecode", samples=["latent", 0], vae=["vae", 0]) if core else decode()
+    encoder = "VAEEncode" if core else "WanVAEParallelEncode"
+    graph["encode"] = node(encoder, pixels=["decode", 0], vae=["vae", 0])
+    graph["again"] = node("VAEDecodeTiled" if core else "WanVAEParallelDecode", samples=["encode", 0], vae=["vae", 0])
+    if core:
+        graph["again"]["inputs"] |= {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4}
+    run = server.run({**graph, "save": save("said", "again")}).check()
+    where = Devices.asked.replace(",", ", ")
+    assert [name for name, _ in run.texts] == ["decode", "encode", "again"]
+    for (_, text), done in zip(run.texts, ("decoded", "encoded", "decoded"), strict=True):
+        told = re.fullmatch(rf"5 frames of 80x48 {done} in (\d+\.\d+) s on {where}", text)
+        assert told, text
+        assert 0 < float(told[1]) < 100
 
 
 @pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
@@ -438,3 +459,34 @@ def test_the_pack_is_quiet_on_import(comfyui, tmp_path):
     assert len(lines) == 1, lines
     assert "seconds:" in lines[0]
     assert "IMPORT FAILED" not in lines[0]
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
+def test_without_a_server_nothing_is_said_and_nothing_fails(comfyui):
+    path, python = comfyui
+    script = (
+        "import importlib.util, sys, comfy.options\n"
+        "comfy.options.enable_args_parsing()\n"
+        "spec = importlib.util.spec_from_file_location('pack', sys.argv[2] + '/__init__.py')\n"
+        "sys.modules['pack'] = importlib.util.module_from_spec(spec)\n"
+        "del sys.argv[1:]\n"
+        "sys.argv.append('--cpu')\n"
+        "spec.loader.exec_module(sys.modules['pack'])\n"
+        "import pack.nodes.report as report\n"
+        "from comfy_execution.utils import CurrentNodeContext\n"
+        "report.tell_work('decoded', 1, (8, 8), 0.0, ['cpu'])\n"
+        "import types\n"
+        "sys.modules['server'] = server = types.ModuleType('server')\n"
+        "server.PromptServer = type('PromptServer', (), {})\n"  # which nobody made yet
+        "with CurrentNodeContext('prompt', 'node'):\n"
+        "    report.tell_work('decoded', 1, (8, 8), 0.0, ['cpu'])\n"
+        "    said = []\n"
+        "    server.PromptServer.instance = types.SimpleNamespace(send_progress_text=lambda *it: said.append(it))\n"
+        "    report.tell_work('decoded', 1, (8, 16), 0.0, ['cpu'])\n"
+        "((text, node),) = said\n"
+        "print(node, text)\n"
+    )
+    command = [python, "-c", script, str(path), str(REPOSITORY)]
+    run = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=patience(120))
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^node 1 frame of 16x8 decoded in [\d.]+ s on cpu$", run.stdout, flags=re.MULTILINE), run.stdout
