@@ -8,20 +8,44 @@ import re
 import comfy.model_management as model_management
 import torch
 
-from ..wan_vae_parallel.devices import available_devices, device_names, parse_devices, parse_dtype
+from ..wan_vae_parallel.devices import (
+    ALL_BUT_THE_FIRST,
+    available_devices,
+    device_names,
+    parse_devices,
+    parse_dtype,
+)
 from ..wan_vae_parallel.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 
 
+def listed_devices() -> dict[str, str]:
+    """What the nodes' list of devices offers, and the name of each GPU in it.
+
+    The values are the same on every machine, so that workflows travel; names are only shown.
+    """
+    gpus = [device for device in available_devices() if device.type == "cuda"]
+    rest = [ALL_BUT_THE_FIRST] if len(gpus) > 1 else []
+    return {"auto": "", **{str(gpu): _gpu_name(gpu) for gpu in gpus}, **dict.fromkeys([*rest, "cpu"], "")}
+
+
+def _gpu_name(device: torch.device) -> str:
+    try:
+        return torch.cuda.get_device_name(device)
+    except RuntimeError as error:  # a GPU that is broken, or that another process has for itself
+        logger.warning("Wan VAE Parallel: %s does not tell its name: %s", device, str(error).partition("\n")[0])
+        return ""
+
+
 def choose_devices(devices: str, put_on: torch.device | None) -> list[torch.device]:
     """Those of ``devices`` that are there; for ``"auto"`` the one that a node has put the VAE on, or ComfyUI's."""
     names = [str(name) for name in device_names(devices)]
-    if not names or names == ["auto"]:
+    if names == ["auto"] or not devices.strip(" ,"):
         return _comfyui_devices(put_on)
     there = [name for name in names if not _elsewhere(name)]
     places = parse_devices(there, forgiving=True) if there else _comfyui_devices(put_on)
-    if len(there) < len(names):
+    if len(there) < max(1, len(names)):
         logger.info("Wan VAE Parallel: devices %s were asked for; using %s", devices, ", ".join(map(str, places)))
     elif put_on is not None and places != [put_on]:
         logger.info(

@@ -14,6 +14,5 @@ def in_graph_words() -> Iterator[None]:
     try:
         yield
     except WanVAEError as error:
-        if error.text == str(error):
-            raise
-        raise type(error)(error.text) from error
+        error.args = (error.text,)
+        raise

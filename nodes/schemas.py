@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_execution.validation import validate_node_input
 
+from .choices import listed_devices
+from .report import tell_decoded
 from .vaes import ParallelVAE, apply_parallel, check_alike, load_parallel
 
 _CATEGORY = "Wan VAE Parallel"
 _DEVICES = (
-    "Where to decode and encode: auto takes all GPUs, or the CPU where ComfyUI's own VAE runs on it, or the device "
-    "that another node has put the VAE on; or cpu, cuda:0, or several with commas between them, which then work on one "
-    "video together. Devices that this machine does not have are left out, and the log says which were taken."
+    "Where to decode and encode: auto takes all GPUs, which work on one video together, or the CPU where ComfyUI's own "
+    "VAE runs on it, or the device that another node has put the VAE on; else one GPU, all but the first, or the CPU. "
+    "Workflows may say others, as cuda:0,cuda:2. Devices that this machine does not have are left out, and the log "
+    "says which were taken."
 )
 _DTYPE = (
     "What to decode and encode in. auto does as ComfyUI's own VAE (bfloat16 where the GPU has it, float32 on the CPU). "
@@ -52,8 +57,17 @@ def _advanced(input_class: Any) -> dict[str, Any]:
 
 # Optional, as all that has a default: headless prompts leave out what they don't set.
 def _engine_inputs() -> list[io.Input]:
+    devices = listed_devices()
     return [
-        io.String.Input("devices", optional=True, default="auto", tooltip=_DEVICES),
+        io.Combo.Input(
+            "devices",
+            optional=True,
+            options=list(devices),
+            default="auto",
+            tooltip=_DEVICES,
+            # For web/devices.js, which shows them in the list.
+            extra_dict={"device_names": {device: name for device, name in devices.items() if name}},
+        ),
         _dtype_input("dtype", _DTYPE),
         _chunk_input(_CHUNK),
         # The last: the editor keeps values by their order.
@@ -76,11 +90,27 @@ def _vae_input(name: str, tooltip: str) -> io.Input:
     return io.MultiType.Input(name, types=[io.Vae, io.Custom("WANVAE")], tooltip=tooltip)
 
 
+class _OnDevices(io.ComfyNode):
+    """A node with a list of devices, beside whose choices any text is taken: other machines', older workflows'."""
+
+    @classmethod
+    def validate_inputs(cls, devices: Any = None, input_types: dict[str, Any] | None = None) -> bool | str:  # noqa: ARG003
+        """Takes ``devices`` out of ComfyUI's hands, and lets a STRING be connected to it; other types are as ever."""
+        inputs = cls.INPUT_TYPES()
+        takes = {key: spec[0] for kind in ("required", "optional") for key, spec in inputs.get(kind, {}).items()}
+        for name, received in (input_types or {}).items():
+            if name != "devices" and not validate_node_input(received, takes[name]):
+                return f"{name} takes {takes[name]}, and {received} is connected to it; connect a {takes[name]}"
+            if name == "devices" and not validate_node_input(received, "COMBO,STRING"):
+                return f"devices takes a text, and {received} is connected to it; connect a STRING, or choose one"
+        return True
+
+
 def _parallel_vae(vae: Any) -> Any:
     return vae if isinstance(vae, ParallelVAE) else apply_parallel(vae)
 
 
-class WanVAEParallelLoader(io.ComfyNode):
+class WanVAEParallelLoader(_OnDevices):
     """Loads a Wan VAE that decodes and encodes with this pack's engine."""
 
     @classmethod
@@ -131,7 +161,7 @@ class WanVAEParallelLoader(io.ComfyNode):
         return io.NodeOutput(vae)
 
 
-class WanVAEParallelApply(io.ComfyNode):
+class WanVAEParallelApply(_OnDevices):
     """Makes a loaded Wan VAE decode and encode with this pack's engine."""
 
     @classmethod
@@ -232,10 +262,13 @@ class WanVAEParallelDecodeRGBA(io.ComfyNode):
     def execute(cls, samples: dict[str, Any], vae_rgb: Any, vae_alpha: Any) -> io.NodeOutput:
         rgb, alpha = _parallel_vae(vae_rgb), _parallel_vae(vae_alpha)
         check_alike(samples, rgb, alpha)
+        since = time.monotonic()
         # One set of worker processes for both, which whoever decoded last has.
         colours = rgb.decode_samples(samples, workers_of=alpha)
         opacity = alpha.decode_samples(samples, workers_of=rgb)
-        return io.NodeOutput(torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1))
+        frames = torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1)
+        tell_decoded(frames, since, rgb._engine.devices)  # both in one line
+        return io.NodeOutput(frames)
 
 
 class WanVAEParallelEncode(io.ComfyNode):

@@ -6,6 +6,7 @@ B videos, T latent frames, h x w latent rows and columns, z channels; H x W fram
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..wan_vae_parallel.to_video import VideoDecode, joined
 from .graph_errors import in_graph_words
 from .latents import look_normalized, read_samples
 from .progress import ChunkProgress
+from .report import tell_encoded
 from .vaes import ParallelVAE, _output_dtype
 
 _check = model_management.throw_exception_if_processing_interrupted
@@ -106,6 +108,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
         CheckpointError: the weights have no encoder.
         FrameError: the file can't be read, or has no frames.
     """
+    since = time.monotonic()
     engine = vae._current_engine("encoder")
     architecture = engine.architecture
     if architecture.encoder_width is None:
@@ -142,7 +145,9 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
             progress(done, max(done, total or 0), latents)
     if not parts:
         raise FrameError(f"{path} has no frames; name another video")
-    return torch.cat(parts, dim=0 if images else 2).to(vae.output_device, _output_dtype(vae))
+    whole = torch.cat(parts, dim=0 if images else 2)
+    tell_encoded(whole, architecture, since, engine.devices)
+    return whole.to(vae.output_device, _output_dtype(vae))
 
 
 def _stretched(frame: torch.Tensor, size: tuple[int, int], ratio: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from .core_vaes import core_patcher, core_vae, without_model
 from .engines import Engine, Source, shared_engine, source_of_weights
 from .graph_errors import in_graph_words
 from .latents import join_loop, look_normalized, loop_latents, read_samples
+from .report import tell_decoded, tell_encoded
 from .weights import SOURCE, LoadedWeights, changed_padding, patches_of, unwrapped
 from .wrapper import wrapper_source
 
@@ -62,12 +64,18 @@ class ParallelVAE:
     # What core adds later is for its own models.
     def decode(self, samples_in: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """``[B, z, T, h, w]`` to ``[B, T', H, W, C]``, exact; in the place of core's ``VAE.decode``."""
-        return self.decode_latents(samples_in)
+        return self._decode_and_tell(samples_in)
 
     def decode_tiled(self, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Like `decode`: tiles are for VAEs that run out of memory, and this one takes smaller chunks instead."""
         _say_once("Wan VAE Parallel: decoding whole frames; tile sizes and overlaps are not needed")
-        return self.decode_latents(samples)
+        return self._decode_and_tell(samples)
+
+    def _decode_and_tell(self, samples: torch.Tensor) -> torch.Tensor:
+        since = time.monotonic()
+        frames = self.decode_latents(samples)
+        tell_decoded(frames, since, self._engine.devices)
+        return frames
 
     @in_graph_words()
     def decode_latents(
@@ -91,6 +99,7 @@ class ParallelVAE:
         self, latent: Any, *, normalized: bool = False, workers_of: ParallelVAE | None = None
     ) -> torch.Tensor:
         """``[B * T', H, W, C]`` of a LATENT, with all that it says; see `latents`. The arguments are the above's."""
+        since = time.monotonic()
         samples = read_samples(latent, self._current_engine("decoder").architecture)
         if samples.frames is not None:
             return samples.frames.to(self.output_device, _output_dtype(self))
@@ -104,6 +113,7 @@ class ParallelVAE:
         if samples.looped:
             turn = self.decode_latents(loop_latents(latents), normalized=normalized)
             frames = join_loop(frames, turn)
+        tell_decoded(frames, since, self._engine.devices)
         return frames.flatten(0, 1)
 
     def encode(self, pixel_samples: torch.Tensor, *_: Any, not_video: bool | None = None, **__: Any) -> torch.Tensor:
@@ -125,11 +135,13 @@ class ParallelVAE:
     @in_graph_words()
     def encode_pixels(self, pixels: torch.Tensor, *, chunk: int = 0, not_video: bool | None = None) -> torch.Tensor:
         """`encode` with so many latent frames' pictures at once; 0 for as many as the VAE was made with."""
+        since = time.monotonic()
         engine = self._current_engine("encoder")
         pixels = _cropped(self, pixels)
         if pixels.dim() == 4:
             pixels = pixels.unsqueeze(1 if (self.not_video if not_video is None else not_video) else 0)
         latents = engine.encode(pixels, chunk=chunk or self._chunk, normalized=self._normalized)
+        tell_encoded(latents, engine.architecture, since, engine.devices)
         return latents.to(self.output_device, _output_dtype(self))
 
     def _current_engine(self, part: str) -> Engine:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video, tag_as_hvc1
 from ..wan_vae_parallel.to_video import VideoDecode
+from .report import tell_work
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
 from .streams import decode_to_file, encode_file, latents_for_file, plan_file
 
@@ -255,10 +257,11 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             )
         videos = [parts] if join[0] else [[part] for part in parts]
         sounds = _sounds(audio)
+        since, frames, size = time.monotonic(), 0, (0, 0)
         # All of them before the first is decoded: nobody waits for some to hear of an error in another.
         planned: list[tuple[_Video, OutputSettings, VideoDecode]] = []
         for number, latents in enumerate(videos):
-            height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
+            size = height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
             taken = [path for made, _, _ in planned for path in made.paths]
             made = _Video(format[0], filename_prefix[0], saved=save[0], size=(width, height), taken=taken)
             settings = OutputSettings(
@@ -279,6 +282,8 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             files = decode_to_file(wan, decode, part=number, parts=len(planned))
             results.append(made.video(settings))
             shown += made.shown(files)
+            frames += decode.shape[0] * wan._engine.architecture.frame_count(decode.shape[2])
+        tell_work("decoded and encoded as video", frames, size, since, wan._engine.devices)
         return io.NodeOutput(results, ui={"images": shown, "animated": (planned[0][0].plays,)})
 
     @classmethod

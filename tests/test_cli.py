@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.processes import MARK, children, patience, strays, wait_until
 from wan_vae_parallel import cli, memory
 from wan_vae_parallel.bench import random_weights
 from wan_vae_parallel.cli import main
+from wan_vae_parallel.cli.shared import Progress
 from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.latents import read_latents, save_latents
 from wan_vae_parallel.files.video import open_output
@@ -52,6 +54,36 @@ def test_demo_makes_everything_and_says_where(tmp_path):
     assert re.search(r"decoded 5 frames of 64x32 on cpu, in float32, chunk \d, in [\d.]+ s \(first\)", done.stderr)
     assert re.search(r"encoded 5 frames of 64x32 on cpu, in float32, chunk \d, in [\d.]+ s", done.stderr)
     assert "\r" not in done.stdout + done.stderr  # no progress bar in a pipe
+    # In a pipe, too, it is told what is being done, before it is.
+    steps = ["making a small VAE", "decoding it on cpu", "decoded 5", "encoding its first 5", "encoded 5", "decoded 5"]
+    assert [line.startswith(step) for line, step in zip(done.stderr.splitlines(), steps, strict=True)] == [True] * 6
+    # What to do next is what can be done.
+    command = re.search(r"wan-vae-parallel (decode .* -o again.mp4)", done.stdout)[1]
+    assert "ComfyUI/models/vae/" in done.stdout
+    again = run(*command.replace("again.mp4", str(tmp_path / "again.safetensors")).split(), "--devices", "cpu")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("total", [9, None])
+def test_in_a_pipe_progress_is_a_line_now_and_then(monkeypatch, capsys, total):
+    now = [100.0]
+    monkeypatch.setattr("wan_vae_parallel.cli.shared.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    bar = Progress()
+    for done in range(1, 10):
+        now[0] += 0.5
+        bar.show(done, total)
+    bar.close()
+    of = f"/{total}" if total else ""
+    assert capsys.readouterr().err == f"4{of} frames\n8{of} frames\n"
+
+
+def test_the_demo_is_of_the_smallest_width_of_each_family(tmp_path, monkeypatch):
+    for family, width in (("wan2.1", 8), ("wan2.2", 16)):
+        made = []
+        monkeypatch.setattr("wan_vae_parallel.cli.demo.save_demo_checkpoint", lambda *args, m=made: m.append(args))
+        # It is not made, so that there is none to load.
+        assert main(["demo", "-o", str(tmp_path / family), "--architecture", family, "--size", "64x64"]) == 1
+        assert [args[1:] for args in made] == [(family, width)]
 
 
 @pytest.mark.parametrize("options", [[], ["--chunk", "1"], ["--dtype", "float64"]])

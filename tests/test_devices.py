@@ -65,6 +65,8 @@ def test_without_a_gpu_it_is_the_cpu(devices):
         ("Auto", GPUS),
         ("default", GPUS),
         ([" AUTO "], GPUS),
+        ("all but the first", GPUS[1:]),  # of two
+        (" All  but the FIRST ", GPUS[1:]),
     ],
 )
 def test_with_gpus(devices, parsed):
@@ -119,6 +121,14 @@ def test_without_anonymous_memory_there_is_one_device(monkeypatch):
     for devices in ("cuda:0,cuda:1", "cpu,cpu"):
         with pytest.raises(DeviceError, match="workers need Linux's shared memory; name one"):
             parse_devices(devices)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_all_but_the_first_of_too_few_gpus_are_none(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(DeviceError, match=f"'all but the first' are none here: GPUs there are {gpus}; write 'auto'"):
+        parse_devices("all but the first")
 
 
 @pytest.mark.usefixtures("no_gpus")

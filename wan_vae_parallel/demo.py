@@ -35,6 +35,8 @@ from .files.whole import replacing
 from .model.decoder import WanDecoder
 from .model.encoder import WanEncoder
 
+# Base widths that can hold the signals.
+SMALLEST_WIDTH: Mapping[Family, int] = {"wan2.1": 8, "wan2.2": 16}
 _CONSTANT = 16.0
 _SHARPEN = 0.05
 _NOISE = 0.002
@@ -77,7 +79,7 @@ def save_demo_checkpoint(path: str | Path, architecture: Family = "wan2.1", widt
         OutputError: the file can't be written.
     """
     described = Architecture.published(architecture, width=width)
-    smallest = 16 if described.residual else 8
+    smallest = SMALLEST_WIDTH[architecture]
     if described.width < smallest:
         raise ArgumentError(f"width is {described.width}; a {described.name} demo checkpoint needs at least {smallest}")
     tensors = {**_decoder_tensors(described), **_encoder_tensors(described)}

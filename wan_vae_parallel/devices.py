@@ -19,6 +19,8 @@ DTYPES = {
 }
 # What else people call them: ComfyUI's device selectors, other programs.
 _ALSO = {"default": "auto", "gpu": "cuda"}
+# All GPUs but the one that most often has a display, or a model that samples, on it.
+ALL_BUT_THE_FIRST = "all but the first"
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -35,8 +37,8 @@ def parse_devices(
 
     Args:
         devices: ``"auto"`` (all CUDA devices, else the CPU), one device, names with commas between them, or a list.
-            The CPU may be named several times, for as many processes. Upper case, ``"gpu"`` for ``"cuda"`` and
-            ``"default"`` for ``"auto"`` are understood.
+            The CPU may be named several times, for as many processes. ``"all but the first"`` are all CUDA devices
+            but that. Upper case, ``"gpu"`` for ``"cuda"`` and ``"default"`` for ``"auto"`` are understood.
         forgiving: where this system can't use several devices together, take the first, as for ``"auto"``, and say so.
 
     Raises:
@@ -48,6 +50,8 @@ def parse_devices(
     if names == ["auto"]:
         gpus = there[1:] or there
         return _together(gpus)
+    if not names and _asks_for_the_rest(devices):
+        raise DeviceError(f"{devices!r} are none here: GPUs there are {len(there) - 1}; write 'auto'")
     if not names:
         raise DeviceError("no device is named; write 'auto', 'cpu', 'cuda:0' or several with commas between them")
     parsed = [_parse_device(name, there) for name in names]
@@ -73,12 +77,19 @@ def device_names(devices: str | torch.device | Sequence[str | torch.device]) -> 
         names = [devices] if isinstance(devices, torch.device) else list(devices)
     else:
         raise DeviceError(f"devices are {devices!r}; write 'auto', 'cpu', 'cuda:0', several with commas, or a list")
-    return [_known_name(name) if isinstance(name, str) else name for name in names]
+    known = (_known_names(name) if isinstance(name, str) else [name] for name in names)
+    return [name for each in known for name in each]
 
 
-def _known_name(name: str) -> str:
+def _known_names(name: str) -> list[str | torch.device]:
+    if _asks_for_the_rest(name):
+        return [str(device) for device in available_devices()[2:]]
     kind, colon, number = name.strip().lower().partition(":")
-    return _ALSO.get(kind, kind) + colon + number
+    return [_ALSO.get(kind, kind) + colon + number]
+
+
+def _asks_for_the_rest(name: object) -> bool:
+    return isinstance(name, str) and " ".join(name.lower().split()) == ALL_BUT_THE_FIRST
 
 
 def parse_rank_device(

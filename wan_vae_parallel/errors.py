@@ -10,6 +10,10 @@ import torch
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
+# Where errors say that they are from. ComfyUI shows it before their name, and calls a pack's modules by its folder.
+_PACKAGE = "wan_vae_parallel"
+
+
 class WanVAEError(Exception):
     """Base of all errors that this package raises on purpose.
 
@@ -20,6 +24,11 @@ class WanVAEError(Exception):
     Attributes:
         text: the message without that.
     """
+
+    __module__ = _PACKAGE
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = _PACKAGE
 
     def __init__(self, text: str = "", in_python: str = "") -> None:
         super().__init__(f"{text}, or {in_python}" if in_python else text)

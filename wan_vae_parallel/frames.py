@@ -115,8 +115,8 @@ def check_part(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor
         frames = frames[0]
     if isinstance(frames, torch.Tensor) and frames.dim() != 4:
         raise FrameError(
-            f"a part of a stream has {frames.dim()} axes {tuple(frames.shape)}; it must have four, [t, H, W, C]: give "
-            f"a single picture as frame[None]"
+            f"a part of a stream has {frames.dim()} axes {tuple(frames.shape)}; it must have four, [t, H, W, C]",
+            "give a single picture as frame[None]",
         )
     return _usable(frames, architecture)[0]
 
@@ -126,9 +126,10 @@ def check_values(frames: torch.Tensor) -> None:
     if frames.dtype not in _DTYPES:
         whole = not (frames.is_floating_point() or frames.is_complex() or frames.dtype == torch.bool)
         most = torch.iinfo(frames.dtype).max if whole else 1
-        advice = f": divide by the largest value, as frames.float() / {most}" if whole else ": convert them"
         raise FrameError(
-            f"frames are {str(frames.dtype).removeprefix('torch.')}; they must be floating point in [0, 1]{advice}"
+            f"frames are {str(frames.dtype).removeprefix('torch.')}; they must be floating point in [0, 1]: look at "
+            "what made them",
+            f"divide by the largest value, as frames.float() / {most}" if whole else "convert them",
         )
 
 

@@ -348,15 +348,23 @@ class Session:
                     f"the {results} are NaN, since {checkpoint.source} has weights that are no numbers: "
                     f"{listed(damaged)}; fetch the VAE again"
                 )
-            raise WanVAEError(_why_nan(results, inputs, self.dtype if decoded else self.encode_dtype))
+            own = not decoded and self.encode_dtype != self.dtype
+            raise WanVAEError(
+                _why_nan(
+                    results,
+                    inputs,
+                    self.dtype if decoded else self.encode_dtype,
+                    setting="encode_dtype" if own else "dtype",
+                )
+            )
 
 
-def _why_nan(results: str, inputs: str, dtype: torch.dtype) -> str:
-    """What NaN in ``results`` computed in ``dtype`` comes of, and what to do."""
+def _why_nan(results: str, inputs: str, dtype: torch.dtype, *, setting: str) -> str:
+    """What NaN in ``results`` computed in ``dtype`` comes of, and what to do; ``setting`` is what to change it by."""
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float16:
         return (
-            f"the {results} are NaN: in {name} the activations overflow, or the weights are damaged; try dtype "
+            f"the {results} are NaN: in {name} the activations overflow, or the weights are damaged; try {setting} "
             f"bfloat16 or float32, or fetch the VAE again"
         )
     # The others reach as far as float32, or farther.

@@ -321,7 +321,7 @@ def _promoted(place: Json, name: str) -> Any:
 def _apply_node(
     number: int, *, position: list[float], order: int, link: int, links: list[int], widgets: list[Any]
 ) -> Json:
-    kinds = {"devices": "STRING", "dtype": "COMBO", "chunk": "INT", "encode_dtype": "COMBO"}
+    kinds = {"devices": "COMBO", "dtype": "COMBO", "chunk": "INT", "encode_dtype": "COMBO"}
     return {
         "id": number,
         "type": APPLY,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import time
 import urllib.error
@@ -17,6 +18,7 @@ import websocket
 from tests.processes import patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_TEXT = 3
 PROBES = Path(__file__).parent / "probe_pack"
 
 
@@ -151,7 +153,7 @@ class Server:
             while time.monotonic() < deadline:
                 message = ws.recv()
                 if isinstance(message, bytes):
-                    run.previews.append(message)
+                    run.take_bytes(message)
                     continue
                 message = json.loads(message)
                 run.messages.append(message)
@@ -175,8 +177,17 @@ class Run:
         self.prompt_id = prompt_id
         self.messages: list[dict] = []
         self.previews: list[bytes] = []
+        self.texts: list[tuple[str, str]] = []  # which node says what
         self.ended = ""
         self.detail: dict = {}
+
+    def take_bytes(self, message: bytes) -> None:
+        """A preview; or a text, with the length of its node's id before that, as ComfyUI's protocol.py has it."""
+        kind, length = struct.unpack(">II", message[:8])
+        if kind == _TEXT:
+            self.texts.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
+        else:
+            self.previews.append(message)
 
     def check(self) -> "Run":
         assert self.ended == "execution_success", f"{self.detail}\n{self.server.log()[-3000:]}"

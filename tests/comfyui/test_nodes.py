@@ -1,7 +1,9 @@
 """The nodes in a real ComfyUI server, by POST /prompt. The version is in ComfyUI's comfyui_version.py."""
 
 import os
+import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui.conftest import random_checkpoint
-from tests.comfyui.server import Server, node
+from tests.comfyui.server import REPOSITORY, Server, node
 from tests.oracle import oracle_frames, oracle_vae
 from tests.processes import patience
 from wan_vae_parallel.architecture import Architecture
@@ -175,6 +177,25 @@ def test_progress_and_previews_come_with_each_chunk(server, send, decoder):
     assert any(b"\xff\xd8\xff" in preview for preview in run.previews)  # a JPEG
 
 
+@pytest.mark.parametrize("core", [False, True], ids=["ours", "core's"])
+def test_nodes_say_how_many_frames_they_made_in_what_time_and_where(server, send, core):
+    latents = LATENTS[:, :, :2] + (0.31 if core else 0.3)  # no cached result
+    graph = {"latent": send(f"said{core}", latents), "vae": parallel_loader()}
+    graph["decode"] = node("VAEDecode", samples=["latent", 0], vae=["vae", 0]) if core else decode()
+    encoder = "VAEEncode" if core else "WanVAEParallelEncode"
+    graph["encode"] = node(encoder, pixels=["decode", 0], vae=["vae", 0])
+    graph["again"] = node("VAEDecodeTiled" if core else "WanVAEParallelDecode", samples=["encode", 0], vae=["vae", 0])
+    if core:
+        graph["again"]["inputs"] |= {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4}
+    run = server.run({**graph, "save": save("said", "again")}).check()
+    where = Devices.asked.replace(",", ", ")
+    assert [name for name, _ in run.texts] == ["decode", "encode", "again"]
+    for (_, text), done in zip(run.texts, ("decoded", "encoded", "decoded"), strict=True):
+        told = re.fullmatch(rf"5 frames of 80x48 {done} in (\d+\.\d+) s on {where}", text)
+        assert told, text
+        assert 0 < float(told[1]) < 100
+
+
 @pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
 def test_interrupt_ends_within_one_chunk_and_the_next_prompt_works(server, send, received, decoder):
     big = torch.randn(1, 16, 21, 14, 20, generator=torch.Generator().manual_seed(5))
@@ -234,6 +255,7 @@ def test_free_releases_the_engine_and_the_next_prompt_works(server, send, receiv
         ("channels", torch.randn(1, 48, 2, 3, 4), ["48 channels", "takes 16", "Wan 2.2 5B"]),  # the wrong VAE
         ("nan", torch.full((1, 16, 2, 3, 4), float("nan")), ["384 NaN"]),  # a sampler that blew up
         ("axes", torch.randn(16, 4), ["2 axes", "[B, C, T, h, w]"]),
+        ("order", torch.randn(16, 5, 4, 16), ["not clear which they are; take them as the sampler made them"]),
     ],
 )
 def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, received, name, latents, words):
@@ -242,6 +264,8 @@ def test_bad_latents_fail_in_words_and_leave_the_server_healthy(server, send, re
     assert run.ended == "execution_error"
     for word in words:
         assert word in run.detail["exception_message"]
+    assert run.detail["exception_type"] == "wan_vae_parallel.LatentError"
+    assert "permute" not in run.detail["exception_message"]  # which a graph can't
     test_a_latent_without_a_time_axis_is_one_frame(server, send, received)
 
 
@@ -255,6 +279,43 @@ def test_a_workflow_made_with_four_gpus_runs_here_and_says_where(server, send):
     }
     server.run(graph).check()
     assert "cuda:0,cuda:1,cuda:2,cuda:3 were asked for; using cpu" in server.log()
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
+def test_on_a_machine_with_too_few_gpus_all_but_the_first_decode_where_auto_would(server, send):
+    graph = {
+        "latent": send("rest", LATENTS[:, :, :1] + 0.5),
+        "vae": parallel_loader(devices="all but the first"),
+        "decode": decode(),
+        "save": save("rest", "decode"),
+    }
+    server.run(graph).check()
+    assert "devices all but the first were asked for; using cpu" in server.log()
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
+def test_devices_are_a_list_that_takes_what_is_not_in_it_and_texts_that_are_connected(server, send, received):
+    for name in ("WanVAEParallelLoader", "WanVAEParallelApply"):
+        kind, described = server.get("/object_info")[name]["input"]["optional"]["devices"]
+        assert kind == "COMBO"
+        assert described["options"] == ["auto", "cpu"]
+        assert described["default"] == "auto"
+        assert described["device_names"] == {}  # of GPUs
+    text = node("PrimitiveString", value="cpu,cuda:3")
+    applied = apply("core") | {"inputs": {"vae": ["core", 0], "devices": ["text", 0]}}
+    core = node("VAELoader", vae_name="wan21.safetensors")
+    graph = {"text": text, "core": core, "latent": send("text", LATENTS[:, :, :1]), "applied": applied}
+    graph |= {"vae": parallel_loader(devices="cpu"), "one": decode(), "other": decode(vae="applied")}
+    graph |= {"save one": save("one", "one"), "save other": save("other", "other")}
+    server.run(graph).check()
+    assert torch.equal(received("one"), received("other"))
+    assert "devices cpu,cuda:3 were asked for; using cpu" in server.log()
+
+    del graph["save one"]  # else it would be run, and the other one left out
+    with pytest.raises(AssertionError, match="vae takes VAE,WANVAE, and STRING is connected to it; connect a VAE"):
+        server.run(graph | {"applied": {**applied, "inputs": {**applied["inputs"], "vae": ["text", 0]}}})
+    with pytest.raises(AssertionError, match="devices takes a text, and VAE is connected to it"):
+        server.run(graph | {"applied": {**applied, "inputs": {**applied["inputs"], "devices": ["core", 0]}}})
 
 
 @pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
@@ -398,3 +459,34 @@ def test_the_pack_is_quiet_on_import(comfyui, tmp_path):
     assert len(lines) == 1, lines
     assert "seconds:" in lines[0]
     assert "IMPORT FAILED" not in lines[0]
+
+
+@pytest.mark.parametrize("devices", ["cpu"], indirect=True)  # the same whatever decodes
+def test_without_a_server_nothing_is_said_and_nothing_fails(comfyui):
+    path, python = comfyui
+    script = (
+        "import importlib.util, sys, comfy.options\n"
+        "comfy.options.enable_args_parsing()\n"
+        "spec = importlib.util.spec_from_file_location('pack', sys.argv[2] + '/__init__.py')\n"
+        "sys.modules['pack'] = importlib.util.module_from_spec(spec)\n"
+        "del sys.argv[1:]\n"
+        "sys.argv.append('--cpu')\n"
+        "spec.loader.exec_module(sys.modules['pack'])\n"
+        "import pack.nodes.report as report\n"
+        "from comfy_execution.utils import CurrentNodeContext\n"
+        "report.tell_work('decoded', 1, (8, 8), 0.0, ['cpu'])\n"
+        "import types\n"
+        "sys.modules['server'] = server = types.ModuleType('server')\n"
+        "server.PromptServer = type('PromptServer', (), {})\n"  # which nobody made yet
+        "with CurrentNodeContext('prompt', 'node'):\n"
+        "    report.tell_work('decoded', 1, (8, 8), 0.0, ['cpu'])\n"
+        "    said = []\n"
+        "    server.PromptServer.instance = types.SimpleNamespace(send_progress_text=lambda *it: said.append(it))\n"
+        "    report.tell_work('decoded', 1, (8, 16), 0.0, ['cpu'])\n"
+        "((text, node),) = said\n"
+        "print(node, text)\n"
+    )
+    command = [python, "-c", script, str(path), str(REPOSITORY)]
+    run = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=patience(120))
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^node 1 frame of 16x8 decoded in [\d.]+ s on cpu$", run.stdout, flags=re.MULTILINE), run.stdout

@@ -216,11 +216,17 @@ def test_cores_device_selector_moves_our_loaders_vae(server, received, send, nam
         ("cuda:0", "cuda:1", ["cuda:0"]),
         ("gpu:7", "cuda:1", ["cuda:1"]),  # made elsewhere
         ("gpu:7", "", ["cuda:0", "cuda:1"]),
+        ("all but the first", "", ["cuda:1"]),
+        ("all but the first", "cuda:0", ["cuda:1"]),
+        ("cuda:1,cuda:7", "", ["cuda:1"]),
+        (" ", "cuda:1", ["cuda:1"]),
     ],
 )
 def test_which_devices_are_taken_on_a_machine_with_two_gpus(server, devices, put_on, chosen):
     probe = node("ProbeChosenDevices", devices=devices, put_on=put_on)
-    assert server.run({"probe": probe}).check().outputs("probe")["devices"] == chosen
+    told = server.run({"probe": probe}).check().outputs("probe")
+    assert told["devices"] == chosen
+    assert told["listed"] == ["auto ", "cuda:0 GPU 0", "cuda:1 GPU 1", "all but the first ", "cpu "]
 
 
 def test_arguments_of_later_cores_are_taken(server, received, graph):

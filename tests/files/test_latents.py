@@ -197,14 +197,14 @@ def test_noise_and_nothing_are_taken_as_documented(latents):
 @pytest.mark.parametrize(
     ("architecture", "channels", "advice"),
     [
-        (WAN21, 32, "twice as many are mean and log variance, as an encoder makes them: pass the first 16, the mean"),
-        (WAN22, 96, "twice as many are mean and log variance, .*: pass the first 48"),
+        (WAN21, 32, "twice as many are mean and log variance, as an encoder makes them: take the first 16, the mean"),
+        (WAN22, 96, "twice as many are mean and log variance, .*: take the first 48"),
         (
             WAN21,
             36,
-            "an image-to-video model reads: noise, a mask of 4 and the picture's latents. Pass what the sampler",
+            "an image-to-video model reads: noise, a mask of 4 and the picture's latents. Take what the sampler",
         ),
-        (WAN21, 20, "an image-to-video model's condition, a mask of 4 and latents: pass the last 16"),
+        (WAN21, 20, "an image-to-video model's condition, a mask of 4 and latents: take the last 16"),
     ],
 )
 def test_other_channels_that_are_known_get_advice_of_their_own(architecture, channels, advice):

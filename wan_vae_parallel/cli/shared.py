@@ -22,6 +22,8 @@ from ..errors import ArgumentError, OutputError
 from ..files.formats import QUALITIES
 
 _BAR = 32
+# Between two lines in a pipe.
+_LINE_SECONDS = 2.0
 # A second signal within so many seconds is an impatient user's; it must not end the cleaning up that the first began.
 _IMPATIENT_SECONDS = 5.0
 
@@ -152,22 +154,28 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Progress:
-    """A bar on a terminal, nothing in a pipe."""
+    """A bar on a terminal; in a pipe a line now and then, if it takes that long."""
 
     def __init__(self, *, shown: bool = True) -> None:
         # There is none in a process whose parent closed it.
-        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
+        self._shown = shown and sys.stderr is not None
+        self._bar = self._shown and sys.stderr.isatty()
+        self._next_line = time.monotonic() + _LINE_SECONDS
 
     def show(self, done: int, total: int | None) -> None:
         """Frames that are done, of so many if that is known; a video's file may be a few off."""
         if not self._shown:
             return
         total = None if total is None else max(done, total)
-        filled = _BAR * done // total if total else 0
         count = f"{done}/{total}" if total else str(done)
-        print(f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {count} frames", end="", file=sys.stderr, flush=True)
+        if self._bar:
+            filled = _BAR * done // total if total else 0
+            print(f"\r[{'#' * filled}{' ' * (_BAR - filled)}] {count} frames", end="", file=sys.stderr, flush=True)
+        elif done != total and time.monotonic() >= self._next_line:
+            print(f"{count} frames", file=sys.stderr, flush=True)
+            self._next_line = time.monotonic() + _LINE_SECONDS
 
     def close(self) -> None:
         """Ends its line."""
-        if self._shown:
+        if self._bar:
             print(file=sys.stderr)

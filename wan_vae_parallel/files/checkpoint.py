@@ -183,7 +183,9 @@ def checkpoint_from_state_dict(
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in state_dict.items()
     ):
-        raise CheckpointError(f"{source} is no mapping of names to tensors; pass a module's state dict")
+        raise CheckpointError(
+            f"{source} is no mapping of names to tensors; take a VAE's weights", "a module's state dict"
+        )
     layout, tensors = own_tensors(state_dict, source)
     tensors = dequantised(tensors, source)
     if layout == "diffusers":

@@ -17,6 +17,8 @@ _ORDERS: dict[int, tuple[str, ...]] = {
     4: ("BChw", "CThw", "BhwC", "ThwC"),
     3: ("Chw",),
 }
+# What to do about axes that could be others'; a graph has no tensors to permute.
+_AS_MADE, _PERMUTE = "take them as the sampler made them", "permute them to [B, C, T, h, w]"
 # How much more alike neighbours along one axis must be than along another for it to be time and not channels: with
 # latents of films the difference is 0.6 and more, of noise nothing.
 _ALIKE = 0.5
@@ -46,8 +48,8 @@ def in_order(latents: torch.Tensor, architecture: Architecture) -> torch.Tensor 
     if len(fitting) > 1:
         readings = " or ".join(map(_written, fitting))
         raise LatentError(
-            f"latents {shape} have {channels} channels as {readings}, and it is not clear which they are; permute them "
-            f"to [B, C, T, h, w]"
+            f"latents {shape} have {channels} channels as {readings}, and it is not clear which they are; {_AS_MADE}",
+            _PERMUTE,
         )
     say_once(
         f"latents are taken as {_written(fitting[0])}: of the orders that are known it alone has the {channels} "
@@ -68,7 +70,8 @@ def _check_values(latents: torch.Tensor, documented: str, others: list[str]) -> 
             raise LatentError(
                 f"latents {tuple(latents.shape)} can be {_written(documented)} or {_written(order)}, and their values "
                 f"say the latter: along the {_nth(first)} axis neighbours are alike as frames are, along the "
-                f"{_nth(second)} they differ as channels do; permute them to [B, C, T, h, w]"
+                f"{_nth(second)} they differ as channels do; {_AS_MADE}",
+                _PERMUTE,
             )
 
 

@@ -112,7 +112,7 @@ def denormalize(latents: torch.Tensor, architecture: Architecture) -> torch.Tens
     Raises:
         LatentError: no statistics were published for this number of channels.
     """
-    mean, std = _statistics(latents, architecture, "de-normalise them before, and decode them as such")
+    mean, std = _statistics(latents, architecture, "de-normalise them before, with normalized off")
     return latents * std + mean
 
 
@@ -154,15 +154,15 @@ def _wrong_channels(shape: tuple[int, ...], architecture: Architecture) -> str:
     }
     if channels == 2 * own:
         return (
-            f"{text}; twice as many are mean and log variance, as an encoder makes them: pass the first {own}, the mean"
+            f"{text}; twice as many are mean and log variance, as an encoder makes them: take the first {own}, the mean"
         )
     if channels == 2 * own + 4:
         return (
             f"{text}; so many has what an image-to-video model reads: noise, a mask of 4 and the picture's latents. "
-            f"Pass what the sampler made, its first {own} at the most"
+            f"Take what the sampler made, its first {own} at the most"
         )
     if channels == own + 4:
-        return f"{text}; so many has an image-to-video model's condition, a mask of 4 and latents: pass the last {own}"
+        return f"{text}; so many has an image-to-video model's condition, a mask of 4 and latents: take the last {own}"
     if channels in models:
         return f"{text}; these are latents of {models[channels]}: load the VAE that belongs to it"
     return f"{text}; connect the VAE that the video was sampled for"

@@ -242,14 +242,18 @@ class ChosenDevices(io.ComfyNode):
         choices, parsing = of_the_pack("nodes.choices"), of_the_pack("wan_vae_parallel.devices")
         there = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
         was = choices.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device
+        name_of = torch.cuda.get_device_name
         choices.available_devices = parsing.available_devices = lambda: there
         parsing._why_alone = lambda _: ""
         model_management.vae_device = lambda: there[1]
+        torch.cuda.get_device_name = lambda device: f"GPU {device.index}"
         try:
             chosen = choices.choose_devices(devices, torch.device(put_on) if put_on else None)
+            listed = [f"{device} {name}" for device, name in choices.listed_devices().items()]
         finally:
             choices.available_devices, parsing.available_devices, parsing._why_alone, model_management.vae_device = was
-        return io.NodeOutput(ui={"devices": [str(device) for device in chosen]})
+            torch.cuda.get_device_name = name_of
+        return io.NodeOutput(ui={"devices": [str(device) for device in chosen], "listed": listed})
 
 
 class DecodeAsLaterCores(io.ComfyNode):
