@@ -264,6 +264,8 @@ class Graph:
 
     def _stored_node(self, node: Node) -> Json:
         inputs, values = [], []
+        # The editor adds the buttons that upload behind all other widgets.
+        buttons = ["image" for spec in node.inputs().values() if _uploads(spec)]
         for name, spec in node.inputs().items():
             value = node.given.get(name)
             widget = _is_widget(spec)
@@ -274,8 +276,9 @@ class Graph:
                 entry["widget"] = {"name": name}
                 chosen = value.default if isinstance(value, Promoted) else value
                 values.append(_default(spec) if chosen is None or isinstance(value, Output) else chosen)
-                values += _companions(spec)
+                values += ["randomize"] * _is_seed(spec)
             inputs.append({**entry, "link": None})
+        values += buttons
         # As the editor has them: those that are no widgets first.
         inputs.sort(key=lambda entry: "widget" in entry)
         ours = node.info["python_module"].startswith("custom_nodes")
@@ -343,17 +346,18 @@ def _default(spec: list[Any]) -> Any:
     return choices[0]["key"] if isinstance(choices[0], dict) else choices[0]
 
 
-def _companions(spec: list[Any]) -> list[str]:
-    """Values of the widgets that the editor adds behind one: what becomes of a seed, and what uploads."""
-    options = spec[1] if len(spec) > 1 else {}
-    if options.get("control_after_generate"):
-        return ["randomize"]
-    return ["image"] if options.get("image_upload") or options.get("video_upload") else []
+def _is_seed(spec: list[Any]) -> bool:
+    """Whether the editor adds a widget behind it that says what becomes of it after a run."""
+    return len(spec) > 1 and bool(spec[1].get("control_after_generate"))
+
+
+def _uploads(spec: list[Any]) -> bool:
+    return len(spec) > 1 and bool(spec[1].get("image_upload") or spec[1].get("video_upload"))
 
 
 def _height(node: Node) -> int:
     specs = list(node.inputs().values())
-    widgets = sum(1 + len(_companions(spec)) for spec in specs if _is_widget(spec))
+    widgets = sum(1 + _is_seed(spec) + _uploads(spec) for spec in specs if _is_widget(spec))
     slots = max(sum(not _is_widget(spec) for spec in specs), len(node.info["output"]))
     return _SLOT * slots + (_WIDGET * widgets + _FRAME if widgets else _FRAME - 8)
 

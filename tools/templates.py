@@ -52,7 +52,7 @@ _DEMO = (
     "It runs without a GPU on what `wan-vae-parallel demo` makes: copy `demo_vae.safetensors` to `models/vae/` and "
     "`{}` to `input/`."
 )
-_FURTHER = "Click a node, then **?** above it, for what its inputs mean."
+_FURTHER = "Click a node, then **Node Info** above it, for what its inputs mean."
 
 
 def _about(graph: Graph, *paragraphs: str, tall: int = 330) -> None:
@@ -249,12 +249,12 @@ def wan22_first_last_frame(graph: Graph) -> None:
     clip = _clip(graph, (0, 260))
     high = graph.node("ModelSamplingSD3", (400, 0), title="Shift, high noise", model=high, shift=8)
     positive, negative = _prompts(graph, clip, 400, "the scene changes smoothly from the first picture to the last")
-    vae = _vae(graph, "wan_2.1_vae", (400, 680))
-    first = graph.node("LoadImage", (400, 940), title="First frame", tall=314, image="example.png")
-    last = graph.node("LoadImage", (400, 1340), title="Last frame", tall=314, image="example.png")
+    vae = _vae(graph, "wan_2.1_vae", (400, 720))
+    first = graph.node("LoadImage", (400, 980), title="First frame", tall=314, image="example.png")
+    last = graph.node("LoadImage", (400, 1450), title="Last frame", tall=314, image="example.png")
     latent = graph.node(
         "WanFirstLastFrameToVideo",
-        (800, 320),
+        (800, 440),
         title="First and last frame to video",
         positive=positive,
         negative=negative,
@@ -265,19 +265,19 @@ def wan22_first_last_frame(graph: Graph) -> None:
         height=640,
         length=81,
     )
-    low = _model(graph, "wan2.2_i2v_low_noise_14B_fp8_scaled", (800, 1060), "Load low-noise model")
-    low = graph.node("ModelSamplingSD3", (1200, 1060), title="Shift, low noise", model=low, shift=8)
+    low = _model(graph, "wan2.2_i2v_low_noise_14B_fp8_scaled", (800, 1100), "Load low-noise model")
+    low = graph.node("ModelSamplingSD3", (1200, 1100), title="Shift, low noise", model=low, shift=8)
     conditioning = {
         "positive": latent["positive"],
         "negative": latent["negative"],
         "latent_image": latent["latent"],
     }
     samples = _two_samplers(graph, (1200, -80), (1600, 340), models=(high, low), conditioning=conditioning, cfg=4)
-    frames = graph.node("VAEDecode", (2000, 780), samples=samples, vae=vae)
-    _saved(graph, frames, (2400, 780), 16.0, "video/wan_vae_parallel")
+    frames = graph.node("VAEDecode", (2000, 800), samples=samples, vae=vae)
+    _saved(graph, frames, (2400, 800), 16.0, "video/wan_vae_parallel")
     _about(
         graph,
-        "## Wan 2.2 14B, first and last frame to video",
+        "## Wan 2.2 14B, from a first frame to a last one",
         "**Load Wan VAE (Parallel)** stands for Load VAE, and nothing else has changed: **WanFirstLastFrameToVideo** "
         "and **VAE Decode** take its VAE as any other.",
         "Choose two pictures of the same proportions.",
@@ -525,8 +525,8 @@ TEMPLATES: dict[str, tuple[str, Callable[[Graph], None]]] = {
     "Encode a Video File to Latent": ("video_to_latent", video_to_latent),
     "Qwen-Image Text to Image": ("qwen_image", qwen_image),
     "Wan 2.1 1.3B Text to Video": ("text_to_video", wan21_text_to_video),
-    "Wan 2.1 VACE 14B Video and Picture to Video": ("vace", wan21_vace),
-    "Wan 2.2 14B First and Last Frame to Video": ("first_last_frame", wan22_first_last_frame),
+    "Wan 2.1 VACE 14B Video to Video": ("vace", wan21_vace),
+    "Wan 2.2 14B First-Last Frame": ("first_last_frame", wan22_first_last_frame),
     "Wan 2.2 14B Image to Video": ("image_to_video", wan22_image_to_video),
     "Wan 2.2 14B Text to Video": ("text_to_video_14b", wan22_text_to_video),
     "Wan 2.2 5B Text or Image to Video": ("text_to_video_5b", wan22_5b),
@@ -538,7 +538,7 @@ def decode_blueprint(graph: Graph) -> Json:
     vae = _promoted_vae(graph)
     frames = graph.node("WanVAEParallelDecode", (400, 0), samples=Promoted("samples"), vae=vae)
     text = "Decodes Wan latents to frames exactly, without tiles, on all GPUs."
-    return graph.blueprint("Wan VAE Decode (Parallel)", text, {"IMAGE": frames["IMAGE"]})
+    return graph.blueprint("Decode (Wan VAE Parallel)", text, {"IMAGE": frames["IMAGE"]})
 
 
 def encode_blueprint(graph: Graph) -> Json:
@@ -546,7 +546,7 @@ def encode_blueprint(graph: Graph) -> Json:
     vae = _promoted_vae(graph)
     latents = graph.node("WanVAEParallelEncode", (400, 0), pixels=Promoted("pixels"), vae=vae)
     text = "Encodes frames to Wan latents exactly, without tiles, on all GPUs."
-    return graph.blueprint("Wan VAE Encode (Parallel)", text, {"LATENT": latents["LATENT"]})
+    return graph.blueprint("Encode (Wan VAE Parallel)", text, {"LATENT": latents["LATENT"]})
 
 
 def decode_to_video_blueprint(graph: Graph) -> Json:
@@ -566,7 +566,7 @@ def decode_to_video_blueprint(graph: Graph) -> Json:
         save=Promoted("save", True),
     )
     text = "Decodes Wan latents straight to a video file, exactly, a few frames in memory at a time."
-    return graph.blueprint("Wan VAE Decode to Video (Parallel)", text, {"VIDEO": video["VIDEO"]})
+    return graph.blueprint("Decode to Video (Wan VAE Parallel)", text, {"VIDEO": video["VIDEO"]})
 
 
 BLUEPRINTS = [decode_blueprint, encode_blueprint, decode_to_video_blueprint]
