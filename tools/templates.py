@@ -487,7 +487,7 @@ def decode_to_video(graph: Graph) -> None:
 def encode_video(graph: Graph) -> None:
     """Shows our encode node; runs with the demo's files."""
     file = graph.node("LoadVideo", (0, 0), tall=340, file="demo.mp4")
-    vae = _vae(graph, "demo_vae", (0, 440))
+    vae = _vae(graph, "demo_vae", (400, 200))
     frames = graph.node("GetVideoComponents", (400, 0), video=file)
     latents = graph.node("WanVAEParallelEncode", (800, 0), pixels=frames["images"], vae=vae)
     graph.node(

@@ -22,6 +22,7 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 # The first frontend with all that is clicked here; older ones are only asked to open workflows.
 NEW_ENOUGH = (1, 45)
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.Minimap.Visible": False}
+SUBGRAPHS = sorted(path.stem for path in (REPOSITORY / "subgraphs").glob("*.json"))
 # What people type, and the node that they should be shown among the first results.
 TYPED = [
     ("wan vae", "Load Wan VAE (Parallel)"),
@@ -155,6 +156,34 @@ def test_every_template_opens_with_its_values_and_without_overlaps(editor, rende
     for index, (one, *a) in enumerate(boxes):
         for other, *b in boxes[index + 1 :]:
             assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3], (one, other)
+
+
+@pytest.mark.parametrize("name", SUBGRAPHS)
+def test_what_is_set_on_a_subgraph_reaches_the_nodes_inside(new_editor, name):
+    content = json.loads((REPOSITORY / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
+    new_editor.evaluate("content => app.loadGraphData(content, true, true)", content)
+    new_editor.wait_for_function("app.graph._nodes.length === 1 && app.graph._nodes[0].subgraph")
+    widgets = new_editor.evaluate("app.graph._nodes[0].widgets.map(widget => [widget.name, widget.value])")
+    place = content["nodes"][0]
+    names = [entry["name"] for entry in place["inputs"] if "widget" in entry]
+    assert widgets == [list(pair) for pair in zip(names, place["widgets_values"], strict=True)]
+    new_editor.evaluate("""() => {
+        const chosen = {vae_name: 'demo_vae.safetensors', devices: 'cpu'};
+        for (const widget of app.graph._nodes[0].widgets) if (widget.name in chosen) widget.value = chosen[widget.name];
+    }""")
+    prompt = new_editor.evaluate("async () => (await app.graphToPrompt()).output")
+    loader, worker = sorted(prompt.values(), key=lambda node: node["class_type"] != "WanVAEParallelLoader")
+    assert (loader["inputs"]["vae_name"], loader["inputs"]["devices"]) == ("demo_vae.safetensors", "cpu")
+    assert isinstance(worker["inputs"]["vae"], list)
+    for widget, value in widgets:
+        assert widget in loader["inputs"] or worker["inputs"][widget] == value
+
+
+def test_the_search_finds_the_subgraphs(new_editor):
+    new_editor.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    new_editor.get_by_role("dialog").get_by_role("combobox").first.fill("wan vae parallel")
+    for name in SUBGRAPHS:
+        new_editor.get_by_test_id("result-item").filter(has_text=name).filter(has_text="Blueprint").first.wait_for()
 
 
 def test_the_template_browser_shows_ours_with_pictures_and_opens_one(new_editor):
