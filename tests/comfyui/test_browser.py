@@ -4,8 +4,10 @@ Needs Playwright (``pip install playwright``) and a Chromium, Debian's or Playwr
 """
 
 import json
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -44,13 +46,20 @@ FIRST = 6
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
     executable = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    with api.sync_playwright() as playwright:
-        try:
-            running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        except api.Error as error:
-            pytest.skip(f"no Chromium: apt install chromium, or playwright install chromium ({str(error)[:200]})")
-        yield running
-        running.close()
+    with pytest.MonkeyPatch.context() as patch:
+        # Where Playwright keeps its own, which is below the cache folder, and tests have one of their own.
+        if "PLAYWRIGHT_BROWSERS_PATH" not in os.environ:
+            patch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(Path.home() / ".cache" / "ms-playwright"))
+        started = api.sync_playwright().start()
+    try:
+        running = started.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+    except api.Error as error:
+        started.stop()
+        reason = str(error).splitlines()[0]
+        pytest.skip(f"no Chromium: apt install chromium, or playwright install chromium ({reason})")
+    yield running
+    running.close()
+    started.stop()
 
 
 @pytest.fixture(scope="module")
