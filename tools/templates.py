@@ -237,7 +237,8 @@ def wan22_image_to_video(graph: Graph) -> None:
         "## Wan 2.2 14B, image to video",
         "**Load Wan VAE (Parallel)** stands for Load VAE. Its VAE encodes the picture for **WanImageToVideo**, and "
         "decodes the video, both exactly and on all GPUs.",
-        "Grey frames behind the picture, which are all alike, are encoded once.",
+        "Of the grey frames behind the picture, which are all alike, only the first few are encoded: what the rest "
+        "would give is known then.",
         _MISSING,
         _FURTHER,
     )

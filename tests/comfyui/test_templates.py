@@ -99,6 +99,14 @@ def test_there_is_a_template_for_each_way_of_making_a_video():
         assert model in text
 
 
+def test_the_list_of_workflows_has_each_with_the_nodes_that_it_shows():
+    text = (REPOSITORY / "workflows" / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|`]+) \| `(\w+)` \|", text, flags=re.MULTILINE))
+    assert rows == {name: api_name for name, (api_name, _) in TEMPLATES.items()}
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (REPOSITORY / "workflows" / picture).stat().st_size < 200_000
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_template_browser_gets_a_square_picture(server, name):
     assert name in server.get("/workflow_templates")["wan-vae-parallel"]
