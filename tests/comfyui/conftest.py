@@ -1,3 +1,6 @@
+import json
+import subprocess
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,3 +72,17 @@ def received(server):
         return load_file(server.output / name)["tensor"]
 
     return received
+
+
+@pytest.fixture(scope="session")
+def official(comfyui):
+    """ComfyUI's own workflows of the editor's format, by folder and name."""
+    path, python = comfyui
+    code = "import comfyui_workflow_templates_json as package; print(list(package.__path__)[0])"
+    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("the package comfyui_workflow_templates_json is not installed beside ComfyUI")
+    folders = [type(path)(found.stdout.strip()) / "templates", path / "blueprints"]
+    files = [file for folder in folders for file in sorted(folder.glob("*.json"))]
+    workflows = {f"{file.parent.name}/{file.stem}": json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {name: workflow for name, workflow in workflows.items() if "nodes" in workflow}

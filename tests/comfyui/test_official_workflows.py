@@ -1,36 +1,9 @@
 """The tool that puts Apply behind loaders, on all workflows that come with ComfyUI: templates and blueprints."""
 
 import copy
-import json
-import subprocess
 
-import pytest
-
+from tests.comfyui.editor_graphs import as_object, graphs
 from wan_vae_parallel.workflows import APPLY, make_parallel
-
-
-@pytest.fixture(scope="module")
-def official(comfyui):
-    """Workflows of the editor's format, by folder and name."""
-    path, python = comfyui
-    code = "import comfyui_workflow_templates_json as package; print(list(package.__path__)[0])"
-    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
-    if found.returncode:
-        pytest.skip("the package comfyui_workflow_templates_json is not installed beside ComfyUI")
-    folders = [type(path)(found.stdout.strip()) / "templates", path / "blueprints"]
-    files = [file for folder in folders for file in sorted(folder.glob("*.json"))]
-    workflows = {f"{file.parent.name}/{file.stem}": json.loads(file.read_text(encoding="utf-8")) for file in files}
-    return {name: workflow for name, workflow in workflows.items() if "nodes" in workflow}
-
-
-def graphs(workflow):
-    return [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
-
-
-def as_object(link):
-    if isinstance(link, dict):
-        return link
-    return dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
 
 
 def without_apply(workflow):

@@ -6,30 +6,39 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.comfyui.editor_graphs import NOTES
 from tests.comfyui.server import REPOSITORY
-from wan_vae_parallel import demo_latents, save_demo_checkpoint
+from tools.graphs import BYPASSED, Graph
+from tools.templates import MODELS, TEMPLATES
+from wan_vae_parallel import __version__, demo_latents, save_demo_checkpoint
 from wan_vae_parallel.files.latents import save_latents
 from wan_vae_parallel.files.video import open_output
 
-NAMES = ["decode_latent", "decode_to_video", "encode_video", "text_to_video", "video_to_latent"]
+NAMES = sorted(TEMPLATES)
 
 
 def workflow(name):
-    return json.loads((REPOSITORY / "workflows" / f"{name}.json").read_text())
+    return json.loads((REPOSITORY / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def api_workflow(name):
-    return json.loads((REPOSITORY / "workflows" / "api" / f"{name}.json").read_text())
+    return json.loads((REPOSITORY / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def in_the_prompt(node):
+    return node["type"] not in NOTES and node["mode"] != BYPASSED
 
 
 def test_the_template_browser_lists_just_the_editors_workflows(server):
     assert sorted(server.get("/workflow_templates")["wan-vae-parallel"]) == NAMES
+    in_the_api = {path.stem for path in (REPOSITORY / "workflows" / "api").iterdir()}
+    assert in_the_api == {name for name, _ in TEMPLATES.values()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_node_and_input_exists(server, name):
     info = server.get("/object_info")
-    for node in api_workflow(name).values():
+    for node in api_workflow(TEMPLATES[name][0]).values():
         inputs = info[node["class_type"]]["input"]
         known = {**inputs.get("required", {}), **inputs.get("optional", {})}
         assert set(node["inputs"]) <= set(known), node
@@ -38,12 +47,15 @@ def test_every_node_and_input_exists(server, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_editors_workflow_is_the_same_graph(name):
-    editor, api = workflow(name), api_workflow(name)
-    assert {str(node["id"]): node["type"] for node in editor["nodes"]} == {k: v["class_type"] for k, v in api.items()}
-    inputs_of = {node["id"]: node["inputs"] for node in editor["nodes"]}
+    editor, api = workflow(name), api_workflow(TEMPLATES[name][0])
+    nodes = {node["id"]: node for node in editor["nodes"] if in_the_prompt(node)}
+    assert {str(key): (node["type"], node["title"]) for key, node in nodes.items()} == {
+        key: (node["class_type"], node["_meta"]["title"]) for key, node in api.items()
+    }
     linked = {
-        (str(target), inputs_of[target][slot]["name"], str(origin), origin_slot)
+        (str(target), nodes[target]["inputs"][slot]["name"], str(origin), origin_slot)
         for _, origin, origin_slot, target, slot, _ in editor["links"]
+        if origin in nodes and target in nodes
     }
     assert linked == {
         (key, name, *value)
@@ -51,10 +63,29 @@ def test_the_editors_workflow_is_the_same_graph(name):
         for name, value in node["inputs"].items()
         if isinstance(value, list)
     }
-    for node in editor["nodes"]:
+    for node in nodes.values():
         values = [v for v in api[str(node["id"])]["inputs"].values() if not isinstance(v, list)]
         # the editor adds widgets of its own, such as what a seed does after a run
         assert all(value in node["widgets_values"] for value in values), node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_are_what_their_script_makes(server, name):
+    api_name, build = TEMPLATES[name]
+    graph = Graph(server.get("/object_info"), MODELS, ("0.8.0", __version__))
+    build(graph)
+    made = graph.api()
+    kept = api_workflow(api_name)
+    assert {key: node["_meta"]["title"] for key, node in made.items()} == {
+        key: node["_meta"]["title"] for key, node in kept.items()
+    }
+    for key, node in kept.items():
+        # A newer ComfyUI may have inputs that the files, made with the oldest, leave at their default.
+        assert {name: made[key]["inputs"][name] for name in node["inputs"]} == node["inputs"], node["class_type"]
+    places = {node["id"]: (node["pos"], node["properties"].get("models")) for node in workflow(name)["nodes"]}
+    assert places == {
+        node["id"]: (node["pos"], node["properties"].get("models")) for node in graph.editor(name)["nodes"]
+    }
 
 
 @pytest.mark.parametrize(("name", "last"), [("decode_latent", "5"), ("decode_to_video", "3")])
