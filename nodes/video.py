@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -186,7 +187,8 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                     default=False,
                     tooltip=(
                         "On: several latents, of a list or a batch, are consecutive parts of one video, and decoded "
-                        "without a seam. Off: each becomes a video of its own."
+                        "without a seam. Off: each becomes a video of its own; images, as PNG, become pictures of one "
+                        "folder."
                     ),
                 ),
                 io.Int.Input(
@@ -256,6 +258,8 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 "join off, or take them all from one kind of sampler"
             )
         videos = [parts] if join[0] else [[part] for part in parts]
+        if not join[0] and format[0] in _FORMATS and FORMATS[_FORMATS[format[0]][0]].pictures:
+            videos, normalized = _images_together(parts, normalized)
         sounds = _sounds(audio)
         since, frames, size = time.monotonic(), 0, (0, 0)
         # All of them before the first is decoded: nobody waits for some to hear of an error in another.
@@ -437,6 +441,22 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
         return io.NodeOutput(
             {"samples": encode_file(wan, path, size=(width, height), most=frames or None, chunk=chunk)}
         )
+
+
+def _images_together(
+    parts: Sequence[torch.Tensor], normalized: Sequence[bool]
+) -> tuple[list[list[torch.Tensor]], list[bool]]:
+    """Videos ``[1, z, T, h, w]`` each by itself, and images of one kind that follow one another as one batch."""
+    groups: list[list[torch.Tensor]] = []
+    kinds: list[tuple[Any, ...]] = []
+    for part, one in zip(parts, normalized, strict=True):
+        kind = (one, part.shape, part.dtype, part.device)
+        if part.shape[2] == 1 and kinds and kinds[-1] == kind:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+            kinds.append(kind)
+    return [[torch.cat(group)] for group in groups], [kind[0] for kind in kinds]
 
 
 def _sounds(audio: Sequence[Any] | None) -> list[Audio | None]:

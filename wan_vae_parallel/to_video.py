@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from .architecture import Architecture
-from .errors import ArgumentError, LatentError
+from .errors import ArgumentError, LatentError, OutputError
 from .files.audio import Audio
+from .files.kinds import user_path
 from .files.latents import check_latents
 from .files.settings import OutputSettings
-from .files.video import plan_output
+from .files.video import is_sequence, plan_output
+from .memory import images_that_pay
 from .ops.pixel_format import PixelFormat
 
 AnyAudio = str | Path | Audio | tuple[torch.Tensor, int]
@@ -135,13 +137,21 @@ class VideoDecode:
         on_wait: Callable[[], None] | None = None,
     ) -> None:
         latents = check_latents(latents, vae.architecture)
+        path = user_path(path, OutputError, another="name a file such as video.mp4")
         self.shape = latents.shape
         self._on_wait = on_wait
         self._frames = vae.output_shape(latents.shape)
+        parts = [latents]
+        # A batch's images are written as one video's frames, so that no more are in memory than are decoded together.
+        self._images = latents.shape[2] == 1 and is_sequence(path)
+        if self._images:
+            self._frames = torch.Size((1, len(latents), *self._frames[2:]))
+            parts = list(latents.split(images_that_pay(vae.architecture, *latents.shape[3:])))
         writes = vae.group is None or not dist.get_rank(vae.group)
         self._output = plan_output(path, self._frames, settings) if writes else None
         self._pixels = self._output.pixels if self._output else None
-        self._stream = vae.pixel_stream(latents, self._pixels, normalized, on_wait)
+        # Each is checked at the call.
+        self._streams = [vae.pixel_stream(part, self._pixels, normalized, on_wait) for part in parts]
 
     @property
     def files(self) -> list[Path]:
@@ -163,14 +173,14 @@ class VideoDecode:
             `files`.
         """
         if self._output is None:
-            for _ in self._stream:
+            for _ in self._steps():
                 pass
             return []
         done = 0
-        with contextlib.closing(self._stream), contextlib.ExitStack() as stack:
+        with contextlib.closing(self._steps()) as steps, contextlib.ExitStack() as stack:
             with at_work():
                 write = stack.enter_context(self._output.open(self._on_wait or _nothing))
-            for frames in self._stream:
+            for frames in steps:
                 with at_work():
                     write(frames)
                 done += frames.shape[1]
@@ -179,6 +189,13 @@ class VideoDecode:
             with at_work():
                 stack.close()
         return self._output.files
+
+    def _steps(self) -> Generator[torch.Tensor, None, None]:
+        """What is decoded, as it is written."""
+        for stream in self._streams:
+            with contextlib.closing(stream):
+                for frames in stream:
+                    yield frames.transpose(0, 1) if self._images else frames
 
 
 def _picture(frame: torch.Tensor, pixels: PixelFormat | None, shape: torch.Size) -> Picture:

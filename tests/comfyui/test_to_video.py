@@ -281,6 +281,28 @@ def test_each_video_of_a_list_has_a_name_and_a_size_of_its_own(server, send):
     assert widths == [48, 64, 64]
 
 
+def test_images_become_pictures_of_one_folder(server, send, received):
+    batch = latents(batch=5, frames=1)
+    graph = {
+        **to_video(send("l.safetensors", batch), format="PNG pictures 16 bit", save=True, filename_prefix="images"),
+        **components(),
+        **decoded(),
+    }
+    run = server.run(graph).check()
+    names = [(file["subfolder"], file["filename"]) for file in run.outputs("v")["images"]]
+    assert names == [("images_00001_", f"{number:05d}.png") for number in range(5)]
+    assert equal_to_rounding(received("frames.safetensors"), received("decoded.safetensors"))
+    # Of another size, or a video: a folder of its own.
+    graph |= {
+        "other": send("other.safetensors", latents(batch=2, frames=1, columns=4)),
+        "both": node("ProbeLatentList", one=["s", 0], other=["other", 0]),
+    }
+    graph["v"]["inputs"]["samples"] = ["both", 0]
+    run = server.run(graph).check()
+    folders = [file["subfolder"] for file in run.outputs("v")["images"]]
+    assert folders == ["images_00002_"] * 5 + ["images_00003_"] * 2
+
+
 def words(words):
     """Puts into the LATENT what WanVideoWrapper's sampler says beside its latents."""
     return node("ProbeAddWords", latent=["raw", 0], words=words)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import wan_vae_parallel as wvp
 from tests.oracle import load, oracle_vae, random_latents
 from tests.processes import children, patience, wait_until
+from wan_vae_parallel import to_video
 from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.runtime.local import LocalDecoder
@@ -148,6 +149,35 @@ def test_what_can_not_work_is_refused_before_the_first_step(vae, latents, tmp_pa
     with pytest.raises(error, match=words):
         vae.decode_to_video(latents, tmp_path / "v.mp4", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_images_of_a_batch_are_pictures_of_one_process_a_few_decoded_at_a_time(vae, latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_video, "images_that_pay", lambda *_: 3)
+    started, seen = [], []
+    begin = FedProcess.__init__
+
+    def remember(self, command):
+        begin(self, command)
+        started.append(self)
+
+    monkeypatch.setattr(FedProcess, "__init__", remember)
+    images = torch.cat([latents, latents.flip(3)], dim=2).transpose(0, 2)[:8].contiguous()
+    files = vae.decode_to_video(
+        images, tmp_path / "%02d.png", format="png16", on_chunk=lambda done, total, _: seen.append((done, total))
+    )
+    assert [file.name for file in files] == [f"{i:02d}.png" for i in range(8)]
+    expected = vae.decode(images)
+    for file, frame in zip(files, expected, strict=True):
+        assert (read(file, expected)[0] - frame[0]).abs().max() <= 0.5 / 65535 + 1e-5
+    assert len(started) == 1
+    assert seen == [(3, 8), (6, 8), (8, 8)]
+    # A tensor, and videos, are a batch's as ever.
+    vae.decode_to_video(images, tmp_path / "f.safetensors")
+    assert load_file(tmp_path / "f.safetensors")["frames"].shape == expected.shape
+    images[-1, 0] = torch.nan
+    with pytest.raises(wvp.LatentError, match="NaN"):
+        vae.decode_to_video(images, tmp_path / "none" / "%02d.png")
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize("change", ["nan", "infinite for the dtype"])

@@ -52,7 +52,7 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
     files = output_files(path, shape)
     if suffix == ".safetensors":
         return TensorOutput(path, shape, settings)
-    if not (_is_sequence(path) or suffix in VIDEO_SUFFIXES):
+    if not (is_sequence(path) or suffix in VIDEO_SUFFIXES):
         raise OutputError(
             f"{path} is no kind of file that frames are written to; name a {', '.join(VIDEO_SUFFIXES)}, "
             f".safetensors or a numbered frames/%04d.png"
@@ -143,14 +143,16 @@ def _fitted(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def output_files(path: str | Path, shape: Sequence[int]) -> list[Path]:
     """The files that frames of ``shape`` ``[B, T, H, W, C]`` become."""
     path, (batch, total) = Path(path), shape[:2]
-    if _is_sequence(path):
+    if is_sequence(path):
         return [path.parent / (path.name % i) for i in range(batch * total)]
     if batch == 1 or path.suffix.lower() == ".safetensors":
         return [path]
     return [path.with_stem(f"{path.stem}_{video + 1}") for video in range(batch)]
 
 
-def _is_sequence(path: Path) -> bool:
+def is_sequence(path: str | Path) -> bool:
+    """Whether it is the name of numbered pictures."""
+    path = Path(path)
     return path.suffix.lower() == ".png" and _NUMBER.fullmatch(path.name) is not None
 
 
