@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
     demo.add_argument("-o", "--output", type=Path, default=Path("wan-vae-parallel-demo"), help="folder to write to")
     demo.add_argument("--architecture", choices=sorted(USUAL_FPS), default="wan2.1", help="default: %(default)s")
     demo.add_argument("--width", type=int, help="base width of the VAE; default: the smallest, 8, or 16 of Wan 2.2")
-    demo.add_argument("--size", type=frame_size, default=(384, 224), help="of the frames; default: 384x224")
+    demo.add_argument("--size", type=frame_size, default=(384, 256), help="of the frames; default: 384x256")
     demo.add_argument("--latent-frames", type=positive, default=9, help="N make 4 * (N - 1) + 1 frames")
     add_engine_options(demo)
     demo.set_defaults(run=_run)
