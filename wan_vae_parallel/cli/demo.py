@@ -25,7 +25,7 @@ from .shared import Progress, add_engine_options, frame_size, latent_size, make_
 logger = logging.getLogger(__name__)
 
 # It encodes no more of its frames, whatever their number: without a GPU it takes its time.
-_ROUND_TRIP_FRAMES = 9
+_ROUND_TRIP_FRAMES = 5
 
 
 def add_parser(commands: Any) -> None:
