@@ -26,8 +26,10 @@ def listed_devices() -> dict[str, str]:
     The values are the same on every machine, so that workflows travel; names are only shown.
     """
     gpus = [device for device in available_devices() if device.type == "cuda"]
+    few = [gpus[:count] for count in range(2, len(gpus))] + [gpus[-count:] for count in range(len(gpus) - 2, 1, -1)]
+    some = [",".join(map(str, one)) for one in few]
     rest = [ALL_BUT_THE_FIRST] if len(gpus) > 1 else []
-    return {"auto": "", **{str(gpu): _gpu_name(gpu) for gpu in gpus}, **dict.fromkeys([*rest, "cpu"], "")}
+    return {"auto": "", **{str(gpu): _gpu_name(gpu) for gpu in gpus}, **dict.fromkeys([*some, *rest, "cpu"], "")}
 
 
 def _gpu_name(device: torch.device) -> str:

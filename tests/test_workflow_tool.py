@@ -226,3 +226,29 @@ def test_the_shell_says_what_is_no_workflow_and_writes_nothing(tmp_path, capsys,
     error = capsys.readouterr().err
     assert ("mine.json can't be read as JSON" if content != "{}" else "is no workflow of ComfyUI") in error
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"nodes": [{"id": 1, "type": "VAELoader", "widgets_values": ["wan_2.1_vae.safetensors"]}], "links": None},
+        {"nodes": [{"type": "VAELoader"}], "links": []},
+        {"1": {"class_type": "VAELoader", "inputs": None}},
+    ],
+)
+def test_a_workflow_that_comfyui_would_not_write_is_an_error_or_left_as_it_is(broken):
+    given = json.dumps(broken)
+    try:
+        changed, _ = make_parallel(broken)
+    except wvp.ArgumentError as error:
+        assert "save it anew" in str(error)  # noqa: PT017 (either is right)
+    else:
+        assert json.loads(given) == changed
+    assert json.dumps(broken) == given
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    file = tmp_path / "in.json"
+    file.write_text(json.dumps({"1": {"class_type": "VAELoader", "inputs": {"vae_name": "x"}}}), encoding="utf-8-sig")
+    assert main(["workflow", str(file), "-o", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["1"]["class_type"] == "VAELoader"

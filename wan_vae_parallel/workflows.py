@@ -84,11 +84,17 @@ def make_parallel(
     family = (*_FAMILY, *(name.lower() for name in names))
     known = _Known(family, tuple(name.lower() for name in names))
     widgets = [devices, dtype, 0, "auto"]
-    if isinstance(changed, dict) and isinstance(changed.get("nodes"), list) and "links" in changed:
-        return changed, list(_Editor(changed, known, widgets).work())
-    prompt = changed.get("prompt", changed) if isinstance(changed, dict) else None
-    if isinstance(prompt, dict) and any(_is_api_node(entry) for entry in prompt.values()):
-        return changed, list(_change_prompt(prompt, known, widgets))
+    try:
+        if isinstance(changed, dict) and isinstance(changed.get("nodes"), list) and "links" in changed:
+            return changed, list(_Editor(changed, known, widgets).work())
+        prompt = changed.get("prompt", changed) if isinstance(changed, dict) else None
+        if isinstance(prompt, dict) and any(_is_api_node(entry) for entry in prompt.values()):
+            return changed, list(_change_prompt(prompt, known, widgets))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"this workflow is not as ComfyUI writes one ({type(error).__name__}: {error}); open it in ComfyUI, and "
+            f"save it anew"
+        ) from error
     raise ArgumentError(
         "this JSON is no workflow of ComfyUI: it has neither 'nodes' and 'links', as the editor saves, nor nodes with "
         "a 'class_type', as it exports for the API"

@@ -8,19 +8,36 @@ function devicesOf(node) {
   return { names, widget: names && node.widgets?.find((one) => one.name === "devices") };
 }
 
+// Else the editor would mark what the list lacks as wrong.
+function admit(node) {
+  const { widget } = devicesOf(node);
+  if (widget?.value && Array.isArray(widget.options.values) && !widget.options.values.includes(widget.value)) {
+    widget.options.values = [...widget.options.values, widget.value];
+  }
+}
+
+function allNodes(graph = app.graph) {
+  const nodes = graph?._nodes ?? [];
+  return [...nodes, ...nodes.flatMap((node) => (node.subgraph ? allNodes(node.subgraph) : []))];
+}
+
 app.registerExtension({
   name: "wan-vae-parallel.devices",
   nodeCreated(node) {
     const { names, widget } = devicesOf(node);
-    if (widget) {
-      widget.options.getOptionLabel = (value) => (names[value] ? `${value} (${names[value]})` : String(value ?? ""));
-    }
+    if (!widget) return;
+    widget.options.getOptionLabel = (value) => (names[value] ? `${value} (${names[value]})` : String(value ?? ""));
+    // Of what is loaded, copied or pasted.
+    const before = node.onConfigure;
+    node.onConfigure = function (...given) {
+      const result = before?.apply(this, given);
+      admit(this);
+      return result;
+    };
   },
-  // Else the editor would mark it as wrong.
-  loadedGraphNode(node) {
-    const { widget } = devicesOf(node);
-    if (widget?.value && !widget.options.values.includes(widget.value)) {
-      widget.options.values = [...widget.options.values, widget.value];
-    }
+  loadedGraphNode: admit,
+  // After the lists were read anew, with R.
+  refreshComboInNodes() {
+    allNodes().forEach(admit);
   },
 });

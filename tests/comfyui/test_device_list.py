@@ -63,7 +63,7 @@ def editor(comfyui, tmp_path_factory):
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes 2.0"])
 @pytest.mark.parametrize("devices", ["auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"])
 def test_the_list_names_gpus_and_keeps_what_a_workflow_says(editor, devices, nodes_2):
-    workflow = json.loads((REPOSITORY / "workflows" / "decode_latent.json").read_text())
+    workflow = json.loads((REPOSITORY / "workflows" / "Decode a Saved Latent.json").read_text())
     loader = next(node for node in workflow["nodes"] if node["type"] == NODES[0])
     loader["widgets_values"][1] = devices
     page = editor(workflow, nodes_2=nodes_2)
@@ -73,6 +73,14 @@ def test_the_list_names_gpus_and_keeps_what_a_workflow_says(editor, devices, nod
     assert widget["offered"] == offered  # so that it is not marked as wrong
     assert widget["labels"][:5] == ["auto", "cuda:0 (NVIDIA H200)", "cuda:1 (NVIDIA RTX 4090)", *OPTIONS[3:]]
     assert widget["labels"][5:] == offered[5:]
+    # The lists read anew, and a copy.
+    page.evaluate("async () => { await window.app.refreshComboInNodes(); }")
+    assert page.evaluate(WIDGETS)[0]["offered"] == offered
+    copied = "type => window.app.graph._nodes.find((node) => node.type === type).clone().widgets"
+    (options,) = page.evaluate(
+        f"type => ({copied})(type).filter((one) => one.name === 'devices').map((one) => one.options.values)", NODES[0]
+    )
+    assert options == offered
     prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
     (sent,) = [node["inputs"]["devices"] for node in prompt.values() if node["class_type"] == NODES[0]]
     assert sent == devices

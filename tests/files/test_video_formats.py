@@ -437,7 +437,7 @@ SHAPE = FRAMES.shape
         ("v.mp4", (1, 5, 64, 96, 1), {}, "frames of 1 colours"),
         ("%d.png", SHAPE, {"audio": Audio(torch.zeros(1, 9), 48000)}, "can't hold sound"),
         ("v.mp4", SHAPE, {"odd": "stretch"}, "odd is 'stretch'; it must be pad or crop"),
-        ("v.mp4", SHAPE, {"ffmpeg": "no-such-ffmpeg"}, "no ffmpeg no-such-ffmpeg"),
+        ("v.mp4", SHAPE, {"ffmpeg": "no-such-ffmpeg"}, "no-such-ffmpeg can't be run here"),
     ],
 )
 def test_what_can_not_work_is_refused_before_the_start(tmp_path, name, shape, options, words):

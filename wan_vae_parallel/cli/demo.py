@@ -20,7 +20,7 @@ from ..files.whole import replacing
 from ..loading import load_vae
 from ..memory import free_memory, gibibytes
 from ..to_video import USUAL_FPS
-from .shared import Progress, add_engine_options, frame_size, latent_size, make_folder, positive, signals
+from .shared import Progress, add_engine_options, command_name, frame_size, latent_size, make_folder, positive, signals
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +83,14 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _next_steps(video: Path, checkpoint: Path, latents: Path) -> str:
+    command = command_name()
     return f"""
 Look at {video}: a wheel turns, a ball bounces, a word drifts.
 
 Next, with a VAE and latents of your own in place of the demo's:
-  wan-vae-parallel info {checkpoint}     # what memory it takes
-  wan-vae-parallel decode {latents} --vae {checkpoint} -o again.mp4
-  wan-vae-parallel bench                 # how fast it is here
+  {command} info {checkpoint}     # what memory it takes
+  {command} decode {latents} --vae {checkpoint} -o again.mp4
+  {command} bench     # how fast it is here
 In ComfyUI: copy {latents} to ComfyUI/input/ and {checkpoint} to
 ComfyUI/models/vae/, and open a workflow that decodes a latent from the template browser, under this pack's name.
 A real Wan 2.1 VAE: wan_2.1_vae.safetensors, of https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged"""

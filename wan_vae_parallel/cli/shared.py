@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -179,3 +180,9 @@ class Progress:
         """Ends its line."""
         if self._bar:
             print(file=sys.stderr)
+
+
+def command_name() -> str:
+    """How to call this program again: by its name, or as a module of this Python where it was called so."""
+    name = Path(sys.argv[0]).stem
+    return name if name == "wan-vae-parallel" else f"{shlex.quote(sys.executable)} -m wan_vae_parallel"

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     check_writable(options.output)
     try:
-        text = options.input.read_text(encoding="utf-8")
+        text = options.input.read_text(encoding="utf-8-sig")
         workflow = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error

@@ -61,7 +61,9 @@ def find_ffmpeg(asked: str | Path | None = None) -> str:
             ) from error
     found = shutil.which(str(asked))
     if found is None:
-        raise OutputError(f"there is no ffmpeg {asked} that can be run; name its path, or leave it away")
+        raise OutputError(
+            f"{asked} can't be run here; take the ffmpeg that came with this pack, which is the default, or install one"
+        )
     return found
 
 
