@@ -74,15 +74,22 @@ def received(server):
     return received
 
 
-@pytest.fixture(scope="session")
-def official(comfyui):
-    """ComfyUI's own workflows of the editor's format, by folder and name."""
-    path, python = comfyui
+def official_workflows(path, python):
+    """ComfyUI's own workflows of the editor's format, by folder and name; None without their package."""
     code = "import comfyui_workflow_templates_json as package; print(list(package.__path__)[0])"
     found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     if found.returncode:
-        pytest.skip("the package comfyui_workflow_templates_json is not installed beside ComfyUI")
+        return None
     folders = [type(path)(found.stdout.strip()) / "templates", path / "blueprints"]
     files = [file for folder in folders for file in sorted(folder.glob("*.json"))]
     workflows = {f"{file.parent.name}/{file.stem}": json.loads(file.read_text(encoding="utf-8")) for file in files}
     return {name: workflow for name, workflow in workflows.items() if "nodes" in workflow}
+
+
+@pytest.fixture(scope="session")
+def official(comfyui):
+    """`official_workflows` of the ComfyUI that the tests found."""
+    workflows = official_workflows(*comfyui)
+    if workflows is None:
+        pytest.skip("the package comfyui_workflow_templates_json is not installed beside ComfyUI")
+    return workflows
