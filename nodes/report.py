@@ -16,7 +16,7 @@ from ..wan_vae_parallel import Architecture
 def tell_decoded(frames: torch.Tensor, since: float, devices: Sequence[torch.device]) -> None:
     """Tells of ``frames`` ``[..., H, W, C]`` that were decoded since ``time.monotonic()`` was ``since``."""
     height, width = frames.shape[-3:-1]
-    tell_work("decoded", math.prod(frames.shape[:-3]), (height, width), since, devices)
+    tell_work(math.prod(frames.shape[:-3]), (height, width), since, devices)
 
 
 def tell_encoded(
@@ -25,15 +25,17 @@ def tell_encoded(
     """The same of the frames that ``latents`` ``[B, z, T, h, w]`` were encoded from."""
     batch, _, latent_frames, rows, columns = latents.shape
     size = (rows * architecture.encode_ratio, columns * architecture.encode_ratio)
-    tell_work("encoded", batch * architecture.frame_count(latent_frames), size, since, devices)
+    tell_work(batch * architecture.frame_count(latent_frames), size, since, devices)
 
 
-def tell_work(done: str, frames: int, size: tuple[int, int], since: float, devices: Sequence[torch.device]) -> None:
-    """Tells of so many ``frames`` of ``size`` (height, width), and what was done with them."""
-    where = ", ".join(str(device) for device in devices)
+def tell_work(frames: int, size: tuple[int, int], since: float, devices: Sequence[torch.device]) -> None:
+    """Tells of so many ``frames`` of ``size`` (height, width); about as much as fits into one line of a node."""
+    names = [str(device) for device in devices]
+    kind = "GPUs" if all(name.startswith("cuda") for name in names) else "processes"
+    where = names[0] if len(names) == 1 else f"{len(names)} {kind}"
     seconds = time.monotonic() - since
     count = "1 frame" if frames == 1 else f"{frames} frames"
-    _show(f"{count} of {size[1]}x{size[0]} {done} in {seconds:.{1 if seconds >= 10 else 2}f} s on {where}")
+    _show(f"{count} of {size[1]}x{size[0]}, {seconds:.{1 if seconds >= 10 else 2}f} s on {where}")
 
 
 def _show(text: str) -> None:

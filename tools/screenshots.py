@@ -128,6 +128,12 @@ def decoded_nodes2(editor: Editor) -> Image.Image:
 def decoded_old_renderer(editor: Editor) -> Image.Image:
     """The same in the old renderer."""
     editor.open(_workflow("Decode a Saved Latent"))
+    # Else nothing is decoded again, and nothing is said of it.
+    editor.page.evaluate(
+        """() => fetch('/free', { method: 'POST', headers: { 'Content-Type': 'application/json' },
+                                  body: JSON.stringify({ unload_models: true, free_memory: true }) })"""
+    )
+    editor.page.wait_for_timeout(1500)
     editor.run(5)
     return editor.graph(scale=0.9)
 

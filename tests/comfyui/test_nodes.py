@@ -188,10 +188,11 @@ def test_nodes_say_how_many_frames_they_made_in_what_time_and_where(server, send
     if core:
         graph["again"]["inputs"] |= {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4}
     run = server.run({**graph, "save": save("said", "again")}).check()
-    where = Devices.asked.replace(",", ", ")
+    count = Devices.asked.count(",") + 1
+    where = f"{count} processes" if count > 1 else Devices.asked
     assert [name for name, _ in run.texts] == ["decode", "encode", "again"]
-    for (_, text), done in zip(run.texts, ("decoded", "encoded", "decoded"), strict=True):
-        told = re.fullmatch(rf"5 frames of 80x48 {done} in (\d+\.\d+) s on {where}", text)
+    for _, text in run.texts:
+        told = re.fullmatch(rf"5 frames of 80x48, (\d+\.\d+) s on {where}", text)
         assert told, text
         assert 0 < float(told[1]) < 100
 
@@ -474,19 +475,19 @@ def test_without_a_server_nothing_is_said_and_nothing_fails(comfyui):
         "spec.loader.exec_module(sys.modules['pack'])\n"
         "import pack.nodes.report as report\n"
         "from comfy_execution.utils import CurrentNodeContext\n"
-        "report.tell_work('decoded', 1, (8, 8), 0.0, ['cpu'])\n"
+        "report.tell_work(1, (8, 8), 0.0, ['cpu'])\n"
         "import types\n"
         "sys.modules['server'] = server = types.ModuleType('server')\n"
         "server.PromptServer = type('PromptServer', (), {})\n"  # which nobody made yet
         "with CurrentNodeContext('prompt', 'node'):\n"
-        "    report.tell_work('decoded', 1, (8, 8), 0.0, ['cpu'])\n"
+        "    report.tell_work(1, (8, 8), 0.0, ['cpu'])\n"
         "    said = []\n"
         "    server.PromptServer.instance = types.SimpleNamespace(send_progress_text=lambda *it: said.append(it))\n"
-        "    report.tell_work('decoded', 1, (8, 16), 0.0, ['cpu'])\n"
+        "    report.tell_work(1, (8, 16), 0.0, ['cpu'])\n"
         "((text, node),) = said\n"
         "print(node, text)\n"
     )
     command = [python, "-c", script, str(path), str(REPOSITORY)]
     run = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=patience(120))
     assert run.returncode == 0, run.stderr
-    assert re.search(r"^node 1 frame of 16x8 decoded in [\d.]+ s on cpu$", run.stdout, flags=re.MULTILINE), run.stdout
+    assert re.search(r"^node 1 frame of 16x8, [\d.]+ s on cpu$", run.stdout, flags=re.MULTILINE), run.stdout
