@@ -42,5 +42,8 @@ def _show(text: str) -> None:
     """Puts ``text`` on the node that ComfyUI executes; nothing where there is none, or no server."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     context = get_executing_context()
-    if server is not None and context is not None:
-        server.send_progress_text(text, context.node_id)
+    if server is None or context is None:
+        return
+    # Of a node in a subgraph, "3:2", the one that stands for the subgraph gets it too.
+    for node in dict.fromkeys((context.node_id, str(context.node_id).partition(":")[0])):
+        server.send_progress_text(text, node)

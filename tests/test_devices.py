@@ -81,14 +81,14 @@ def test_with_gpus(devices, parsed):
         ("", "no device is named; write 'auto'"),
         (" , ", "no device is named"),
         ([], "no device is named"),
-        ("tpu", "'tpu' is no device; there are cpu, cuda:0, cuda:1, or write 'auto'"),
+        ("tpu", "'tpu' is no device; there are cpu, cuda:0, cuda:1: write some, with commas between, or 'auto'"),
         ("gpu:2", "device 'cuda:2' is not there"),
         ("cuda:0,GPU:0", "cuda:0 is named twice"),
         ("cuda:x", "'cuda:x' is no device"),
         ("cuda:2", "device 'cuda:2' is not there; there are cpu, cuda:0, cuda:1"),
         ("mps", "device 'mps' is not there"),
         ("meta", "device 'meta' is not there"),  # torch knows it, but nothing can be computed on it
-        ("auto,cuda:1", "'auto' is no device"),  # all or by name
+        ("auto,cuda:1", "has 'auto' beside others; write 'auto' alone"),
         ("cuda:0,cuda:0", "cuda:0 is named twice in 'cuda:0,cuda:0'; name each device once"),
         ("cuda,cuda:0", "cuda:0 is named twice"),  # two names of one
         ("cpu,cuda:1", "'cpu,cuda:1' mixes GPUs with the CPU, which would only wait for it; name one kind"),

@@ -54,6 +54,8 @@ def parse_devices(
         raise DeviceError(f"{devices!r} are none here: GPUs there are {len(there) - 1}; write 'auto'")
     if not names:
         raise DeviceError("no device is named; write 'auto', 'cpu', 'cuda:0' or several with commas between them")
+    if "auto" in names:
+        raise DeviceError(f"{devices!r} has 'auto' beside others; write 'auto' alone, for all GPUs, or name devices")
     parsed = [_parse_device(name, there) for name in names]
     twice = sorted({str(device) for device in parsed if device.type == "cuda" and parsed.count(device) > 1})
     if twice:
@@ -139,7 +141,9 @@ def _parse_device(name: str | torch.device, there: list[torch.device]) -> torch.
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise DeviceError(f"{name!r} is no device; there are {known}, or write 'auto'") from None
+        raise DeviceError(
+            f"{name!r} is no device; there are {known}: write some, with commas between, or 'auto'"
+        ) from None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
     if device.type == "cpu":

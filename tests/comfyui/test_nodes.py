@@ -486,8 +486,12 @@ def test_without_a_server_nothing_is_said_and_nothing_fails(comfyui):
         "    report.tell_work(1, (8, 16), 0.0, ['cpu'])\n"
         "((text, node),) = said\n"
         "print(node, text)\n"
+        "with CurrentNodeContext('prompt', '3:7:2'):\n"
+        "    report.tell_work(1, (8, 16), 0.0, ['cpu'])\n"
+        "print('then on', [node for _, node in said[1:]])\n"
     )
     command = [python, "-c", script, str(path), str(REPOSITORY)]
     run = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=patience(120))
     assert run.returncode == 0, run.stderr
     assert re.search(r"^node 1 frame of 16x8, [\d.]+ s on cpu$", run.stdout, flags=re.MULTILINE), run.stdout
+    assert "then on ['3:7:2', '3']" in run.stdout
