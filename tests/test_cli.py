@@ -58,7 +58,8 @@ def test_demo_makes_everything_and_says_where(tmp_path):
     steps = ["making a small VAE", "decoding it on cpu", "decoded 5", "encoding its first 5", "encoded 5", "decoded 5"]
     assert [line.startswith(step) for line, step in zip(done.stderr.splitlines(), steps, strict=True)] == [True] * 6
     # What to do next is what can be done.
-    command = re.search(r"wan-vae-parallel (decode .* -o again.mp4)", done.stdout)[1]
+    program, command = re.search(r"^  (.*) (decode .* -o again.mp4)", done.stdout, flags=re.MULTILINE).groups()
+    assert program in ("wan-vae-parallel", f"{sys.executable} -m wan_vae_parallel")
     assert "ComfyUI/models/vae/" in done.stdout
     again = run(*command.replace("again.mp4", str(tmp_path / "again.safetensors")).split(), "--devices", "cpu")
     assert again.returncode == 0, again.stderr
