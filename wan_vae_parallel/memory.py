@@ -26,6 +26,7 @@ from .ops.dispatch import KERNEL_DTYPES
 from .ops.layer_kinds import LayerKind
 from .ops.limits import WEIGHTS_AT_ONCE
 from .ops.norm_silu import BLOCK_ELEMENTS
+from .ops.pixels import tap_channels
 
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
 # and more frames would only cost memory.
@@ -139,17 +140,19 @@ def encode_memory(
     rows, columns = size
     needs = _encoder_skeleton(architecture).page_needs(chunk, image=image)
     kept, others = _page_elements(needs, rows, columns, videos=1, keeps=not image, gather=not kernels)
-    pixels = chunk * architecture.input_channels * architecture.encode_ratio**2 * rows * columns
+    frame = architecture.input_channels * architecture.encode_ratio**2 * rows * columns
+    seen = 1 if image else architecture.kernel_frames
     return DeviceMemory(
         weights=(
             encoder_parameter_count(architecture) + (_present_elements(_encoder_skeleton(architecture)) if image else 0)
         )
         * dtype.itemsize,
         caches=kept * dtype.itemsize,
-        step=(others + _live_encoder_elements(architecture, rows, columns, chunk)) * dtype.itemsize
+        step=(others + _live_encoder_elements(architecture, rows, columns, chunk, seen, gather=not kernels))
+        * dtype.itemsize
         + (0 if kernels else min(_NORM_BYTES, 8 * chunk * rows * columns * 64 * (architecture.encoder_width or 0)))
-        # Pixels: the step's own and the next one's, at least fp32, and the last frame's copy.
-        + 3 * pixels * max(4, dtype.itemsize),
+        # Pixels, at least fp32: the step's own and the next one's, the last frame's copy, and past frames.
+        + (3 * chunk + seen - 1) * frame * max(4, dtype.itemsize),
     )
 
 
@@ -421,12 +424,18 @@ def _attention_weights(positions: int, chunk: int) -> int:
     return min(WEIGHTS_AT_ONCE, chunk * positions * (positions + 128))
 
 
-def _live_encoder_elements(architecture: Architecture, rows: int, columns: int, chunk: int) -> int:
-    """The same of an encoder, with what waits in front of coarser stages."""
+def _live_encoder_elements(
+    architecture: Architecture, rows: int, columns: int, chunk: int, seen: int, *, gather: bool
+) -> int:
+    """The same of an encoder whose first convolution sees so many frames, with what waits before coarser stages."""
     stages = architecture.down_stages
     last = stages[-1].channels
     # Attention: as the decoder's.
     live = [9 * last * chunk * rows * columns + _attention_weights(rows * columns, chunk)]
+    # The first convolution: neighbourhoods of pixels, which PyTorch's kernels copy, and its result.
+    taps = tap_channels(architecture.input_channels * architecture.encoder_patch**2) * (1 + gather)
+    finest = rows * columns * stages[0].scale ** 2
+    live.append(finest * (taps * (chunk + seen - 1) + chunk * stages[0].in_channels))
     for stage in stages:
         at_scale = chunk * rows * columns * stage.scale**2
         # A block's input and result, and what a shortcut waits with: for its other half, too.

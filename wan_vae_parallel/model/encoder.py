@@ -38,8 +38,8 @@ class Downsample(nn.Module):
 
     def needs(self, chunk: int, *, image: bool = False) -> Needs:
         """The pages that it uses."""
-        # Passing: what the last block reads and what it writes.
-        own = {self.conv[0].key: PageNeed(passing=2 * chunk)}
+        # Passing: what the last block reads and, of several frames, what it writes.
+        own = {self.conv[0].key: PageNeed(passing=2 * chunk if chunk > 1 else 1)}
         return add_needs([own, self.time_conv.needs(chunk, image=image) if self.time_conv else {}])
 
 
@@ -114,11 +114,17 @@ class DownStageRun:
         *others, last = self.blocks
         for i, block in enumerate(others):
             x = block(x, state, keep=self.shortcut and i == 0)
-        if self.exit is not None:
-            frames = state.take(self.exit.conv[0].key, len(x))
+        key = self.exit.conv[0].key if self.exit is not None else None
+        if key and len(x) > 1:
+            frames = state.take(key, len(x))
             last(x, state, into=frames)
             return frames, source
         x = last(x, state, keep=x is source and self.shortcut)
+        if key:
+            # One frame alone needs no place beside those that the block read: it is copied to where the oldest lay.
+            frames = state.take(key, 1)
+            frames.arena[frames.slots[0], key.border : -key.border, key.border : -key.border].copy_(x[0])
+            return frames, source
         if self.shortcut:
             x.add_(source)
         for more in self.tail:
@@ -200,7 +206,7 @@ class Encoding:
             yield from join.put(None, None, counts, state) if join and not state.image else [Piece(None, counts)]
             return
         if stage.conv:
-            x = stage.conv.convolve(x, state, patch=self._encoder.architecture.encoder_patch, margins=self._margins)
+            x = stage.conv(x, state, patch=self._encoder.architecture.encoder_patch, margins=self._margins)
         left, source = stage.run(x, state)
         del x
         if isinstance(left, torch.Tensor):

@@ -186,7 +186,10 @@ class TimeDownConv(CausalConv3d):
 
 
 class PixelConv(CausalConv3d):
-    """The encoder's first convolution, from pixels; they come with their neighbourhoods, see `ops.pixels`."""
+    """The encoder's first convolution, from pixels; they come with their neighbourhoods, see `ops.pixels`.
+
+    It remembers pixels, whose neighbourhoods would take ten times as much, and spreads them anew for each step.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, scale: int, kernel_frames: int = 3) -> None:
         super().__init__(tap_channels(in_channels), out_channels, scale=scale, kernel=(kernel_frames, 1, 1))
@@ -197,23 +200,49 @@ class PixelConv(CausalConv3d):
         super()._load_from_state_dict(*args)
         self._spread = None
 
+    def needs(self, chunk: int, *, image: bool = False) -> dict[PageKey, PageNeed]:  # noqa: ARG002 (as the others)
+        """No pages."""
+        return {}
+
     def arena_weight(self) -> torch.Tensor:
         if self._spread is None:
             self._spread = spread_pixel_weight(self.weight)
         return self._spread
 
-    def convolve(self, pixels: torch.Tensor, state: StreamState, *, patch: int, margins: Margins) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # takes no frames of pages
+        self, pixels: torch.Tensor, state: StreamState, *, patch: int, margins: Margins
+    ) -> torch.Tensor:
         """``[T, H, W, O]`` of pixels ``[T, H', W', C]`` in [0, 1], which have their margins; see `gather_taps`."""
-        frames = self.take(len(pixels), state)
-        gather_taps(
-            pixels,
-            patch=patch,
-            margins=margins,
+        count = 0 if state.image else self.past_frames
+        past = state.past_pixels[-count:] if count and state.past_pixels is not None else pixels[:0]
+        rows = pixels.shape[1] // patch - margins.top - margins.bottom
+        columns = pixels.shape[2] // patch - margins.left - margins.right
+        shape = (columns, rows) if state.transposed else (rows, columns)
+        taps = self.weight.new_empty((count + len(pixels), *shape, self.key.channels))
+        slots = torch.arange(len(taps), dtype=torch.int32, device=taps.device)
+        missing = count - len(past)
+        taps[:missing] = 0  # blank frames, of which a half would be the pixels
+        for frames, first in ((past, missing), (pixels, count)):
+            if len(frames):
+                gather_taps(
+                    frames,
+                    patch=patch,
+                    margins=margins,
+                    transposed=state.transposed,
+                    arena=taps,
+                    slots=slots[first : first + len(frames)],
+                )
+        if count:
+            # Whoever gave these pixels writes over them.
+            state.past_pixels = torch.cat([past, pixels[-count:]])[-count:].clone()
+        return conv(
+            taps,
+            slots,
+            self.present_weight() if state.image else self.arena_weight(),
+            self.bias,
             transposed=state.transposed,
-            arena=frames.arena,
-            slots=frames.index,
+            cudnn=self.cudnn,
         )
-        return self(frames, state)
 
 
 class HeadConv(CausalConv3d):

@@ -260,6 +260,7 @@ class StreamState:
         transposed: whether rows and columns of the video have changed places.
         first: whether this step holds the video's first frame, and first latent frame (which stand alone).
         image: whether there is one frame, or several images that know nothing of one another.
+        past_pixels: ``[T, H', W', C]``, the last that an encoder saw; None before its first step.
     """
 
     def __init__(
@@ -282,6 +283,7 @@ class StreamState:
         self.transposed = transposed
         self.first = True
         self.image = not keeps
+        self.past_pixels: torch.Tensor | None = None
         self._pages = pages
         self._past: dict[Hashable, Frames] = {}
         # Convolutions whose past is still a blank one, or partly.
