@@ -132,7 +132,7 @@ class LocalEncodeRun:
             chunk //= 2
 
     def _pieces(self, video: int, chunk: int) -> Iterator[Piece]:
-        found = pieces(self._source.blocks(video, chunk))
+        found = pieces(self._source.blocks(video, chunk), ahead=self._source.again)
         while True:
             self._asking = True
             piece = next(found, None)

@@ -327,7 +327,7 @@ class GroupEncodeRun:
     def _pieces(self, video: int) -> Iterator[Piece]:
         """The video's pieces, of which all ranks have seen that they are the same."""
         coordinator = self._coordinator
-        found = pieces(self._source.blocks(video, self.chunk))
+        found = pieces(self._source.blocks(video, self.chunk), ahead=self._source.again)
         while True:
             # The first rank says before each piece whether there is to be one.
             if not coordinator.from_first(True):

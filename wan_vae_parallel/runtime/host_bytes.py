@@ -1,14 +1,16 @@
 """Copies and comparisons of large tensors on the host, by a few threads of our own.
 
 PyTorch wakes as many threads as there are cores for each of its operations; where these are many, or have other work,
-that takes longer than the operation. NumPy lets other threads run while it works.
+that takes longer than the operation. NumPy and the C library let other threads run while they work.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,7 +42,24 @@ def copy(into: torch.Tensor, values: torch.Tensor) -> None:
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype on the host hold the same bits: NaN equals NaN, 0 is not -0."""
-    return bool(np.all(_in_parts(np.array_equal, _bits(one), _bits(other))))
+    compare = _memcmp()
+    if compare and one.is_contiguous() and other.is_contiguous():
+        # As rows of values that lie one after the other.
+        rows = (_bits(tensor).reshape(-1) for tensor in (one, other))
+        found = _in_parts(lambda a, b: compare(a.ctypes.data, b.ctypes.data, a.nbytes) == 0, *rows)
+    else:
+        found = _in_parts(np.array_equal, _bits(one), _bits(other))
+    return bool(np.all(found))
+
+
+@functools.cache
+def _memcmp() -> Callable[[int, int, int], int] | None:
+    """The C library's, which reads as fast as memory gives, where NumPy also writes what it found for each value."""
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).memcmp
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return function
 
 
 def _bits(tensor: torch.Tensor) -> _Bits:

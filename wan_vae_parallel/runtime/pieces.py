@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..model.lines import Piece
-from .repeats import RepeatCounter
+from .repeats import counted, counted_ahead
 
 
 def blocks(video: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
@@ -49,11 +49,14 @@ def whole_groups(frames: Iterable[torch.Tensor], most: int, ratio: int) -> Itera
             del together
 
 
-def pieces(parts: Iterable[torch.Tensor]) -> Iterator[Piece]:
-    """``parts`` ``[t, H, W, C]`` without the frames that equal the one before them."""
-    count = RepeatCounter()
-    for part in parts:
-        counts = count(part)
+def pieces(parts: Iterable[torch.Tensor], *, ahead: bool = False) -> Iterator[Piece]:
+    """``parts`` ``[T, H, W, C]`` without the frames that equal the one before them.
+
+    Args:
+        parts: of a video.
+        ahead: all are there and stay, so that they may be looked at before they are asked for.
+    """
+    for part, counts in counted_ahead(parts) if ahead else counted(parts):
         new = [i for i, one in enumerate(counts) if one == 0]
         if not new:
             yield Piece(None, counts)

@@ -140,7 +140,7 @@ class PoolEncodeRun:
         before = pool.rings
         pixels, latents = self._open_rings(chunk)
         with contextlib.nullcontext() if pool.rings is before else populating(pixels):
-            yield from self._through_rings(pieces(source.blocks(video, chunk)), pixels, latents)
+            yield from self._through_rings(pieces(source.blocks(video, chunk), ahead=source.again), pixels, latents)
 
     def _through_rings(
         self, parts: Iterator[Piece], pixels: torch.Tensor, latents: torch.Tensor
