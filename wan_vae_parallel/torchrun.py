@@ -95,9 +95,9 @@ def _store(name: str) -> Store:
     What the ranks of an attempt before this one said there (``torchrun --max-restarts``) is not heard.
     """
     try:
-        found = dist.rendezvous("env://", timeout=timedelta(seconds=WORD_SECONDS))  # type: ignore[attr-defined]
+        found = dist.rendezvous("env://", timeout=timedelta(seconds=WORD_SECONDS))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"attempt {attempt}", next(found)[0])  # type: ignore[attr-defined]  # torch does not list it
+        return dist.PrefixStore(f"attempt {attempt}", next(found)[0])
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
             f"{name} can't reach the first machine at {os.environ.get('MASTER_ADDR')}, port "

@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bench import comfyui
+from tests.bench.comfyui.bench import Bench, bench, machine
+from tests.bench.comfyui.works import CHECKPOINT, Contender
 from tests.bench.footprint import MARK
 from tests.comfyui.conftest import random_checkpoint
 from tests.comfyui.server import find_comfyui, node
@@ -69,10 +70,13 @@ def peak_of(mark: str) -> Iterator[list[int]]:
         thread.join()
 
 
-def graph(options: argparse.Namespace, contender: comfyui.Contender, way: str, name: str, frames: int) -> dict:
+def graph(options: argparse.Namespace, contender: Contender, way: str, name: str, frames: int) -> dict:
     """Latents to a file, by one of the ways."""
     wired = {"samples": ["latent", 0], "vae": ["vae", 0]}
-    nodes = {"latent": node("ProbeLoadTensor", name=name), "vae": contender.loader(options)}
+    nodes = {
+        "latent": node("ProbeLoadTensor", name=name),
+        "vae": contender.loader(cpu=options.cpu, chunk=options.chunk),
+    }
     prefix = f"bench/{way}_{frames}"
     if way == "video":
         given = {"fps": 16.0, "format": "MP4 H.264 8 bit", "quality": options.quality, "save": True}
@@ -86,9 +90,9 @@ def graph(options: argparse.Namespace, contender: comfyui.Contender, way: str, n
     }
 
 
-def measure(options: argparse.Namespace, server: comfyui.Bench, way: str, frames: int) -> dict:
+def measure(options: argparse.Namespace, server: Bench, way: str, frames: int) -> dict:
     """Seconds of each repeat, and the most memory above what was there before."""
-    contender = comfyui.Contender(0 if way == "core" else options.devices)
+    contender = Contender(0 if way == "core" else options.devices)
     columns, rows = (int(side) // 8 for side in options.size.split("x"))
     seconds, memory = [], []
     for repeat in range(options.repeats + 1):
@@ -127,7 +131,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write every number")
     options = parser.parse_args()
     options.comfyui, options.cold_cache, options.warm_cache, options.cache = find_comfyui(), False, False, None
-    options.first_after, options.park = None, False
     if options.comfyui is None:
         parser.error("no ComfyUI found: set COMFYUI_PATH and COMFYUI_PYTHON")
     lengths = [int(count) for count in options.frames.split(",")]
@@ -138,15 +141,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.folder, options.models = folder, Path(folder) / "models"
         options.models.mkdir()
-        random_checkpoint(options.models / comfyui.CHECKPOINT, width=options.width)
-        tensors = load_file(options.models / comfyui.CHECKPOINT)
-        save_file({key: value.bfloat16() for key, value in tensors.items()}, options.models / comfyui.CHECKPOINT)
+        random_checkpoint(options.models / CHECKPOINT, width=options.width)
+        tensors = load_file(options.models / CHECKPOINT)
+        save_file({key: value.bfloat16() for key, value in tensors.items()}, options.models / CHECKPOINT)
         options.frames = lengths[0]
-        title = comfyui.heading(options)
+        title = machine(options)
         print(f"{title}; {options.size}, ours on {options.devices} devices, quality {options.quality}", flush=True)
         print("| way | frames | seconds, first | median of later | peak above idle |")
         print("| --- | --- | --- | --- | --- |")
-        with comfyui.bench(options, comfyui.Contender(options.devices)) as server:
+        with bench(options, Contender(options.devices)) as server:
             for frames in lengths:
                 for way in ways:
                     row = measure(options, server, way, frames)

@@ -223,7 +223,7 @@ class Coordinator:
 def word_store(store: Store, ranks: Iterable[int]) -> Store:
     """The part of a world's ``store`` where ``ranks`` leave their words."""
     name = f"wan-vae-parallel/{'-'.join(map(str, ranks))}"
-    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # torch does not list it
+    return dist.PrefixStore(name, store)
 
 
 def report_failure(words: Store, text: str) -> str:

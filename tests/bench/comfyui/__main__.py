@@ -27,10 +27,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,11 +37,10 @@ import torch
 import websocket
 from safetensors.torch import load_file, save_file
 
-from tests.bench.comfyui.bench import Row, bench
+from tests.bench.comfyui.bench import Row, bench, machine
 from tests.bench.comfyui.works import CHECKPOINT, Contender, Decode, Encode, ImageToVideo
-from tests.bench.footprint import gpu_names
 from tests.comfyui.conftest import random_checkpoint
-from tests.comfyui.server import REPOSITORY, find_comfyui
+from tests.comfyui.server import find_comfyui
 
 # Two clocks may differ by this much before the row says so.
 CLOCKS_DIFFER_SECONDS, CLOCKS_DIFFER_SHARE = 0.03, 0.03
@@ -133,21 +129,10 @@ def doubts(row: Row, core: Row | None) -> list[str]:
 
 def heading(options: argparse.Namespace) -> str:
     """Machine, versions and what was asked for."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    path, python = options.comfyui
-    version = (path / "comfyui_version.py").read_text().rpartition("=")[2].strip(' \n"')
-    theirs = "import torch; print(torch.__version__, torch.backends.cudnn.version())"
-    torch_version = subprocess.run([str(python), "-c", theirs], capture_output=True, text=True, check=True).stdout
-    names = gpu_names()  # not by torch, which would make this process a CUDA context
-    where = "CPU" if options.cpu else f"{len(names)} x {', '.join(dict.fromkeys(names))}"
     cache = "cold" if options.cold_cache else "warm" if options.warm_cache else "the user's"
     return (
-        f"# {where}, {os.cpu_count()} cores, Python {platform.python_version()}, torch and cuDNN "
-        f"{torch_version.strip()}, ComfyUI {version} {options.server_options}\n"
-        f"# commit {commit.stdout.strip() or 'unknown'}; {type(options.work).__name__}, {options.frames} frames, "
-        f"width {options.width}; cache: {cache}; first run "
+        f"{machine(options)}; {type(options.work).__name__}, {options.frames} frames, width {options.width}; "
+        f"cache: {cache}; first run "
         + ("right after the loader" if options.first_after is None else f"{options.first_after:g} s after the loader")
         + ("; before each later one a model asks for all memory" if options.park else "")
     )

@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import platform
 import shlex
+import subprocess
 import tempfile
 import threading
 import time
@@ -16,10 +19,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bench.comfyui.works import Contender
-from tests.bench.footprint import MARK, described, settled, used_on_gpus
-from tests.comfyui.server import Run, Server, node
+from tests.bench.footprint import MARK, described, gpu_names, settled, used_on_gpus
+from tests.comfyui.server import REPOSITORY, Run, Server, node
 
 PACK = {"bench": Path(__file__).parent / "pack"}
+
+
+def machine(options: argparse.Namespace) -> str:
+    """GPUs, versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    path, python = options.comfyui
+    version = (path / "comfyui_version.py").read_text().rpartition("=")[2].strip(' \n"')
+    theirs = "import torch; print(torch.__version__, torch.backends.cudnn.version())"
+    torch_version = subprocess.run([str(python), "-c", theirs], capture_output=True, text=True, check=True).stdout
+    names = gpu_names()  # not by torch, which would make this process a CUDA context
+    where = "CPU" if options.cpu else f"{len(names)} x {', '.join(dict.fromkeys(names))}"
+    return (
+        f"# {where}, {os.cpu_count()} cores, Python {platform.python_version()}, torch and cuDNN "
+        f"{torch_version.strip()}, ComfyUI {version} {options.server_options}\n"
+        f"# commit {commit.stdout.strip() or 'unknown'}"
+    )
 
 
 @dataclass
@@ -83,7 +104,7 @@ class Bench:
 
     def free(self) -> None:
         """What ComfyUI's button for it does."""
-        self.server.free()
+        self.server.post("/free", {"unload_models": True, "free_memory": True})
 
     def graph(self, size: str, index: int) -> dict:
         """The graph of the run ``index``."""
