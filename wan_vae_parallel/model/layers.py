@@ -174,11 +174,12 @@ class TimeDownConv(CausalConv3d):
         super().__init__(channels, channels, scale=scale, kernel=(kernel_frames, 1, 1), time_stride=stride)
 
     def needs(self, chunk: int, *, image: bool = False) -> dict[PageKey, PageNeed]:
-        """The pages that it uses, for ``chunk`` frames at once, and `lines.Join`'s copies."""
+        """The pages that it uses, for ``chunk`` frames at once, and what `lines.Join` copies."""
         if image:
             return {self.key: PageNeed(passing=chunk)}
-        # It never sees a blank past. One may wait for its other half, and two be copied.
-        return {self.key: PageNeed(kept=self.past_frames, passing=chunk + 3)}
+        # It never sees a blank past. Beside a step's frames one waits for its other half, or a repeated one's copy
+        # stands for it; where all of a step's repeat, there are two of these and nothing else.
+        return {self.key: PageNeed(kept=self.past_frames, passing=chunk + 1)}
 
     def begin(self, frames: Frames, state: StreamState) -> None:
         """Remembers the video's first frame."""
