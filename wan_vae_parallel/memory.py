@@ -37,6 +37,9 @@ _ENOUGH_ENCODED_POSITIONS = 2 * 720 * 1280
 # Two cores take 1.7 s of their time for 10,000 such pixels in fp32. 64x64: 27 s for 33 frames with chunk 1, 18 s with 2
 # and 17 s with 4 or 8, in steps of 1.2, 1.6, 2.7 and 5.3 s. 128x128: 35, 34 and 34 s for 17 frames with 1, 2 and 4.
 _CPU_PIXELS, _CPU_WIDTH = 128 * 128, 96
+# Steps of an encode that one device gets before the first of them is waited for. Two chunks of pixels make one of the
+# next stage, so that much work follows on little: a device never waits for the host where several are on their way.
+ENCODE_AHEAD = 4
 # The norm's fp32 intermediates, at most: two blocks.
 _NORM_BYTES = 2 * BLOCK_ELEMENTS * 4
 # Share of the free memory that is planned with; the rest is for fragmentation and the libraries' own buffers.
@@ -151,8 +154,8 @@ def encode_memory(
         step=(others + _live_encoder_elements(architecture, rows, columns, chunk, seen, gather=not kernels))
         * dtype.itemsize
         + (0 if kernels else min(_NORM_BYTES, 8 * chunk * rows * columns * 64 * (architecture.encoder_width or 0)))
-        # Pixels, at least fp32: the step's own and the next one's, the last frame's copy, and past frames.
-        + (3 * chunk + seen - 1) * frame * max(4, dtype.itemsize),
+        # Pixels, at least fp32: those of steps that are begun, the last frame's copy, and past frames.
+        + ((2 + ENCODE_AHEAD) * chunk + seen - 1) * frame * max(4, dtype.itemsize),
     )
 
 

@@ -222,7 +222,8 @@ def test_the_pattern_matches_the_conversions_of_a_planar_convolution():
 # The way to the host.
 
 
-def test_frames_arrive_on_the_host_in_order_and_whole():
+@pytest.mark.parametrize("ahead", [1, 4, 9])
+def test_frames_arrive_on_the_host_in_order_and_whole(ahead):
     sizes = [1, 4, 4, 2, 8, 3]  # buffers grow, shrink and are used again
 
     def frames():
@@ -233,7 +234,7 @@ def test_frames_arrive_on_the_host_in_order_and_whole():
                 made = made + 1
             yield Frames.of(made)
 
-    for i, (size, (host, finite)) in enumerate(zip(sizes, to_host(frames(), CUDA), strict=True)):
+    for i, (size, (host, finite)) in enumerate(zip(sizes, to_host(frames(), CUDA, ahead), strict=True)):
         assert finite
         assert host.device.type == "cpu"
         assert host.shape == (1, size, 256, 256, 3)

@@ -10,15 +10,16 @@ import torch
 from .steps import Frames, Latents
 
 
-def to_host(frames: Iterator[Frames], device: torch.device) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Copies each step's values to the host, one step behind the device.
+def to_host(frames: Iterator[Frames], device: torch.device, ahead: int = 1) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Copies each step's values to the host, some steps behind the device.
 
-    The copy of one step runs while the device works on the next; two page-locked buffers take turns. All work goes to
-    the stream that is current at the beginning, whichever is when the next tensor is asked for.
+    The copy of one step runs while the device works on the next; page-locked buffers take turns. All work goes to the
+    stream that is current at the beginning, whichever is when the next tensor is asked for.
 
     Args:
         frames: of steps, on ``device``.
         device: where they are; on the CPU they pass through.
+        ahead: steps that the device gets before the first of them is waited for.
 
     Yields:
         The values on the host, each valid until the next ones are asked for, and whether they are free of NaN.
@@ -28,29 +29,32 @@ def to_host(frames: Iterator[Frames], device: torch.device) -> Iterator[tuple[to
             yield on_host.values, bool(on_host.finite)
         return
     stream = torch.cuda.current_stream(device)
-    first = waiting = None
-    second: _Buffer | None = None
+    waiting: collections.deque[_Buffer] = collections.deque()
+    spare: collections.deque[_Buffer] = collections.deque()
+    most = 0
     while True:
         with torch.cuda.stream(stream):
             step = next(frames, None)
             if step is not None:
-                first, second = second, first
-                if first is None or not first.fits(step.values):
-                    first = _Buffer(step.values)
-                first.take(step)
-        if waiting:
-            yield waiting.content()
+                buffer = spare.popleft() if spare else None
+                if buffer is None or not buffer.fits(step.values):
+                    most = max(most, step.values.numel())
+                    buffer = _Buffer(most, step.values.dtype)
+                buffer.take(step)
+                waiting.append(buffer)
+        while len(waiting) > (ahead if step is not None else 0):
+            yield waiting[0].content()
+            spare.append(waiting.popleft())
         if step is None:
             return
-        waiting = first
 
 
 class _Buffer:
-    """Page-locked memory for steps of at most as many frames as ``batch`` has."""
+    """Page-locked memory for steps of at most so many values."""
 
-    def __init__(self, batch: torch.Tensor) -> None:
+    def __init__(self, values: int, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # they may be written to in another mode than they were made in
-            self._memory = torch.empty(batch.numel(), dtype=batch.dtype, device="cpu", pin_memory=True)
+            self._memory = torch.empty(values, dtype=dtype, device="cpu", pin_memory=True)
             self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         self._copied = torch.cuda.Event()
         self._frames = self._memory
@@ -72,9 +76,9 @@ class _Buffer:
 
 
 def latents_to_host(
-    steps: Iterator[Latents], device: torch.device
+    steps: Iterator[Latents], device: torch.device, ahead: int = 1
 ) -> Iterator[tuple[torch.Tensor | None, bool, float, float]]:
-    """`to_host` for the steps of an encode.
+    """`to_host` for the steps of an encode, of which some are much work and others little.
 
     Yields:
         Means ``[z, t, h, w]`` on the host, valid until the next step is asked for, or None; whether they are finite;
@@ -91,7 +95,7 @@ def latents_to_host(
             means = [] if step.means is None else [step.means.flatten()]
             yield Frames.of(torch.cat([bounds.to(wide), *means]))
 
-    for flat, finite in to_host(packed(), device):
+    for flat, finite in to_host(packed(), device, ahead):
         shape = shapes.popleft()
         least, most = flat[:2].tolist()
         yield None if shape is None else flat[2:].view(shape), finite, least, most

@@ -16,6 +16,7 @@ from ..cancel import check_cancelled
 from ..errors import OutOfMemoryError, is_out_of_memory
 from ..frames import check_range
 from ..memory import (
+    ENCODE_AHEAD,
     encode_memory,
     free_memory,
     gibibytes,
@@ -103,7 +104,7 @@ class LocalEncodeRun:
                 steps = engine.encoder().stream(
                     self._pieces(video, chunk), window, chunk, image=source.image, pixels=source.dtype
                 )
-                for latents, self.finite, least, most in latents_to_host(steps, engine.device):
+                for latents, self.finite, least, most in latents_to_host(steps, engine.device, ENCODE_AHEAD):
                     check_range(least, most)
                     if latents is None:
                         check_cancelled()  # callers have their say with the latents alone
