@@ -3,7 +3,7 @@
     python -m tools.screenshots [NAME ...]
 
 writes ``docs/NAME.png`` and ``web/docs/images/NODE.png``. Needs what the tests of the browser need
-(``tests/comfyui/test_browser.py``): a ComfyUI with its frontend and its templates, Playwright, Chromium.
+(``tests/comfyui/editor.py``): a ComfyUI with its frontend and its templates, Playwright, Chromium.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
+from tests.comfyui.editor import chromium, draw_by, find_frontend, load_workflow, open_editor
 from tests.comfyui.server import Server, find_comfyui
 from wan_vae_parallel import __version__, demo_latents, save_demo_checkpoint
 from wan_vae_parallel.cli import main as command
@@ -30,12 +31,6 @@ from wan_vae_parallel.workflows import make_parallel
 from .graphs import Graph
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Locale": "en",
-    "Comfy.Minimap.Visible": False,
-    "Comfy.Graph.CanvasInfo": False,
-}
 _FILES = ("wan_2.1_vae", "wan_alpha_2.1_vae_rgb_channel", "wan_alpha_2.1_vae_alpha_channel")
 _TITLE = 30
 _OFFICIAL = "video_wan2_2_14B_t2v"
@@ -49,11 +44,10 @@ class Editor:
 
     def open(self, workflow: dict[str, Any], *, nodes2: bool = False) -> None:
         """Opens a workflow with nothing else in sight."""
-        self.page.goto(f"http://127.0.0.1:{self.server.port}/")
-        self.page.wait_for_function("window.app?.graph && window.app.extensionManager")
+        open_editor(self.page, self.server, **{"Comfy.Graph.CanvasInfo": False})
         self.page.wait_for_timeout(1500)
-        self.page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes2)
-        self.page.evaluate("content => app.loadGraphData(content, true, true)", workflow)
+        draw_by(self.page, "Nodes 2.0" if nodes2 else "old renderer")
+        load_workflow(self.page, workflow)
         self.page.wait_for_timeout(1500)
 
     def run(self, node: int) -> None:
@@ -280,21 +274,19 @@ def main(*names: str) -> None:
     comfyui = find_comfyui()
     if comfyui is None:
         raise SystemExit("no ComfyUI found: set COMFYUI_PATH and COMFYUI_PYTHON")
-    code = "import importlib.resources as r; print(r.files('comfyui_frontend_package') / 'static')"
-    frontend = subprocess.run([str(comfyui[1]), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        server = Server(*comfyui, Path(folder), "--cpu", "--front-end-root", frontend)
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+    frontend = find_frontend(comfyui[1])
+    if frontend is None:
+        raise SystemExit(f"{comfyui[1]} has no comfyui_frontend_package")
+    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+        server = Server(*comfyui, Path(folder), "--cpu", "--front-end-root", frontend[0])
         try:
             _files(server)
-            server.post("/settings", _SETTINGS)
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
             editor = Editor(page, server, *comfyui)
             for name, take in PICTURES.items():
                 if not names or any(word in name for word in names):
                     _save(take(editor), _ROOT / name)
         finally:
-            browser.close()
             server.stop()
 
 

@@ -3,20 +3,27 @@
 
 import { app } from "../../scripts/app.js";
 
+// Of the lists that are ours. A subgraph's outer node shows a promoted one by a copy of its options, these included.
+const labellers = new WeakSet();
+
 function devicesOf(node) {
-  const names = node.constructor.nodeData?.input?.optional?.devices?.[1]?.device_names;
-  return { names, widget: names && node.widgets?.find((one) => one.name === "devices") };
+  return (node.widgets ?? []).filter((widget) => labellers.has(widget.options?.getOptionLabel));
 }
 
-// Else the editor would mark what the list lacks as wrong.
+// Else the editor would mark what a list lacks as wrong. A list that is shown outside of a subgraph is made of the one
+// within: so again when lists are read anew.
 function admit(node) {
-  const { widget } = devicesOf(node);
-  if (widget?.value && Array.isArray(widget.options.values) && !widget.options.values.includes(widget.value)) {
-    widget.options.values = [...widget.options.values, widget.value];
+  const within = node.subgraph ? allNodes(node.subgraph).flatMap(devicesOf) : [];
+  for (const shown of devicesOf(node)) {
+    for (const { options } of [shown, ...within]) {
+      if (shown.value && Array.isArray(options.values) && !options.values.includes(shown.value)) {
+        options.values = [...options.values, shown.value];
+      }
+    }
   }
 }
 
-function allNodes(graph = app.graph) {
+function allNodes(graph = app.graph?.rootGraph ?? app.graph) {
   const nodes = graph?._nodes ?? [];
   return [...nodes, ...nodes.flatMap((node) => (node.subgraph ? allNodes(node.subgraph) : []))];
 }
@@ -24,9 +31,13 @@ function allNodes(graph = app.graph) {
 app.registerExtension({
   name: "wan-vae-parallel.devices",
   nodeCreated(node) {
-    const { names, widget } = devicesOf(node);
-    if (!widget) return;
-    widget.options.getOptionLabel = (value) => (names[value] ? `${value} (${names[value]})` : String(value ?? ""));
+    const names = node.constructor.nodeData?.input?.optional?.devices?.[1]?.device_names;
+    const widget = names && node.widgets?.find((one) => one.name === "devices");
+    if (widget) {
+      widget.options.getOptionLabel = (value) => (names[value] ? `${value} (${names[value]})` : String(value ?? ""));
+      labellers.add(widget.options.getOptionLabel);
+    }
+    if (!widget && !node.subgraph) return;
     // Of what is loaded, copied or pasted.
     const before = node.onConfigure;
     node.onConfigure = function (...given) {

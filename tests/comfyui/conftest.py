@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.comfyui.editor import chromium, find_frontend
 from tests.comfyui.server import Server, find_comfyui
 from wan_vae_parallel import save_demo_checkpoint
 
@@ -72,6 +74,27 @@ def received(server):
         return load_file(server.output / name)["tensor"]
 
     return received
+
+
+@pytest.fixture(scope="module")  # not longer: other tests' event loops would be within Playwright's
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(chromium())
+        except api.Error as error:
+            reason = str(error).splitlines()[0]
+            pytest.skip(f"no Chromium: apt install chromium, or playwright install chromium ({reason})")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def frontend(comfyui):
+    """The frontend's folder and its version."""
+    found = find_frontend(comfyui[1])
+    if found is None:
+        pytest.skip("the package comfyui_frontend_package is not installed beside ComfyUI")
+    return found
 
 
 def official_workflows(path, python):

@@ -1,17 +1,12 @@
-"""The pack in the editor itself: a real browser, the frontend that ComfyUI runs with, and its server.
-
-Needs Playwright (``pip install playwright``) and a Chromium, Debian's or Playwright's own.
-"""
+"""The pack in the editor itself: a real browser, the frontend that ComfyUI runs with, and its server."""
 
 import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.comfyui.editor import RENDERERS, draw_by, load_workflow, open_editor
 from tests.comfyui.editor_graphs import TITLE
 from tests.comfyui.server import REPOSITORY, Server
 from tests.processes import patience
@@ -20,10 +15,8 @@ from wan_vae_parallel import demo_latents, save_demo_checkpoint
 from wan_vae_parallel.files.latents import save_latents
 
 PACK = "wan-vae-parallel"
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # The first frontend with all that is clicked here; older ones are only asked to open workflows.
 NEW_ENOUGH = (1, 45)
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.Minimap.Visible": False}
 SUBGRAPHS = sorted(path.stem for path in (REPOSITORY / "subgraphs").glob("*.json"))
 # What people type, and the node that they should be shown among the first results.
 TYPED = [
@@ -43,42 +36,6 @@ FIRST = 6
 
 
 @pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
-    executable = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    with pytest.MonkeyPatch.context() as patch:
-        # Where Playwright keeps its own, which is below the cache folder, and tests have one of their own.
-        if "PLAYWRIGHT_BROWSERS_PATH" not in os.environ:
-            patch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(Path.home() / ".cache" / "ms-playwright"))
-        started = api.sync_playwright().start()
-    try:
-        running = started.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-    except api.Error as error:
-        started.stop()
-        reason = str(error).splitlines()[0]
-        pytest.skip(f"no Chromium: apt install chromium, or playwright install chromium ({reason})")
-    yield running
-    running.close()
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def frontend(comfyui):
-    """The frontend's folder and its version."""
-    code = (
-        "import importlib.metadata, importlib.resources, json\n"
-        "name = 'comfyui_frontend_package'\n"
-        "folder = importlib.resources.files(name) / 'static'\n"
-        "print(json.dumps([str(folder), importlib.metadata.version(name)]))"
-    )
-    found = subprocess.run([str(comfyui[1]), "-c", code], capture_output=True, text=True, check=False)
-    if found.returncode:
-        pytest.skip("the package comfyui_frontend_package is not installed beside ComfyUI")
-    folder, version = json.loads(found.stdout)
-    return folder, tuple(int(part) for part in version.split(".")[:2])
-
-
-@pytest.fixture(scope="module")
 def editor(browser, frontend, comfyui, tmp_path_factory):
     """A page with the editor, of a server that has the demo's files."""
     folder = tmp_path_factory.mktemp("editor")
@@ -87,12 +44,11 @@ def editor(browser, frontend, comfyui, tmp_path_factory):
     server = Server(*comfyui, folder, "--cpu", "--front-end-root", frontend[0])
     save_latents(server.input / "demo.latent", demo_latents(described, frames=4, rows=12, columns=20))
     shutil.copy(comfyui[0] / "input" / "example.png", server.input)
-    server.post("/settings", SETTINGS)
     page = browser.new_page(viewport={"width": 1600, "height": 900})
     page.set_default_timeout(patience(15) * 1000)
-    page.goto(f"http://127.0.0.1:{server.port}/")
-    page.wait_for_function("window.app?.graph && window.app.extensionManager && window.app.vueAppReady !== false")
+    open_editor(page, server)
     yield page
+    page.close()
     server.stop()
 
 
@@ -110,12 +66,6 @@ def workflow(name):
     return json.loads((REPOSITORY / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def open_workflow(page, name):
-    page.evaluate("content => app.loadGraphData(content, true, true)", workflow(name))
-    count = len(workflow(name)["nodes"])
-    page.wait_for_function("count => app.graph._nodes.length === count", arg=count)
-
-
 def settled(page, measure):
     """What ``measure`` gives once it stays the same."""
     before = None
@@ -128,12 +78,11 @@ def settled(page, measure):
     raise AssertionError("the nodes' sizes don't settle")
 
 
-@pytest.fixture(params=["old renderer", "Nodes 2.0"])
+@pytest.fixture(params=RENDERERS)
 def renderer(editor, request):
-    nodes2 = request.param == "Nodes 2.0"
-    editor.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes2)
+    draw_by(editor, request.param)
     yield request.param
-    editor.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", False)
+    draw_by(editor, "old renderer")
 
 
 # Titles with left, top, right and bottom: of the old renderer from the graph, of Nodes 2.0 as drawn.
@@ -149,7 +98,7 @@ BOXES = {
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_every_template_opens_with_its_values_and_without_overlaps(editor, renderer, name):
-    open_workflow(editor, name)
+    load_workflow(editor, workflow(name))
     unknown = "() => app.graph._nodes.map(n => n.type).filter(t => !(t in LiteGraph.registered_node_types))"
     assert editor.evaluate(unknown) == []
     prompt = editor.evaluate("async () => (await app.graphToPrompt()).output")
@@ -170,8 +119,8 @@ def test_every_template_opens_with_its_values_and_without_overlaps(editor, rende
 @pytest.mark.parametrize("name", SUBGRAPHS)
 def test_what_is_set_on_a_subgraph_reaches_the_nodes_inside(new_editor, name):
     content = json.loads((REPOSITORY / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
-    new_editor.evaluate("content => app.loadGraphData(content, true, true)", content)
-    new_editor.wait_for_function("app.graph._nodes.length === 1 && app.graph._nodes[0].subgraph")
+    load_workflow(new_editor, content)
+    new_editor.wait_for_function("app.graph._nodes[0].subgraph")
     widgets = new_editor.evaluate("app.graph._nodes[0].widgets.map(widget => [widget.name, widget.value])")
     place = content["nodes"][0]
     names = [entry["name"] for entry in place["inputs"] if "widget" in entry]
@@ -218,7 +167,7 @@ def test_the_template_browser_shows_ours_with_pictures_and_opens_one(new_editor)
 
 def test_missing_models_are_listed_by_name(new_editor):
     name = "Wan 2.2 5B Text or Image to Video"
-    open_workflow(new_editor, name)
+    load_workflow(new_editor, workflow(name))
     new_editor.get_by_test_id("error-overlay-see-errors").click()
     models = [model["name"] for node in workflow(name)["nodes"] for model in node["properties"].get("models", [])]
     assert len(models) == 3
@@ -227,7 +176,7 @@ def test_missing_models_are_listed_by_name(new_editor):
 
 
 def test_a_decode_shows_progress_and_previews_and_its_video(new_editor):
-    open_workflow(new_editor, "Decode a Saved Latent")
+    load_workflow(new_editor, workflow("Decode a Saved Latent"))
     new_editor.evaluate("""() => {
         window.seen = {progress: [], previews: 0, errors: []};
         app.api.addEventListener('progress', event => event.detail.node == 3 && seen.progress.push(event.detail.value));

@@ -1,39 +1,33 @@
-"""The list of devices in the editor's page, in both of its ways to draw nodes; needs Playwright and Chromium."""
+"""The list of devices in the editor's page, in both of its ways to draw nodes."""
 
+import copy
 import json
-import shutil
-import subprocess
 
 import pytest
 
 from tests.comfyui.conftest import random_checkpoint
+from tests.comfyui.editor import RENDERERS, draw_by, load_workflow, open_editor
 from tests.comfyui.server import REPOSITORY, Server
 from tests.processes import patience
 
 # As a machine with two GPUs describes its nodes.
 OPTIONS = ["auto", "cuda:0", "cuda:1", "all but the first", "cpu"]
 NAMES = {"cuda:0": "NVIDIA H200", "cuda:1": "NVIDIA RTX 4090"}
+LABELS = ["auto", "cuda:0 (NVIDIA H200)", "cuda:1 (NVIDIA RTX 4090)", *OPTIONS[3:]]
 NODES = ("WanVAEParallelLoader", "WanVAEParallelApply")
-WIDGETS = """() => window.app.graph._nodes.filter((node) => node.type.startsWith("WanVAEParallel")).flatMap((node) =>
-  node.widgets.filter((one) => one.name === "devices").map((one) => ({
-    value: one.value, offered: one.options.values, labels: one.options.values.map(one.options.getOptionLabel) })))"""
+# What the nodes in sight show, of their own or of what a subgraph promotes.
+WIDGETS = """() => app.graph._nodes.flatMap((node) => node.widgets ?? [])
+    .filter((widget) => widget.name === "devices").map(({value, options}) =>
+        ({value, offered: options.values, labels: options.values.map(options.getOptionLabel)}))"""
 
 
 @pytest.fixture(scope="module")
-def editor(comfyui, tmp_path_factory):
-    """The editor in a browser, with nodes as on a machine with two GPUs; a function that opens a workflow."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("there is no chromium or google-chrome on the PATH")
-    find = "import comfyui_frontend_package as f, pathlib; print(pathlib.Path(f.__file__).parent / 'static')"
-    static = subprocess.run([comfyui[1], "-c", find], capture_output=True, text=True).stdout.strip()
-    if not static:
-        pytest.skip(f"{comfyui[1]} has no comfyui_frontend_package")
+def editor(browser, frontend, comfyui, tmp_path_factory):
+    """The editor in a browser, with nodes as on a machine with two GPUs."""
     folder = tmp_path_factory.mktemp("editor")
     (folder / "models" / "vae").mkdir(parents=True)
-    random_checkpoint(folder / "models" / "vae" / "wan21.safetensors", width=8)
-    server = Server(*comfyui, folder, "--cpu", "--front-end-root", static)
+    random_checkpoint(folder / "models" / "vae" / "wan_2.1_vae.safetensors", width=8)
+    server = Server(*comfyui, folder, "--cpu", "--front-end-root", frontend[0])
 
     def with_gpus(route):
         response = route.fetch()
@@ -42,49 +36,79 @@ def editor(comfyui, tmp_path_factory):
             described[name]["input"]["optional"]["devices"][1].update(options=OPTIONS, device_names=NAMES)
         route.fulfill(response=response, json=described)
 
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.route("**/object_info", with_gpus)
-        page.set_default_timeout(1000 * patience(20))
-        page.goto(f"http://127.0.0.1:{server.port}/")
-        page.wait_for_function(f"() => window.app?.canvas && window.LiteGraph?.registered_node_types?.{NODES[0]}")
-
-        def open_workflow(workflow, *, nodes_2):
-            page.evaluate("on => window.app.ui.settings.setSettingValue('Comfy.VueNodes.Enabled', on)", nodes_2)
-            page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
-            return page
-
-        yield open_workflow
-        browser.close()
+    page = browser.new_page()
+    page.route("**/object_info", with_gpus)
+    page.set_default_timeout(1000 * patience(20))
+    open_editor(page, server)
+    yield page
+    page.close()
     server.stop()
 
 
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes 2.0"])
-@pytest.mark.parametrize("devices", ["auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"])
-def test_the_list_names_gpus_and_keeps_what_a_workflow_says(editor, devices, nodes_2):
-    workflow = json.loads((REPOSITORY / "workflows" / "Decode a Saved Latent.json").read_text())
+def on_a_node(devices):
+    workflow = json.loads((REPOSITORY / "workflows" / "Decode a Saved Latent.json").read_text(encoding="utf-8"))
     loader = next(node for node in workflow["nodes"] if node["type"] == NODES[0])
     loader["widgets_values"][1] = devices
-    page = editor(workflow, nodes_2=nodes_2)
-    (widget,) = page.evaluate(WIDGETS)
+    return workflow
+
+
+def promoted(devices):
+    workflow = json.loads((REPOSITORY / "subgraphs" / "Decode (Wan VAE Parallel).json").read_text(encoding="utf-8"))
+    workflow["nodes"][0]["widgets_values"][1] = devices
+    return workflow
+
+
+def promoted_twice(devices):
+    """The blueprint's node in a subgraph with the same inputs and outputs."""
+    workflow = promoted(devices)
+    (place,), (inner,) = workflow["nodes"], workflow["definitions"]["subgraphs"]
+    outer = copy.deepcopy(inner) | {"id": "00000000-0000-4000-8000-000000000000", "name": "Around it"}
+    within = copy.deepcopy(place) | {"id": 1}
+    within["widgets_values"][1] = "auto"
+    ends = [(-10, slot, 1, slot, entry) for slot, entry in enumerate(within["inputs"])]
+    ends += [(1, slot, -20, slot, entry) for slot, entry in enumerate(within["outputs"])]
+    outer["links"] = []
+    for number, (origin, origin_slot, target, target_slot, entry) in enumerate(ends, 1):
+        if target == 1:
+            entry["link"] = number
+            outer["inputs"][origin_slot]["linkIds"] = [number]
+        else:
+            entry["links"] = [number]
+            outer["outputs"][target_slot]["linkIds"] = [number]
+        outer["links"].append(
+            {"id": number, "origin_id": origin, "origin_slot": origin_slot, "target_id": target}
+            | {"target_slot": target_slot, "type": entry["type"]}
+        )
+    outer["nodes"] = [within]
+    place["type"] = outer["id"]
+    workflow["definitions"]["subgraphs"].append(outer)
+    return workflow
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("where", [on_a_node, promoted, promoted_twice])
+@pytest.mark.parametrize("devices", ["auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"])
+def test_the_list_names_gpus_and_keeps_what_a_workflow_says(editor, devices, where, renderer):
+    draw_by(editor, renderer)
+    load_workflow(editor, where(devices))
+    # What the list lacks is added to it: the editor marks as wrong what it does not find there.
     offered = OPTIONS if devices in OPTIONS else [*OPTIONS, devices]
-    assert widget["value"] == devices
-    assert widget["offered"] == offered  # so that it is not marked as wrong
-    assert widget["labels"][:5] == ["auto", "cuda:0 (NVIDIA H200)", "cuda:1 (NVIDIA RTX 4090)", *OPTIONS[3:]]
-    assert widget["labels"][5:] == offered[5:]
+    expected = {"value": devices, "offered": offered, "labels": LABELS + offered[len(LABELS) :]}
+    assert editor.evaluate(WIDGETS) == [expected]
     # The lists read anew, and a copy.
-    page.evaluate("async () => { await window.app.refreshComboInNodes(); }")
-    assert page.evaluate(WIDGETS)[0]["offered"] == offered
-    copied = "type => window.app.graph._nodes.find((node) => node.type === type).clone().widgets"
-    (options,) = page.evaluate(
-        f"type => ({copied})(type).filter((one) => one.name === 'devices').map((one) => one.options.values)", NODES[0]
-    )
-    assert options == offered
-    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-    (sent,) = [node["inputs"]["devices"] for node in prompt.values() if node["class_type"] == NODES[0]]
-    assert sent == devices
-    if nodes_2:
+    editor.evaluate("async () => { await app.refreshComboInNodes(); }")
+    assert editor.evaluate(WIDGETS) == [expected]
+    editor.evaluate("""() => {
+        const has = (node) => node.widgets?.some((one) => one.name === "devices");
+        app.canvas.copyToClipboard(app.graph._nodes.filter(has));
+        app.canvas.pasteFromClipboard();
+    }""")
+    assert editor.evaluate(WIDGETS) == [expected, expected]
+    prompt = editor.evaluate("async () => (await app.graphToPrompt()).output")
+    sent = [node["inputs"]["devices"] for node in prompt.values() if node["class_type"] == NODES[0]]
+    assert sent == [devices, devices]
+    if renderer == "Nodes 2.0":
         label = f"{devices} ({NAMES[devices]})" if devices in NAMES else devices
         # Frontends before 1.36 show values alone there.
-        page.get_by_text(label, exact=True).or_(page.get_by_text(devices, exact=True)).first.wait_for()
+        editor.get_by_text(label, exact=True).or_(editor.get_by_text(devices, exact=True)).first.wait_for()
+        assert editor.locator("[aria-invalid=true], .p-invalid").filter(has_text=devices).count() == 0
