@@ -174,7 +174,8 @@ class Graph:
             entry["links"] = [*(entry["links"] or []), link["id"]]
             stored_outputs.append(_promoted(identity, output_name, link))
         left = min(node.at[0] for node in self._nodes) - 240
-        right = max(node.at[0] + node.size[0] for node in self._nodes) + 120
+        # So far away that a renderer that draws nodes wider does not reach it.
+        right = max(node.at[0] + node.size[0] for node in self._nodes) + 240
         for column, ports in ((left, inputs), (right, stored_outputs)):
             for row, port in enumerate(ports):
                 port["pos"] = [column + (100 if ports is inputs else 20), 20 + 20 * row]

@@ -431,7 +431,7 @@ BLUEPRINTS = [decode_blueprint, encode_blueprint, decode_to_video_blueprint]
 def _promoted_vae(graph: Graph) -> Node:
     return graph.node(
         "WanVAEParallelLoader",
-        (0, 0),
+        (0, -260),  # above the links that go from the subgraph's inputs to the next node
         vae_name=Promoted("vae_name", "wan_2.1_vae.safetensors"),
         devices=Promoted("devices", "auto"),
     )

@@ -39,16 +39,17 @@ def behind(graph: dict) -> Iterator[tuple]:
     """Links, drawn as the editor's curves, that pass behind a node that is neither of their ends."""
     nodes = {node["id"]: node for node in graph["nodes"]}
     for link in map(as_object, graph["links"]):
-        if link["origin_id"] not in nodes or link["target_id"] not in nodes:
-            continue
-        origin, target = nodes[link["origin_id"]], nodes[link["target_id"]]
-        points = list(_curve(_output(origin, link["origin_slot"]), _input(target, link["target_slot"])))
+        origin, target = nodes.get(link["origin_id"]), nodes.get(link["target_id"])
+        start = _output(origin, link["origin_slot"]) if origin else graph["inputs"][link["origin_slot"]]["pos"]
+        end = _input(target, link["target_slot"]) if target else graph["outputs"][link["target_slot"]]["pos"]
+        points = list(_curve(start, end))
+        named = (link["type"], *(node["title"] if node else "the subgraph" for node in (origin, target)))
         for node in graph["nodes"]:
             left, top, right, bottom = box(node)
             if node not in (origin, target) and any(left < x < right and top < y < bottom for x, y in points):
-                yield link["type"], origin["title"], target["title"], node["title"]
-        if any(origin["pos"][0] < x < origin["pos"][0] + origin["size"][0] - 1 for x, _ in points):
-            yield link["type"], origin["title"], target["title"], origin["title"]
+                yield *named, node["title"]
+        if origin and any(origin["pos"][0] < x < origin["pos"][0] + origin["size"][0] - 1 for x, _ in points):
+            yield *named, origin["title"]
 
 
 def _output(node: dict, slot: int) -> tuple[float, float]:
