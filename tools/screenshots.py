@@ -107,7 +107,7 @@ def template_browser(editor: Editor) -> Image.Image:
     editor.open(_workflow("Decode a Saved Latent"))
     editor.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = editor.page.get_by_role("dialog").first
-    dialog.get_by_text("wan-vae-parallel", exact=True).first.click()
+    dialog.get_by_text("Wan VAE Parallel", exact=True).first.click()
     editor.page.wait_for_timeout(3000)
     return editor.shot(clip={"x": 100, "y": 90, "width": 1400, "height": 820})
 

@@ -53,3 +53,12 @@ def test_names_and_tooltips_are_there_in_every_language_and_in_english_are_the_n
             assert [text["tooltip"] for text in texts["outputs"].values()] == info["output_tooltips"]
         else:
             assert all(ord(max(text["tooltip"])) > 0x2E80 for text in texts["inputs"].values()), name
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_packs_nodes_and_templates_stand_under_its_name(server, language):
+    told = server.get("/i18n")[language]
+    name = told["nodeCategories"]["Wan VAE Parallel"]
+    (module,) = [module for module in server.get("/workflow_templates") if "wan" in module]
+    assert told["templateWorkflows"]["category"][module] == name
+    assert name == "Wan VAE Parallel" if language == "en" else ord(max(name)) > 0x2E80
