@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,109 +13,21 @@ from typing import Any
 import folder_paths
 import torch
 from comfy.cli_args import args
-from comfy_api.latest import InputImpl, Types, io, ui
+from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..wan_vae_parallel.errors import ArgumentError, LatentError, OutputError
+from ..wan_vae_parallel.errors import LatentError
 from ..wan_vae_parallel.files.audio import Audio
 from ..wan_vae_parallel.files.formats import FORMATS, QUALITIES
 from ..wan_vae_parallel.files.settings import OutputSettings
-from ..wan_vae_parallel.files.video_out import encode_again, pictures_as_video, tag_as_hvc1
 from ..wan_vae_parallel.to_video import VideoDecode
 from .report import tell_work
+from .saved_video import SavedVideo
 from .schemas import _CATEGORY, _advanced, _chunk_input, _given, _parallel_vae, _vae_input
 from .streams import decode_to_file, encode_file, latents_for_file, plan_file
+from .video_output import VIDEO_FORMATS, VideoOutput
 
-logger = logging.getLogger(__name__)
-
-# What the node calls the engine's formats, and the suffix of their files.
-_FORMATS = {
-    "MP4 H.264 8 bit": ("h264", ".mp4"),
-    "MP4 H.265 10 bit": ("h265", ".mp4"),
-    "WebM VP9 8 bit": ("vp9", ".webm"),
-    "MOV ProRes 422 HQ 10 bit": ("prores", ".mov"),
-    "MKV FFV1 lossless 16 bit": ("ffv1", ".mkv"),
-    "PNG pictures 8 bit": ("png8", ""),
-    "PNG pictures 16 bit": ("png16", ""),
-}
-# The names of pictures, in a folder of their own.
-_PICTURE = "%05d.png"
 _OWN_FFMPEG = "imageio-ffmpeg"
-# Where core's VIDEO keeps the name of its file.
-_CORES_FILE = "_VideoFromFile__file"
-# What MP4 holds, which core's Save Video writes by default.
-_IN_MP4 = ("h264", "h265", "vp9")
-
-
-def _temporary() -> str:
-    folder: str = folder_paths.get_temp_directory()
-    os.makedirs(folder, exist_ok=True)
-    return folder
-
-
-class SavedVideo(InputImpl.VideoFromFile):
-    """A file as core's VIDEO; what core's copies lack of it is added when it is saved.
-
-    - Streams that MP4 can't hold are encoded again, as H.264.
-    - H.265 in MP4 keeps the tag hvc1, without which Apple's players refuse it.
-
-    Args:
-        file: where it is.
-        format: the engine's name of what is in it.
-        options: core's.
-    """
-
-    def __init__(self, file: str, *, format: str, **options: Any) -> None:
-        super().__init__(file, **options)
-        self._format = format
-
-    def save_to(
-        self, path: Any, format: Any = Types.VideoContainer.AUTO, codec: Any = Types.VideoCodec.AUTO, **rest: Any
-    ) -> Any:
-        """As core's, and as the class says."""
-        named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
-        to_mp4 = named or format == Types.VideoContainer.MP4
-        if not to_mp4 or self._format in _IN_MP4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
-            result = super().save_to(path, format=format, codec=codec, **rest)
-            if self._format == "h265":
-                _tag_as_hvc1(path)
-            return result
-        # Not by core, whose colours would be those of other tags than it writes.
-        with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
-            encoded = Path(folder) / "encoded.mp4"
-            encode_again(Path(self.get_stream_source()), encoded)
-            copied = copy.copy(self)
-            copied._format = "h264"
-            setattr(copied, _CORES_FILE, str(encoded))
-            return copied.save_to(path, format=format, codec=codec, **rest)
-
-    def as_trimmed(self, *args: Any, **options: Any) -> Any:
-        """As core's, of those versions that trim; a part of the file stays one of ours."""
-        trimmed = super().as_trimmed(*args, **options)
-        if type(trimmed) is InputImpl.VideoFromFile:
-            trimmed.__class__, trimmed._format = SavedVideo, self._format
-        return trimmed
-
-
-def _tag_as_hvc1(path: Any) -> None:
-    """`video_out.tag_as_hvc1` of what core has written, to a file or a buffer; what it can't do is only said."""
-    try:
-        _tag(path)
-    except OutputError as error:
-        logger.warning("Wan VAE Parallel: Apple's players may refuse this H.265 video: %s", error)
-
-
-def _tag(path: Any) -> None:
-    if isinstance(path, (str, os.PathLike)):
-        tag_as_hvc1(Path(path))
-        return
-    with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
-        copy_of_it = Path(folder) / "video"
-        copy_of_it.write_bytes(path.getvalue())
-        if tag_as_hvc1(copy_of_it):
-            path.seek(0)
-            path.truncate()
-            path.write(copy_of_it.read_bytes())
 
 
 class WanVAEParallelDecodeToVideo(io.ComfyNode):
@@ -149,7 +58,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 io.Combo.Input(
                     "format",
                     optional=True,
-                    options=list(_FORMATS),
+                    options=list(VIDEO_FORMATS),
                     default="MP4 H.264 8 bit",
                     tooltip=(
                         "What to write. Colours are BT.709 and tagged so. MKV FFV1 and PNG keep every pixel; ProRes is "
@@ -258,16 +167,16 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 "join off, or take them all from one kind of sampler"
             )
         videos = [parts] if join[0] else [[part] for part in parts]
-        if not join[0] and format[0] in _FORMATS and FORMATS[_FORMATS[format[0]][0]].pictures:
+        if not join[0] and format[0] in VIDEO_FORMATS and FORMATS[VIDEO_FORMATS[format[0]][0]].pictures:
             videos, normalized = _images_together(parts, normalized)
         sounds = _sounds(audio)
         since, frames, size = time.monotonic(), 0, (0, 0)
         # All of them before the first is decoded: nobody waits for some to hear of an error in another.
-        planned: list[tuple[_Video, OutputSettings, VideoDecode]] = []
+        planned: list[tuple[VideoOutput, OutputSettings, VideoDecode]] = []
         for number, latents in enumerate(videos):
             size = height, width = wan._engine.architecture.frame_size(*latents[0].shape[-2:])
             taken = [path for made, _, _ in planned for path in made.paths]
-            made = _Video(format[0], filename_prefix[0], saved=save[0], size=(width, height), taken=taken)
+            made = VideoOutput(format[0], filename_prefix[0], saved=save[0], size=(width, height), taken=taken)
             settings = OutputSettings(
                 fps=Fraction(fps[0]).limit_denominator(10**6),
                 format=made.format,
@@ -299,80 +208,6 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
         if cls.hidden.prompt is not None:
             texts["prompt"] = json.dumps(cls.hidden.prompt)
         return texts
-
-
-class _Video:
-    """Where a video goes, and what ComfyUI hears of it.
-
-    Args:
-        title: of the format.
-        prefix: of its name, as the user wrote it.
-        saved: in the output folder; else in the temporary one.
-        size: width and height.
-        taken: names that other videos will have, which are not there yet.
-    """
-
-    def __init__(self, title: str, prefix: str, *, saved: bool, size: tuple[int, int], taken: Sequence[Path]) -> None:
-        if title not in _FORMATS:
-            raise ArgumentError(f"format is {title!r}; it must be one of {', '.join(_FORMATS)}")
-        self.format, suffix = _FORMATS[title]
-        kind = io.FolderType.output if saved else io.FolderType.temp
-        root = folder_paths.get_output_directory() if saved else folder_paths.get_temp_directory()
-        temporary = folder_paths.get_temp_directory()
-        chosen = FORMATS[self.format]
-        self.path, subfolder = _place(prefix, root, suffix or f"/{_PICTURE}", taken, size)
-        self._saved = saved
-        self._shown = ui.SavedResult(self.path.name, subfolder, kind)
-        # Pictures that were saved are shown as Save Image does, by themselves.
-        self._pictures = os.path.join(subfolder, self.path.parent.name) if chosen.pictures and saved else None
-        self.preview: Path | None = None
-        if not chosen.browsers and self._pictures is None:
-            self.preview, subfolder = _place("wan_vae_preview", temporary, ".mp4", taken)
-            self._previewed = ui.SavedResult(self.preview.name, subfolder, io.FolderType.temp)
-        self._together: Path | None = None
-        if chosen.pictures:
-            self._together, _ = _place("wan_vae_pictures", temporary, ".mkv", taken)
-
-    @property
-    def plays(self) -> bool:
-        """Whether the node shows a video, and not pictures."""
-        return self._pictures is None
-
-    @property
-    def paths(self) -> list[Path]:
-        """All names that it will have."""
-        return [path for path in (self.path, self.preview, self._together) if path is not None]
-
-    def shown(self, files: Sequence[Path]) -> list[ui.SavedResult]:
-        """What the node shows: first what browsers play, and of what was saved all ``files``."""
-        if self._pictures is not None:
-            return [ui.SavedResult(file.name, self._pictures, io.FolderType.output) for file in files]
-        if self.preview is None:
-            return [self._shown]
-        # A preview that failed is not there, and the log has said why.
-        previews = [self._previewed] if self.preview.is_file() else []
-        return [*previews, self._shown] if self._saved else previews
-
-    def video(self, settings: OutputSettings) -> SavedVideo | ExecutionBlocker:
-        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are."""
-        if self._together is None:
-            return SavedVideo(str(self.path), format=self.format)
-        try:
-            pictures_as_video(self.path, self._together, settings)
-        except OutputError as error:
-            logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
-            return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")
-        return SavedVideo(str(self._together), format=self.format)
-
-
-def _place(
-    prefix: str, root: str, suffix: str, taken: Sequence[Path], size: tuple[int, int] = (0, 0)
-) -> tuple[Path, str]:
-    """A new file below ``root``, numbered as ComfyUI does, and the subfolder that it is in."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *size)
-    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}") in taken:
-        counter += 1
-    return path, subfolder
 
 
 class WanVAEParallelLoadVideoToLatent(io.ComfyNode):

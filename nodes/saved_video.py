@@ -1,0 +1,94 @@
+"""A video's file as core's VIDEO."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import InputImpl, Types
+
+from ..wan_vae_parallel.errors import OutputError
+from ..wan_vae_parallel.files.video_out import encode_again, tag_as_hvc1
+
+logger = logging.getLogger(__name__)
+
+# Where core's VIDEO keeps the name of its file.
+_CORES_FILE = "_VideoFromFile__file"
+# What MP4 holds, which core's Save Video writes by default.
+_IN_MP4 = ("h264", "h265", "vp9")
+
+
+def _temporary() -> str:
+    folder: str = folder_paths.get_temp_directory()
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+class SavedVideo(InputImpl.VideoFromFile):
+    """A file as core's VIDEO; what core's copies lack of it is added when it is saved.
+
+    - Streams that MP4 can't hold are encoded again, as H.264.
+    - H.265 in MP4 keeps the tag hvc1, without which Apple's players refuse it.
+
+    Args:
+        file: where it is.
+        format: the engine's name of what is in it.
+        options: core's.
+    """
+
+    def __init__(self, file: str, *, format: str, **options: Any) -> None:
+        super().__init__(file, **options)
+        self._format = format
+
+    def save_to(
+        self, path: Any, format: Any = Types.VideoContainer.AUTO, codec: Any = Types.VideoCodec.AUTO, **rest: Any
+    ) -> Any:
+        """As core's, and as the class says."""
+        named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
+        to_mp4 = named or format == Types.VideoContainer.MP4
+        if not to_mp4 or self._format in _IN_MP4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
+            result = super().save_to(path, format=format, codec=codec, **rest)
+            if self._format == "h265":
+                _tag_as_hvc1(path)
+            return result
+        # Not by core, whose colours would be those of other tags than it writes.
+        with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
+            encoded = Path(folder) / "encoded.mp4"
+            encode_again(Path(self.get_stream_source()), encoded)
+            copied = copy.copy(self)
+            copied._format = "h264"
+            setattr(copied, _CORES_FILE, str(encoded))
+            return copied.save_to(path, format=format, codec=codec, **rest)
+
+    def as_trimmed(self, *args: Any, **options: Any) -> Any:
+        """As core's, of those versions that trim; a part of the file stays one of ours."""
+        trimmed = super().as_trimmed(*args, **options)
+        if type(trimmed) is InputImpl.VideoFromFile:
+            trimmed.__class__, trimmed._format = SavedVideo, self._format
+        return trimmed
+
+
+def _tag_as_hvc1(path: Any) -> None:
+    """`video_out.tag_as_hvc1` of what core has written, to a file or a buffer; what it can't do is only said."""
+    try:
+        _tag(path)
+    except OutputError as error:
+        logger.warning("Wan VAE Parallel: Apple's players may refuse this H.265 video: %s", error)
+
+
+def _tag(path: Any) -> None:
+    if isinstance(path, (str, os.PathLike)):
+        tag_as_hvc1(Path(path))
+        return
+    with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
+        copy_of_it = Path(folder) / "video"
+        copy_of_it.write_bytes(path.getvalue())
+        if tag_as_hvc1(copy_of_it):
+            path.seek(0)
+            path.truncate()
+            path.write(copy_of_it.read_bytes())
