@@ -1,0 +1,80 @@
+"""What can't be written is refused before the start, and what only failed once is not."""
+
+import time
+
+import pytest
+import torch
+
+from tests.files.clips import FRAMES, SHAPE, by_ffmpeg, program, write
+from wan_vae_parallel import OutputError
+from wan_vae_parallel.files.audio import Audio
+from wan_vae_parallel.files.ffmpeg import find_ffmpeg
+from wan_vae_parallel.files.settings import OutputSettings
+from wan_vae_parallel.files.video import plan_output
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "words"),
+    [
+        ("v.mp4", (1, 5, 64, 16400, 3), {}, "takes 2 to 16384 pixels a side, and frames of 16400x64 are 16400 wide"),
+        ("v.mp4", (1, 5, 8, 8, 3), {"format": "h265"}, "takes 64 to 16384 pixels a side"),
+        ("v.mov", (1, 5, 64, 65536, 3), {"format": "prores"}, "65536 wide; choose another format"),
+        ("v.mp4", SHAPE, {"format": "prores"}, "can't hold ProRes 422 HQ (10 bit); name a .mov"),
+        ("v.mp4", SHAPE, {"format": "png16"}, "name a name as frames/%04d.png"),
+        ("%d.png", SHAPE, {"format": "h264"}, "can't hold H.264"),
+        ("v.safetensors", SHAPE, {"format": "h264"}, "without a format and sound"),
+        ("v.mp4", SHAPE, {"format": "av1"}, "format is 'av1'; it must be one of h264"),
+        ("v.mp4", SHAPE, {"quality": "fine"}, "quality is 'fine'; it must be low, medium, high, best or a CRF"),
+        ("v.mp4", SHAPE, {"quality": 52}, "has a CRF from 0 (best) to 51, not 52"),
+        ("v.mkv", SHAPE, {"format": "ffv1", "quality": 3}, "has no CRF, and 3 was asked for"),
+        ("v.mp4", SHAPE, {"fps": 0}, "can't have 0 frames a second"),
+        ("v.mp4", SHAPE, {"fps": float("nan")}, "can't have nan frames a second"),
+        ("v.mp4", (1, 5, 64, 96, 1), {}, "frames of 1 colours"),
+        ("%d.png", SHAPE, {"audio": Audio(torch.zeros(1, 9), 48000)}, "can't hold sound"),
+        ("v.mp4", SHAPE, {"odd": "stretch"}, "odd is 'stretch'; it must be pad or crop"),
+        ("v.mp4", SHAPE, {"ffmpeg": "no-such-ffmpeg"}, "no-such-ffmpeg can't be run here"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_the_start(tmp_path, name, shape, options, words):
+    with pytest.raises(OutputError) as refused:
+        plan_output(tmp_path / name, shape, OutputSettings(**options))
+    assert words in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ffmpeg_that_lacks_something_is_told_before_the_start(tmp_path):
+    real = find_ffmpeg()
+    lacking = program(tmp_path / "lacking", f'case "$*" in *encoder=libx265) echo no;; *) exec {real} "$@";; esac')
+    with pytest.raises(OutputError, match="has no encoder libx265"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=lacking, format="h265"))
+    text = "Encoder libx265 [x]:\\n    Supported pixel formats: yuv420p gray"
+    eight = program(tmp_path / "eight", f'case "$*" in *encoder=libx265) printf "{text}";; *) exec {real} "$@";; esac')
+    with pytest.raises(OutputError, match="has an libx265 that can't take yuv420p10le"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=eight, format="h265"))
+    plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=eight))
+    broken = program(tmp_path / "broken", f'case "$*" in *-f*null*) exit 3;; *) exec {real} "$@";; esac')
+    with pytest.raises(OutputError, match="ended with code 3"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=broken))
+
+
+def test_what_failed_once_is_tried_again(tmp_path):
+    flag = tmp_path / "short of memory"
+    flag.touch()
+    sick = program(
+        tmp_path / "sick", f'case "$*" in *null*) [ -e "{flag}" ] && kill -9 $$;; esac; {find_ffmpeg()} "$@"'
+    )
+    with pytest.raises(OutputError, match="can't be written"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=sick))
+    flag.unlink()
+    plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=sick))
+
+
+def test_a_slow_ffmpegs_video_is_kept(tmp_path):
+    # It is done, and then takes its time on a busy machine.
+    slow = program(
+        tmp_path / "slow", f'{find_ffmpeg()} "$@"; code=$?; case "$*" in *pipe:0*) sleep 2;; esac; exit $code'
+    )
+    began = time.monotonic()
+    write(tmp_path / "v.mp4", ffmpeg=slow)
+    assert time.monotonic() > began + 2
+    assert by_ffmpeg(tmp_path / "v.mp4").shape == FRAMES[0].shape

@@ -1,0 +1,148 @@
+"""Sound beside a video, and texts: what comes along, what stays behind, and how long it is."""
+
+import json
+import subprocess
+import wave
+
+import numpy
+import pytest
+import torch
+
+from tests.files.clips import COUNT, FRAMES, SHAPE, write
+from wan_vae_parallel import OutputError
+from wan_vae_parallel.files.audio import Audio
+from wan_vae_parallel.files.ffmpeg import find_ffmpeg
+from wan_vae_parallel.files.formats import FORMATS
+from wan_vae_parallel.files.settings import OutputSettings
+from wan_vae_parallel.files.video import plan_output
+from wan_vae_parallel.files.video_out import encode_again
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "codec"),
+    [
+        ("h264", "v.mp4", "aac"),
+        ("h265", "v.mov", "aac"),
+        ("h264", "v.mkv", "aac"),
+        ("vp9", "v.webm", "opus"),
+        ("prores", "v.mov", "pcm_s24le"),
+        ("ffv1", "v.mkv", "pcm_s24le"),
+    ],
+)
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 3.0])
+def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec, seconds):
+    time_ = torch.arange(int(48000 * seconds)) / 48000
+    # Of no samples it is silence.
+    audio = Audio(torch.stack([torch.sin(2765 * time_), torch.zeros_like(time_)]) * 0.5, 48000)
+    frames = FRAMES[:, :1].expand(1, 16, -1, -1, -1)  # one second
+    write(tmp_path / file, frames, format=name, audio=audio)
+    program = find_ffmpeg()
+    said = subprocess.run([program, "-i", str(tmp_path / file)], capture_output=True, text=True, check=False).stderr
+    assert f"Audio: {codec}" in said
+    command = [program, "-v", "error", "-i", str(tmp_path / file), "-map", "0:a", "-f", "f32le", "-ac", "2", "-"]
+    samples = numpy.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, dtype="<f4")
+    samples = samples.reshape(-1, 2)
+    exact = codec.startswith("pcm")
+    assert abs(len(samples) - 48000) <= (
+        0 if exact else 2100
+    )  # codecs have frames of up to 1024, and a first one to start with
+    assert abs(samples[2000:4000, 0].max() - (0.5 if seconds else 0)) < 0.05
+    assert abs(samples[:, 1]).max() < 0.05
+    assert (abs(samples[20000:, 0]).max() < 0.01) == (seconds < 1)
+
+
+def test_sound_may_come_from_a_file(tmp_path):
+    write(tmp_path / "a.mp4", audio=Audio(torch.rand(1, 48000) - 0.5, 48000))
+    write(tmp_path / "b.webm", audio=tmp_path / "a.mp4")
+    said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "b.webm")], capture_output=True, text=True, check=False)
+    assert "Audio: opus" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("h264", "v.mp4"), ("h264", "v.mkv"), ("vp9", "v.webm"), ("prores", "v.mov"), ("ffv1", "v.mkv")]
+)
+@pytest.mark.parametrize("metadata", [{}, {"prompt": "ours"}])
+def test_of_a_file_with_sound_nothing_else_comes_along(tmp_path, name, file, metadata):
+    (tmp_path / "texts").write_text(
+        ";FFMETADATA1\ntitle=secret\nartist=secret\n"
+        "[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=100\ntitle=secret\n"
+        "[CHAPTER]\nTIMEBASE=1/1000\nSTART=100\nEND=250\ntitle=secret\n"
+    )
+    source = ["-f", "lavfi", "-i", "sine=d=1", "-f", "ffmetadata", "-i", str(tmp_path / "texts")]
+    source += ["-attach", str(tmp_path / "texts"), "-metadata:s:t", "mimetype=text/secret", "-map", "0:a"]
+    source += ["-map_metadata", "1", "-map_chapters", "1", "-metadata:s:a", "title=secret"]
+    source += ["-metadata:s:a", "language=deu", "-disposition:a", "comment"]
+    subprocess.run([find_ffmpeg(), "-v", "error", *source, str(tmp_path / "sound.mkv")], check=True)
+
+    def said(path):
+        return subprocess.run([find_ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
+
+    assert all(word in said(tmp_path / "sound.mkv") for word in ("secret", "Chapter", "Attachment", "deu", "comment"))
+    made = tmp_path / "made"
+    made.mkdir()
+    preview = {} if FORMATS[name].browsers else {"preview": made / "preview.mp4"}
+    write(made / file, format=name, audio=tmp_path / "sound.mkv", metadata=metadata, **preview)
+    if name in ("prores", "ffv1"):
+        encode_again(made / file, made / "again.mp4")
+    for path in made.iterdir():
+        text = said(path).partition(path.name)[2]
+        assert "Audio" in text, path
+        assert ("ours" in text) == (bool(metadata) and path.name != "preview.mp4"), path
+        assert not any(word in text for word in ("secret", "Chapter", "Attachment", "deu", "comment", "Data:")), text
+
+
+def test_a_file_with_an_empty_sound_is_silence(tmp_path):
+    with wave.open(str(tmp_path / "empty.wav"), "wb") as file:
+        file.setparams((2, 2, 48000, 0, "NONE", ""))
+    write(tmp_path / "v.mkv", format="ffv1", audio=tmp_path / "empty.wav")
+    command = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.mkv"), "-map", "0:a", "-f", "f32le", "-"]
+    samples = numpy.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, dtype="<f4")
+    assert len(samples) == 2 * 48000 * COUNT // 16
+    assert not samples.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("h264", "v.mp4"), ("prores", "v.mov"), ("vp9", "v.webm"), ("ffv1", "v.mkv")]
+)
+def test_texts_come_back_however_long_they_are(tmp_path, name, file):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    texts = {"prompt": json.dumps({"1": {"a": "x=1;#\\ \n" * 30000}}), "workflow": json.dumps({"nodes": ["日本"]})}
+    write(tmp_path / file, format=name, metadata=texts)
+    with av.open(str(tmp_path / file)) as container:
+        found = {key.lower(): value for key, value in container.metadata.items()}
+    assert {key: found[key] for key in texts} == texts
+
+
+@pytest.mark.parametrize(("name", "file"), [("prores", "v.mov"), ("ffv1", "v.mkv")])
+def test_texts_are_kept_and_none_added_by_encoding_again(tmp_path, name, file):
+    write(tmp_path / file, format=name, metadata={"prompt": "p=1;", "workflow": "日本"})
+    encode_again(tmp_path / file, tmp_path / "again.mp4")
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(tmp_path / "again.mp4")) as container:
+        found = {key.lower(): value for key, value in container.metadata.items()}
+    assert (found["prompt"], found["workflow"]) == ("p=1;", "日本")
+    assert (found["major_brand"], found["minor_version"]) == ("isom", "512")
+
+
+@pytest.mark.parametrize(
+    ("waveform", "rate", "words"),
+    [
+        (torch.zeros(9, 5), 48000, "has 9 channels; it must have 1 to 8"),
+        (torch.zeros(0, 5), 48000, "has 0 channels"),
+        (torch.zeros(5), 48000, "must be a tensor of floats"),
+        (torch.zeros(2, 5), 0, "has 0 samples a second"),
+        (torch.zeros(2, 5), 48000.0, "a whole number"),
+        (torch.full((1, 5), torch.nan), 48000, "NaN"),
+    ],
+)
+def test_bad_sound_is_refused(waveform, rate, words):
+    with pytest.raises(OutputError, match=words):
+        Audio(waveform, rate)
+
+
+def test_a_file_without_sound_is_refused_before_the_start(tmp_path):
+    write(tmp_path / "silent.mp4")
+    with pytest.raises(OutputError, match=r"with sound: ffmpeg says .*matches no streams"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(audio=tmp_path / "silent.mp4"))
+    with pytest.raises(OutputError, match="no audio file"):
+        OutputSettings(audio=tmp_path / "none.wav")
