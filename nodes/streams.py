@@ -144,7 +144,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
             total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
             progress(done, max(done, total or 0), latents)
     if not parts:
-        raise FrameError(f"{path} has no frames; name another video")
+        raise FrameError(f"{path.name} has no frames; name another video")
     whole = torch.cat(parts, dim=0 if images else 2)
     tell_encoded(whole, architecture, since, engine.devices)
     return whole.to(vae.output_device, _output_dtype(vae))

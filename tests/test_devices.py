@@ -81,17 +81,17 @@ def test_with_gpus(devices, parsed):
         ("", "no device is named; write 'auto'"),
         (" , ", "no device is named"),
         ([], "no device is named"),
-        ("tpu", "'tpu' is no device; there are cpu, cuda:0, cuda:1: write some, with commas between, or 'auto'"),
+        ("tpu", "there is no device 'tpu', but cpu, cuda:0, cuda:1: write some, with commas between, or 'auto'"),
         ("gpu:2", "device 'cuda:2' is not there"),
         ("cuda:0,GPU:0", "cuda:0 is named twice"),
-        ("cuda:x", "'cuda:x' is no device"),
+        ("cuda:x", "there is no device 'cuda:x'"),
         ("cuda:2", "device 'cuda:2' is not there; there are cpu, cuda:0, cuda:1"),
         ("mps", "device 'mps' is not there"),
         ("meta", "device 'meta' is not there"),  # torch knows it, but nothing can be computed on it
-        ("auto,cuda:1", "has 'auto' beside others; write 'auto' alone"),
+        ("auto,cuda:1", "'auto' stands beside others in 'auto,cuda:1'; write it alone"),
         ("cuda:0,cuda:0", "cuda:0 is named twice in 'cuda:0,cuda:0'; name each device once"),
         ("cuda,cuda:0", "cuda:0 is named twice"),  # two names of one
-        ("cpu,cuda:1", "'cpu,cuda:1' mixes GPUs with the CPU, which would only wait for it; name one kind"),
+        ("cpu,cuda:1", "GPUs would only wait for the CPU beside them, in 'cpu,cuda:1'; name one kind"),
     ],
 )
 def test_what_is_no_device_is_refused_with_those_that_are_there(devices, message):
@@ -110,7 +110,7 @@ def test_without_nccl_auto_is_one_gpu_which_is_said_once_and_several_are_refused
     assert said == ["decoding on cuda:0 alone, though there are 2 devices: this torch has no nccl"]
     assert parse_devices("cuda:1") == GPUS[1:]
     assert parse_devices("cuda:1,cuda:0", forgiving=True) == [torch.device("cuda:1")]
-    with pytest.raises(DeviceError, match="are 2 devices, but this torch has no nccl; name one"):
+    with pytest.raises(DeviceError, match=r"there are 2 devices in .*, but this torch has no nccl; name one"):
         parse_devices("cuda:0,cuda:1")
 
 
@@ -127,7 +127,7 @@ def test_without_anonymous_memory_there_is_one_device(monkeypatch):
 def test_all_but_the_first_of_too_few_gpus_are_none(monkeypatch, gpus):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(DeviceError, match=f"'all but the first' are none here: GPUs there are {gpus}; write 'auto'"):
+    with pytest.raises(DeviceError, match=f"no GPU is left of 'all but the first', for there are {gpus}; write 'auto'"):
         parse_devices("all but the first")
 
 

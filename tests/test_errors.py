@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
-from wan_vae_parallel.errors import is_out_of_memory
+from wan_vae_parallel.errors import about_file, is_out_of_memory
 
 PACKAGE = Path(wvp.__file__).parent
 
@@ -89,6 +89,71 @@ def test_python_advice_stands_where_graphs_and_shells_dont_read_it():
     assert not unfit
     assert PYTHON.search("take the frames from decode_stream")
     assert PYTHON.search("divide them, as frames.float() / 255")
+
+
+# What an error may begin with but words: short names, of a setting, a device, a file without its folder.
+LEADS = re.compile(
+    r"len\(\w+\)|name|named|source|self\.name|self\.title|chosen\.title|(self|engine)\.source\.name|path\.name"
+    r"|checkpoint\.source|device|worker|waited|error|reason|self\._name\(self\.rank\)|', '\.join\(.*\)|videos \*.*"
+)
+
+
+def test_errors_lead_with_words_and_not_with_a_path_or_an_object():
+    # `raised` in whatever way: by the class, by what a caller handed in, or returned.
+    leads = []
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "nodes").glob("*.py")]:
+        if path.parent.name == "kernels":  # nobody hears of these
+            continue
+        for call in ast.walk(ast.parse(path.read_text())):
+            name = getattr(getattr(call, "func", None), "id", "") or getattr(getattr(call, "func", None), "attr", "")
+            if not name.lower().endswith(("error", "error_class")) or not getattr(call, "args", None):
+                continue
+            if isinstance(call.args[0], ast.JoinedStr) and isinstance(
+                first := call.args[0].values[0], ast.FormattedValue
+            ):
+                leads.append((f"{path.name}:{call.lineno}", ast.unparse(first.value), first.conversion))
+    assert len(leads) > 30
+    # A shell's option is named before its value.
+    unfit = [one for one in leads if not LEADS.fullmatch(one[1]) or one[2] == ord("r")]
+    assert not [one for one in unfit if not (one[0].startswith("shared.py") and one[1] == "text")]
+
+
+def test_what_is_wrong_with_a_file_comes_before_where_it_lies(tmp_path):
+    file = tmp_path / "vae.safetensors"
+    file.write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    others = {"pickle.pt": b"\x80\x02", "page.safetensors": b"<html>", "table.safetensors": b"{}"}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    for wrong in (file, *map(tmp_path.joinpath, ("empty", "none.safetensors", *others))):
+        with pytest.raises(wvp.CheckpointError) as caught:
+            wvp.load_vae(wrong, devices="cpu")
+        said = str(caught.value)
+        assert said.startswith(f"{wrong.name} ")
+        assert said.count(str(tmp_path)) == 1
+        assert said.endswith(f"{wrong})")
+    with pytest.raises(wvp.CheckpointError) as caught:
+        wvp.load_vae(file, devices="cpu")
+    damaged = "vae.safetensors can't be read, as it is damaged or not downloaded in full: fetch it again ("
+    assert str(caught.value).startswith(damaged)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "said"),
+    [
+        ("vae.safetensors", None, "vae.safetensors is empty; fetch it again"),
+        ("/m/vae.safetensors", None, "vae.safetensors is empty; fetch it again (/m/vae.safetensors)"),
+        ("/m/vae.safetensors", "too short", "vae.safetensors is empty; fetch it again (too short; /m/vae.safetensors)"),
+        (
+            "/m/vae.safetensors",
+            "no '/m/vae.safetensors'",
+            "vae.safetensors is empty; fetch it again (no '/m/vae.safetensors')",
+        ),
+        ("/", None, "/ is empty; fetch it again"),
+    ],
+)
+def test_a_place_is_told_once(path, error, said):
+    assert about_file(path, "is empty; fetch it again", error) == said
 
 
 @pytest.mark.parametrize(

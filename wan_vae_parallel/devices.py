@@ -51,19 +51,19 @@ def parse_devices(
         gpus = there[1:] or there
         return _together(gpus)
     if not names and _asks_for_the_rest(devices):
-        raise DeviceError(f"{devices!r} are none here: GPUs there are {len(there) - 1}; write 'auto'")
+        raise DeviceError(f"no GPU is left of {devices!r}, for there are {len(there) - 1}; write 'auto'")
     if not names:
         raise DeviceError("no device is named; write 'auto', 'cpu', 'cuda:0' or several with commas between them")
     if "auto" in names:
-        raise DeviceError(f"{devices!r} has 'auto' beside others; write 'auto' alone, for all GPUs, or name devices")
+        raise DeviceError(f"'auto' stands beside others in {devices!r}; write it alone, for all GPUs, or name devices")
     parsed = [_parse_device(name, there) for name in names]
     twice = sorted({str(device) for device in parsed if device.type == "cuda" and parsed.count(device) > 1})
     if twice:
         raise DeviceError(f"{', '.join(twice)} is named twice in {devices!r}; name each device once")
     if len({device.type for device in parsed}) > 1:
-        raise DeviceError(f"{devices!r} mixes GPUs with the CPU, which would only wait for it; name one kind")
+        raise DeviceError(f"GPUs would only wait for the CPU beside them, in {devices!r}; name one kind")
     if not forgiving and len(parsed) > 1 and (reason := _why_alone(parsed)):
-        raise DeviceError(f"{devices!r} are {len(parsed)} devices, but {reason}; name one")
+        raise DeviceError(f"there are {len(parsed)} devices in {devices!r}, but {reason}; name one")
     return _together(parsed)
 
 
@@ -111,7 +111,9 @@ def parse_rank_device(
         return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     parsed = parse_devices(devices)
     if len(parsed) > 1:
-        raise DeviceError(f"{devices!r} are {len(parsed)} devices, but each rank of a group has one; write 'auto'")
+        raise DeviceError(
+            f"there are {len(parsed)} devices in {devices!r}, but each rank of a group has one; write 'auto'"
+        )
     if (parsed[0].type == "cuda") != gpus:
         kind = "GPUs (nccl)" if gpus else "CPUs (gloo)"
         raise DeviceError(f"the group joins {kind}, and {str(parsed[0])!r} is none; write 'auto'")
@@ -142,7 +144,7 @@ def _parse_device(name: str | torch.device, there: list[torch.device]) -> torch.
         device = torch.device(name)
     except (RuntimeError, TypeError):
         raise DeviceError(
-            f"{name!r} is no device; there are {known}: write some, with commas between, or 'auto'"
+            f"there is no device {name!r}, but {known}: write some, with commas between, or 'auto'"
         ) from None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)

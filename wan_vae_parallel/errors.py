@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import torch
 
@@ -69,6 +70,23 @@ class WorkerError(WanVAEError, RuntimeError):
 
 class OutputError(WanVAEError, OSError):
     """The frames can't be written where they were asked to go."""
+
+
+def about_file(path: str | Path, text: str, error: object = None) -> str:
+    """``text`` as it is said of a file: its name before it, and where it lies behind it.
+
+    Args:
+        path: of the file, or of a folder.
+        text: what is wrong, and what to do.
+        error: what the system says of it, which comes last.
+    """
+    path = Path(path)
+    name = path.name or str(path)
+    told = "" if error is None else str(error).rstrip(".")
+    # Once is enough, and a name alone says no more than that.
+    places = [] if str(path) == name or str(path) in told else [str(path)]
+    behind = "; ".join(filter(None, [told, *places]))
+    return f"{name} {text} ({behind})" if behind else f"{name} {text}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

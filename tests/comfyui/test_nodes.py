@@ -329,7 +329,7 @@ def test_a_device_that_is_none_is_an_error(server, send):
     }
     run = server.run(graph)
     assert run.ended == "execution_error"
-    assert "'tpu7' is no device" in run.detail["exception_message"]
+    assert "there is no device 'tpu7'" in run.detail["exception_message"]
 
 
 def running(pid):

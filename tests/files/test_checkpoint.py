@@ -190,7 +190,9 @@ def _described(*, dtype="F32", shape=(2, 2), offsets=(0, 16)) -> bytes:
 def test_damaged_files_are_refused_with_the_advice_to_fetch_them_again(tmp_path, content):
     path = tmp_path / "vae.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"vae\.safetensors can't be read as safetensors .* fetch it again"):
+    with pytest.raises(
+        CheckpointError, match=r"vae\.safetensors can't be read, as it is damaged .*: fetch it again \("
+    ):
         read_checkpoint(path)
 
 

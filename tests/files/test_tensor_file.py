@@ -147,7 +147,7 @@ def test_threads_copy_every_byte_and_their_errors_are_the_callers(path, content,
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    with pytest.raises(wvp.CheckpointError, match=r"vae\.safetensors can't be read .*Input/output error"):
+    with pytest.raises(wvp.CheckpointError, match=r"vae\.safetensors can't be read, .*Input/output error"):
         read_checkpoint(path)
 
 
@@ -158,7 +158,7 @@ def test_a_file_cut_at_any_place_is_named(path, content, read):
     lengths += range(header, len(content), len(content) // 10)
     for length in lengths:
         path.write_bytes(content[:length])
-        with pytest.raises(wvp.CheckpointError, match=r"vae\.safetensors can't be read .*fetch it again"):
+        with pytest.raises(wvp.CheckpointError, match=r"vae\.safetensors can't be read, .*fetch it again"):
             read(path)
 
 

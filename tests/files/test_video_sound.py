@@ -142,7 +142,7 @@ def test_bad_sound_is_refused(waveform, rate, words):
 
 def test_a_file_without_sound_is_refused_before_the_start(tmp_path):
     write(tmp_path / "silent.mp4")
-    with pytest.raises(OutputError, match=r"with sound: ffmpeg says .*matches no streams"):
+    with pytest.raises(OutputError, match=r"with sound; choose .*ffmpeg says .*matches no streams"):
         plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(audio=tmp_path / "silent.mp4"))
     with pytest.raises(OutputError, match="no audio file"):
         OutputSettings(audio=tmp_path / "none.wav")

@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_output_error(tmp_path):
         with replacing(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OutputError, match=r"frames\.bin could not be written \(.*No space left.*\); free some room"):
+    with pytest.raises(OutputError, match=r"frames\.bin could not be written; free some room .*\(.*No space left"):
         write_until_full()
     assert not list(tmp_path.iterdir())
 
@@ -80,7 +80,7 @@ def enter(path, **options):
 
 @pytest.mark.parametrize("refuse", [check_writable, enter])
 def test_a_missing_folder(tmp_path, refuse):
-    with pytest.raises(OutputError, match=r"there is no folder .*nowhere; make it, or choose another"):
+    with pytest.raises(OutputError, match=r"there is no folder for it; make it, or choose another \(.*nowhere"):
         refuse(tmp_path / "nowhere" / "frames.bin")
 
 
@@ -130,7 +130,7 @@ def test_a_longer_name_is_told_beforehand(tmp_path, refuse, name, monkeypatch):
     # As from Python 3.13 on.
     monkeypatch.setattr(type(tmp_path), "is_dir", lambda self: os.path.isdir(self))
     monkeypatch.setattr(type(tmp_path), "exists", lambda self: os.path.exists(self))
-    with pytest.raises(OutputError, match=r"can't be written \(.*[Nn]ame too long.*\); choose another name"):
+    with pytest.raises(OutputError, match=r"can't be written; choose another name \(.*[Nn]ame too long"):
         refuse(tmp_path / name)
 
 
@@ -164,6 +164,6 @@ def test_a_disk_that_fills_up_under_safetensors_is_an_output_error(tmp_path):
         with replacing(tmp_path / "frames.bin"):
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    with pytest.raises(OutputError, match=r"frames\.bin could not be written \(.*No space left.*\); free some room"):
+    with pytest.raises(OutputError, match=r"frames\.bin could not be written; free some room .*\(.*No space left"):
         write_until_full()
     assert not list(tmp_path.iterdir())

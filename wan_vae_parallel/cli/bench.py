@@ -12,7 +12,7 @@ from typing import Any
 from .. import bench
 from ..architecture import Architecture
 from ..devices import DTYPES, parse_devices, parse_dtype
-from ..errors import CheckpointError, WanVAEError
+from ..errors import CheckpointError, WanVAEError, about_file
 from ..files.whole import check_writable
 from ..to_video import USUAL_FPS
 from .shared import chunk_size, dtype_name, frame_sizes, latent_size, make_folder, positive, signals
@@ -54,7 +54,9 @@ def _run(options: argparse.Namespace) -> None:
     directions = bench.DIRECTIONS if options.direction == "both" else (options.direction,)
     if architecture.encoder_width is None and "encode" in directions:
         if options.direction == "encode":
-            raise CheckpointError(f"{options.vae} has no encoder; take the whole VAE's file, or measure decodes")
+            raise CheckpointError(
+                about_file(options.vae, "has no encoder; take the whole VAE's file, or measure decodes")
+            )
         directions = ("decode",)
         print(f"{options.vae} has no encoder; only decodes are measured", file=sys.stderr)
     devices = parse_devices(options.devices)

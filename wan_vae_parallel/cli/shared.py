@@ -19,7 +19,7 @@ import torch
 
 from ..architecture import Architecture
 from ..devices import DTYPES
-from ..errors import ArgumentError, OutputError
+from ..errors import ArgumentError, OutputError, about_file
 from ..files.formats import QUALITIES
 
 _BAR = 32
@@ -146,7 +146,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OutputError(f"{folder} can't be written to ({error}); choose another folder with -o") from error
+        raise OutputError(about_file(folder, "can't be written to; choose another folder with -o", error)) from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import DTYPES
-from ..errors import ArgumentError
+from ..errors import ArgumentError, about_file
 from ..files.whole import check_writable, replacing
 from ..workflows import make_parallel
 
@@ -37,7 +37,10 @@ def _run(options: argparse.Namespace) -> None:
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise ArgumentError(
-            f"{options.input} can't be read as JSON ({reason}); save the workflow in ComfyUI, or export it for the API"
+            about_file(
+                options.input,
+                f"can't be read as JSON ({reason}); save the workflow in ComfyUI, or export it for the API",
+            )
         ) from error
     changed, outcomes = make_parallel(workflow, devices=options.devices, dtype=options.dtype, names=options.names)
     # As the editor writes it: on one line, or with two spaces.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..architecture import Architecture
-from ..errors import CheckpointError
+from ..errors import CheckpointError, about_file
 from ..model.decoder import WanDecoder
 from ..model.encoder import WanEncoder
 from .key_layouts import Layout, listed, originally_named, own_keys, own_tensors
@@ -105,8 +105,11 @@ def _opened(path: str | Path, version: Version | None) -> Iterator[tuple[Located
     located = locate_weights(given)
     if "NVFP4" in str(located.settings().get("quant_algo", located.settings().get("quantization", ""))).upper():
         raise CheckpointError(
-            f"{given} has weights in NVFP4, as its {located.config} says, which TensorRT and ModelOpt make for their "
-            f"own kernels; take the VAE in bf16, fp16 or fp32"
+            about_file(
+                given,
+                "has weights in NVFP4, as its config.json says, which TensorRT and ModelOpt make for their "
+                "own kernels; take the VAE in bf16, fp16 or fp32",
+            )
         )
     with contextlib.ExitStack() as stack:
         files = [
@@ -114,7 +117,7 @@ def _opened(path: str | Path, version: Version | None) -> Iterator[tuple[Located
             for file in located.files
         ]
         if version not in (None, tuple(file.version for file in files)):
-            raise CheckpointError(f"{given} was replaced since it was loaded; load the VAE again")
+            raise CheckpointError(about_file(given, "was replaced since it was loaded; load the VAE again"))
         yield located, files
 
 

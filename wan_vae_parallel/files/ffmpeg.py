@@ -19,7 +19,7 @@ from typing import IO
 
 import torch
 
-from ..errors import OutputError
+from ..errors import OutputError, about_file
 
 # "[h264 @ 0x5581] [error] text": who says it, how grave it is, what.
 _GRAVE = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
@@ -62,7 +62,10 @@ def find_ffmpeg(asked: str | Path | None = None) -> str:
     found = shutil.which(str(asked))
     if found is None:
         raise OutputError(
-            f"{asked} can't be run here; take the ffmpeg that came with this pack, which is the default, or install one"
+            about_file(
+                asked,
+                "can't be run here; take the ffmpeg that came with this pack, which is the default, or install one",
+            )
         )
     return found
 
@@ -71,11 +74,16 @@ def check_encoder(program: str, encoder: str, pixels: str | None = None) -> None
     """Raises `OutputError` if an ffmpeg lacks an encoder, or the encoder lacks a pixel format."""
     known = _encoder_help(program, encoder)
     if not known.startswith("Encoder "):
-        raise OutputError(f"{program} has no encoder {encoder}; choose another format, or name an ffmpeg that has it")
+        raise OutputError(
+            about_file(program, f"has no encoder {encoder}; choose another format, or name an ffmpeg that has it")
+        )
     formats = re.search(r"Supported pixel formats: (.*)", known)
     if pixels and formats and pixels not in formats[1].split():
         raise OutputError(
-            f"{program} has an {encoder} that can't take {pixels}; choose another format, or name an ffmpeg whose can"
+            about_file(
+                program,
+                f"has an {encoder} that can't take {pixels}; choose another format, or name an ffmpeg whose can",
+            )
         )
 
 
@@ -87,7 +95,7 @@ def _encoder_help(program: str, encoder: str) -> str:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
         )  # fmt: skip
     except OSError as error:
-        raise OutputError(f"{program} can't be run ({error}); name another ffmpeg") from error
+        raise OutputError(about_file(program, "can't be run; name another ffmpeg", error)) from error
     return done.stdout.decode(errors="replace")
 
 
@@ -163,7 +171,7 @@ class FedProcess:
         except OSError as error:
             self._said.close()
             self._progress.close()
-            raise OutputError(f"{command[0]} does not start ({error}); name another ffmpeg") from error
+            raise OutputError(about_file(command[0], "does not start; name another ffmpeg", error)) from error
         self._waiting: queue.Queue[torch.Tensor | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._feed, name="wan-vae-parallel ffmpeg", daemon=True)
         self._thread.start()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import OutputError
+from ..errors import OutputError, about_file
 from ..ops.pixel_format import GBR_16, RGB_8, RGB_16, YUV420, YUV420_10, YUV422_10, PixelFormat
 
 QUALITIES = ("low", "medium", "high", "best")
@@ -194,5 +194,5 @@ def choose_format(path: Path, name: str | None) -> FileFormat:
     chosen = FORMATS[name or _USUAL[suffix]]
     if chosen.pictures != (suffix == ".png") or (chosen.suffixes and suffix not in chosen.suffixes):
         wanted = "a name as frames/%04d.png" if chosen.pictures else f"a {' or '.join(chosen.suffixes)}"
-        raise OutputError(f"{path} can't hold {chosen.title}; name {wanted}, or choose another format")
+        raise OutputError(about_file(path, f"can't hold {chosen.title}; name {wanted}, or choose another format"))
     return chosen

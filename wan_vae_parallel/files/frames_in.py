@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ..errors import FrameError, OutOfMemoryError
+from ..errors import FrameError, OutOfMemoryError, about_file
 from ..frames import check_values
 from ..memory import free_memory, gibibytes
 from ..ops.dispatch import say_once
@@ -102,8 +102,11 @@ def read_frames(path: Path, *, colours: int) -> torch.Tensor:
         key = _frames_key(described, path)
         if described[key].dim() not in (4, 5):
             raise FrameError(
-                f"{path} has a tensor {key} of {described[key].dim()} axes {tuple(described[key].shape)}; frames have "
-                f"five, [B, T, H, W, C], or four for one video"
+                about_file(
+                    path,
+                    f"has a tensor {key} of {described[key].dim()} axes {tuple(described[key].shape)}; frames have "
+                    f"five, [B, T, H, W, C], or four for one video",
+                )
             )
         check_values(described[key])
         return file.read()[key]
@@ -180,7 +183,7 @@ def _read_picture(path: Path, colours: int) -> torch.Tensor:
     try:
         with Image.open(path) as opened:
             if (count := getattr(opened, "n_frames", 1)) > 1:
-                raise FrameError(f"{path} is an animation of {count} frames; make a video of it")
+                raise FrameError(about_file(path, f"is an animation of {count} frames; make a video of it"))
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I;16"):  # grey of 16 bits, of which conversions keep the lower 8
                 grey = torch.from_numpy(numpy.asarray(picture).astype(numpy.float32) / 65535)
@@ -193,7 +196,9 @@ def _read_picture(path: Path, colours: int) -> torch.Tensor:
     except _READ_ERRORS as error:
         if isinstance(error, FrameError):
             raise
-        raise FrameError(f"{path} can't be read as a picture ({error}); make it again, or {_NAME_ANOTHER}") from error
+        raise FrameError(
+            about_file(path, f"can't be read as a picture; make it again, or {_NAME_ANOTHER}", error)
+        ) from error
     if values.shape[-1] < colours:
         values = torch.cat([values, values.new_ones(*values.shape[:2], colours - values.shape[-1])], dim=-1)
     return values[None]
@@ -204,13 +209,18 @@ def _stored_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as picture:
             return picture.size
     except _READ_ERRORS as error:
-        raise FrameError(f"{path} can't be read as a picture ({error}); make it again, or {_NAME_ANOTHER}") from error
+        raise FrameError(
+            about_file(path, f"can't be read as a picture; make it again, or {_NAME_ANOTHER}", error)
+        ) from error
 
 
 def _other_size(path: Path, size: tuple[int, int], first: tuple[int, int]) -> FrameError:
     return FrameError(
-        f"{path} has {size[0]}x{size[1]} pixels, and the first picture {first[0]}x{first[1]}; a video's frames have "
-        f"one size: give them one with --size"
+        about_file(
+            path,
+            f"has {size[0]}x{size[1]} pixels, and the first picture {first[0]}x{first[1]}; a video's frames have "
+            f"one size: give them one with --size",
+        )
     )
 
 
@@ -227,12 +237,15 @@ def _numbered(path: Path) -> list[Path]:
         if (found := named.fullmatch(file.name)) and path.name % int(found[1]) == file.name
     )
     if not numbers:
-        raise FrameError(f"{path.parent} has no picture named as {path.name}; {_NAME_ANOTHER}")
+        raise FrameError(about_file(path.parent, f"has no picture named as {path.name}; {_NAME_ANOTHER}"))
     for number, expected in zip(numbers, range(numbers[0], numbers[-1]), strict=False):
         if number != expected:
             raise FrameError(
-                f"{path.parent} has {path.name % numbers[0]} to {path.name % numbers[-1]}, but no "
-                f"{path.name % expected}; make it, or name the folder to take what is there"
+                about_file(
+                    path.parent,
+                    f"has {path.name % numbers[0]} to {path.name % numbers[-1]}, but no "
+                    f"{path.name % expected}; make it, or name the folder to take what is there",
+                )
             )
     return [path.parent / (path.name % number) for number in numbers]
 
@@ -250,7 +263,7 @@ def _pictures_in(folder: Path) -> list[Path]:
         if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file() and not path.name.startswith(".")
     ]
     if not found:
-        raise FrameError(f"{folder} has no pictures ({', '.join(PICTURE_SUFFIXES)}) in it; {_NAME_ANOTHER}")
+        raise FrameError(about_file(folder, f"has no pictures ({', '.join(PICTURE_SUFFIXES)}) in it; {_NAME_ANOTHER}"))
     return sorted(found, key=lambda path: (key(path), path.name))
 
 
@@ -264,8 +277,11 @@ def _frames_key(tensors: dict[str, torch.Tensor], path: Path) -> str:
         return next(iter(tensors))
     found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
     raise FrameError(
-        f"{path} has {len(tensors)} tensors{': ' + found if found else ''}; it must have one named frames, "
-        f"[B, T, H, W, C] or [T, H, W, C]"
+        about_file(
+            path,
+            f"has {len(tensors)} tensors{': ' + found if found else ''}; it must have one named frames, "
+            f"[B, T, H, W, C] or [T, H, W, C]",
+        )
     )
 
 
@@ -275,7 +291,7 @@ def _is_one_picture(path: Path) -> bool:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():  # a pipe would have opening it wait
-        raise FrameError(f"{path} {'is no file' if path.exists() else 'does not exist'}; {_NAME_ANOTHER}")
+        raise FrameError(about_file(path, f"{'is no file' if path.exists() else 'does not exist'}; {_NAME_ANOTHER}"))
     path.open("rb").close()
 
 
@@ -285,7 +301,7 @@ def _refuse_latents(path: Path) -> None:
 
 
 def _are_latents(path: Path) -> FrameError:
-    return FrameError(f"{path} has latents in it, which are encoded already; {_NAME_ANOTHER}")
+    return FrameError(about_file(path, f"has latents in it, which are encoded already; {_NAME_ANOTHER}"))
 
 
 @contextlib.contextmanager
@@ -294,4 +310,4 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FrameError(f"{path} can't be opened ({error}); {_NAME_ANOTHER}") from error
+        raise FrameError(about_file(path, f"can't be opened; {_NAME_ANOTHER}", error)) from error

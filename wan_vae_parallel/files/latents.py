@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..architecture import Architecture
-from ..errors import LatentError, OutputError
+from ..errors import LatentError, OutputError, about_file
 from .kinds import user_path
 from .latent_axes import in_order
 from .tensor_file import TensorFile
@@ -194,7 +194,7 @@ def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     """Which of a file's tensors are the latents."""
     if _COMFYUI_LATENT in tensors:
         if _COMFYUI_VERSION not in tensors:
-            raise LatentError(f"{path} is a latent of a ComfyUI from before 2023, which made none of videos")
+            raise LatentError(about_file(path, "is a latent of a ComfyUI from before 2023, which made none of videos"))
         return _COMFYUI_LATENT
     # What else lies beside is a mask, statistics, or the like.
     named = [key for key in _NAMES if key in tensors and tensors[key].dim() in (4, 5)]
@@ -206,8 +206,11 @@ def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
             return candidates[0]
     found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
     raise LatentError(
-        f"{path} has {len(tensors)} tensors{': ' + found if found else ''}; "
-        f"it must have exactly one with five axes, [B, C, T, h, w]"
+        about_file(
+            path,
+            f"has {len(tensors)} tensors{': ' + found if found else ''}; "
+            f"it must have exactly one with five axes, [B, C, T, h, w]",
+        )
     )
 
 
@@ -220,7 +223,7 @@ def check_latent_output(path: str | Path, *, needed: int = 0) -> None:
     path = Path(path)
     if path.suffix.lower() not in LATENT_SUFFIXES:
         raise OutputError(
-            f"{path} is no kind of file that latents are written to; name a {' or '.join(LATENT_SUFFIXES)}"
+            about_file(path, f"is no kind of file that latents are written to; name a {' or '.join(LATENT_SUFFIXES)}")
         )
     check_writable(path, needed=needed)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, about_file
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def locate_weights(path: Path) -> Located:
             return _of_shard(path, match)
         return Located(name=path.name, files=(path,), config=_config_beside(path))
     except OSError as error:
-        raise CheckpointError(f"{path} can't be opened ({error}); {ANOTHER}") from error
+        raise CheckpointError(about_file(path, f"can't be opened; {ANOTHER}", error)) from error
 
 
 def _in_folder(folder: Path) -> Located:
@@ -83,43 +83,50 @@ def _in_folder(folder: Path) -> Located:
         if len(found) == 1:
             return locate_weights(folder / found[0])
         if found:
-            raise CheckpointError(f"{folder} is a folder with several files of weights: {_listed(found)}; name one")
+            raise CheckpointError(
+                about_file(folder, f"is a folder with several files of weights: {_listed(found)}; name one")
+            )
     if files:
         return locate_weights(folder / files[0])
     pickles = [name for name in names if name.lower().endswith((".bin", ".pth", ".pt", ".ckpt"))]
     if pickles:
         raise CheckpointError(
-            f"{folder} is a folder without safetensors, and {_listed(pickles)} can run any code when opened; take the "
-            f"same VAE as .safetensors"
+            about_file(
+                folder,
+                f"is a folder without safetensors, and {_listed(pickles)} can run any code when opened; take the "
+                f"same VAE as .safetensors",
+            )
         )
-    raise CheckpointError(f"{folder} is a folder without {_WHOLE}; name the safetensors file itself")
+    raise CheckpointError(about_file(folder, f"is a folder without {_WHOLE}; name the safetensors file itself"))
 
 
 def _of_index(index: Path) -> Located:
     places = _json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index} has no weight_map that names files with tensors; {ANOTHER}")
+        raise CheckpointError(about_file(index, f"has no weight_map that names files with tensors; {ANOTHER}"))
     names = sorted(set(places.values()))
     if strange := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{index} names files outside its folder: {_listed(strange)}; name a folder of shards")
-    return _whole(index.name, index.parent, names)
+        raise CheckpointError(
+            about_file(index, f"names files outside its folder: {_listed(strange)}; name a folder of shards")
+        )
+    return _whole(index.name, index, names, what=f"names {len(names)} files")
 
 
 def _of_shard(path: Path, match: re.Match[str]) -> Located:
     stem, number, count, ending = match.groups()
     names = [f"{stem}-{i:05d}-of-{count}{ending}" for i in range(1, int(count) + 1)]
-    located = _whole(f"{stem}{ending}", path.parent, names, named=f"{path.name} is shard {int(number)} of {int(count)}")
+    located = _whole(f"{stem}{ending}", path, names, what=f"is shard {int(number)} of {int(count)}")
     if len(names) > 1:
         logger.info("%s is shard %d of %d; taking all of them", path.name, int(number), int(count))
     return located
 
 
-def _whole(name: str, folder: Path, names: Sequence[str], named: str = "") -> Located:
+def _whole(name: str, asked: Path, names: Sequence[str], *, what: str) -> Located:
+    """All of ``names`` beside ``asked``, which is one of them or their index: ``what`` it is."""
+    folder = asked.parent
     if missing := [one for one in names if not (folder / one).is_file()]:
-        what = named or f"{folder / name} names {len(names)} files"
-        raise CheckpointError(
-            f"{what}, and {folder} lacks {_listed(missing)}; fetch all of them, or take the VAE as one file"
-        )
+        advice = "fetch all of them, or take the VAE as one file"
+        raise CheckpointError(about_file(asked, f"{what}, and {_listed(missing)} is not beside it; {advice}"))
     files = tuple(folder / one for one in names)
     return Located(name=name, files=files, config=_config_beside(files[0]))
 
@@ -134,9 +141,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); fetch it again") from error
+        raise CheckpointError(about_file(path, f"is no JSON ({error}); fetch it again")) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no table but a {type(content).__name__}; fetch it again")
+        raise CheckpointError(about_file(path, f"is no table but a {type(content).__name__}; fetch it again"))
     return content
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..anonymous import anonymous_file
 from ..cancel import LOOK_SECONDS, check_cancelled
-from ..errors import OutOfMemoryError, WanVAEError, is_out_of_memory
+from ..errors import OutOfMemoryError, WanVAEError, about_file, is_out_of_memory
 from .kinds import HEAD_BYTES, other_kind
 
 # The library refuses longer headers.
@@ -80,17 +80,17 @@ class TensorFile:
         try:
             if not path.is_file():  # a pipe would have opening it wait
                 what = "is no file" if path.exists() else "does not exist"
-                raise error_class(f"{path} {what}; {another}")
+                raise error_class(about_file(path, f"{what}; {another}"))
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             if isinstance(error, WanVAEError):
                 raise
-            raise error_class(f"{path} can't be opened ({error}); {another}") from error
+            raise error_class(about_file(path, f"can't be opened; {another}", error)) from error
         with self._closing_after_errors(), self._told():
             self.version = FileVersion.of(os.fstat(self._file.fileno()))
             self._head = self._file.read(HEAD_BYTES) or b""
             if kind := other_kind(self._head, path, holds=holds):
-                raise error_class(f"{path} {kind}")
+                raise error_class(about_file(path, kind))
 
     def __enter__(self) -> TensorFile:
         return self
@@ -224,7 +224,7 @@ class TensorFile:
 
     def _changed(self) -> WanVAEError:
         return self._error_class(
-            f"{self.path} changed while it was read; wait until it is written in full, then load it again"
+            about_file(self.path, "changed while it was read; wait until it is written in full, then load it again")
         )
 
     @contextlib.contextmanager
@@ -237,12 +237,16 @@ class TensorFile:
                 raise
             if is_out_of_memory(error):
                 raise OutOfMemoryError(
-                    f"{self.path} takes {self.version.size / 2**20:.1f} MiB, and the host has no memory for it "
-                    f"({error}); free some"
+                    about_file(
+                        self.path,
+                        f"takes {self.version.size / 2**20:.1f} MiB, and the host has no memory for it; free some",
+                        error,
+                    )
                 ) from error
             raise self._error_class(
-                f"{self.path} can't be read as safetensors ({error}); it is damaged or not downloaded in full: "
-                f"{self._again}"
+                about_file(
+                    self.path, f"can't be read, as it is damaged or not downloaded in full: {self._again}", error
+                )
             ) from error
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..errors import OutOfMemoryError, OutputError
+from ..errors import OutOfMemoryError, OutputError, about_file
 from ..memory import free_memory, gibibytes
 from .formats import VIDEO_SUFFIXES, choose_format
 from .kinds import user_path
@@ -54,14 +54,17 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         return TensorOutput(path, shape, settings)
     if not (is_sequence(path) or suffix in VIDEO_SUFFIXES):
         raise OutputError(
-            f"{path} is no kind of file that frames are written to; name a {', '.join(VIDEO_SUFFIXES)}, "
-            f".safetensors or a numbered frames/%04d.png"
+            about_file(
+                path,
+                f"is no kind of file that frames are written to; name a {', '.join(VIDEO_SUFFIXES)}, "
+                f".safetensors or a numbered frames/%04d.png",
+            )
         )
     chosen = choose_format(path, settings.format)
     if not chosen.pictures and shape[4] < 3:
-        raise OutputError(f"{path} can't hold frames of {shape[4]} colours; write .safetensors or pictures")
+        raise OutputError(about_file(path, f"can't hold frames of {shape[4]} colours; write .safetensors or pictures"))
     if chosen.pictures and shape[4] not in (1, 3, 4):
-        raise OutputError(f"{path} can't hold frames of {shape[4]} colours; write .safetensors")
+        raise OutputError(about_file(path, f"can't hold frames of {shape[4]} colours; write .safetensors"))
     if not chosen.pictures:
         for file in files:
             check_writable(file)
@@ -76,8 +79,11 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         later = _later(path, len(files))
         if later and settings.old_pictures == "refuse":
             raise OutputError(
-                f"{path.parent} has {later[0].name} to {later[-1].name} of an older video, which would follow the "
-                f"{len(files)} new pictures; choose another folder, or have older ones cleared"
+                about_file(
+                    path.parent,
+                    f"has {later[0].name} to {later[-1].name} of an older video, which would follow the "
+                    f"{len(files)} new pictures; choose another folder, or have older ones cleared",
+                )
             )
     else:
         check_writable(path.parent)
@@ -179,14 +185,19 @@ class TensorOutput:
         self._shape = shape
         self._settings = settings
         if settings.format is not None or settings.audio is not None:
-            raise OutputError(f"{path} holds frames as they are, without a format and sound; leave these away")
+            raise OutputError(
+                about_file(path, "holds frames as they are, without a format and sound; leave these away")
+            )
         size = 4 * torch.Size(shape).numel()
         check_writable(path, needed=size)
         free = free_memory(torch.device("cpu"))
         if size > free:
             raise OutOfMemoryError(
-                f"{path} takes {gibibytes(size)} of memory to be written, and {gibibytes(free)} are free; "
-                f"write a video or pictures, which take one step's frames"
+                about_file(
+                    path,
+                    f"takes {gibibytes(size)} of memory to be written, and {gibibytes(free)} are free; "
+                    f"write a video or pictures, which take one step's frames",
+                )
             )
 
     @contextlib.contextmanager
@@ -204,7 +215,9 @@ class TensorOutput:
         with replacing(path) as temporary:
             yield write
             if done != self._shape[1]:
-                raise OutputError(f"{path} would have {done} of {self._shape[1]} frames, so it is not written")
+                raise OutputError(
+                    about_file(path, f"would have {done} of {self._shape[1]} frames, so it is not written")
+                )
             texts = {**self._settings.metadata, "fps": str(float(self._settings.fps))}
             save_file({"frames": frames}, temporary, metadata=texts)
 

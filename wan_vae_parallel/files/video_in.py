@@ -18,7 +18,7 @@ from typing import IO, cast
 import numpy
 import torch
 
-from ..errors import FrameError
+from ..errors import FrameError, about_file
 from ..ops.dispatch import say_once
 from .ffmpeg import complaints, describe_video
 
@@ -46,7 +46,9 @@ class VideoInput:
 
     def __init__(self, path: Path, *, colours: int, most: int | None = None) -> None:
         if colours not in _FORMATS:
-            raise FrameError(f"{path} is a video, and this VAE's frames have {colours} colours; name a .safetensors")
+            raise FrameError(
+                about_file(path, f"is a video, and this VAE's frames have {colours} colours; name a .safetensors")
+            )
         self._path = path
         self._colours = colours
         self._most = most
@@ -126,7 +128,13 @@ class VideoInput:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._said, start_new_session=True
             )
         except OSError as error:
-            raise FrameError(f"{self._path} can't be read, as ffmpeg does not start ({error})") from error
+            raise FrameError(
+                about_file(
+                    self._path,
+                    "can't be read, as ffmpeg does not start; fetch it again, or see that ffmpeg is whole",
+                    error,
+                )
+            ) from error
 
     def _next(self, done: int) -> torch.Tensor | None:
         """The next frame, ``done`` being there; None at the end."""
@@ -164,13 +172,20 @@ class VideoInput:
     def _failed(self, done: int, reason: str) -> FrameError:
         if _NO_VIDEO in reason:
             return FrameError(
-                f"{self._path} has no video stream that ffmpeg can find; name a file with a video, or fetch it again"
+                about_file(
+                    self._path, "has no video stream that ffmpeg can find; name a file with a video, or fetch it again"
+                )
             )
         if not done:
             return FrameError(
-                f"{self._path} can't be read as a video (ffmpeg: {reason}); name a video, pictures or a .safetensors"
+                about_file(
+                    self._path, f"can't be read as a video (ffmpeg: {reason}); name a video, pictures or a .safetensors"
+                )
             )
         return FrameError(
-            f"{self._path} is damaged or cut short behind frame {done} (ffmpeg: {reason}); fetch or export it again, "
-            f"or take the first {done} frames alone"
+            about_file(
+                self._path,
+                f"is damaged or cut short behind frame {done} (ffmpeg: {reason}); fetch or export it again, "
+                f"or take the first {done} frames alone",
+            )
         )

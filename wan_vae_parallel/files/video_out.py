@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import OutputError
+from ..errors import OutputError, about_file
 from ..ops.pixel_format import PixelFormat
 from .audio import Audio, audio_filter, audio_input, write_samples
 from .ffmpeg import FedProcess, check_encoder, complaints, describe_video, find_ffmpeg
@@ -148,7 +148,9 @@ class VideoOutput:
 
         yield write
         if done != self._total:
-            raise OutputError(f"{self._name} would have {done} of {self._total} frames, so it is not written")
+            raise OutputError(
+                about_file(self._path, f"would have {done} of {self._total} frames, so it is not written")
+            )
         for process in processes:
             with self._told():
                 end(process)
@@ -160,8 +162,8 @@ class VideoOutput:
         return list(data)
 
     @property
-    def _name(self) -> str:
-        return str(self.files[0])
+    def _path(self) -> Path:
+        return self.files[0]
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -172,7 +174,7 @@ class VideoOutput:
             if isinstance(error, OutputError):
                 raise
             way = "free some room or choose another place" if _FULL.search(str(error)) else "nothing was left of it"
-            raise OutputError(f"{self._name} could not be written ({error}); {way}") from error
+            raise OutputError(about_file(self._path, f"could not be written; {way}", error)) from error
 
     def _source(self, source: str) -> list[str]:
         """The program, and frames as its first input."""
@@ -281,8 +283,12 @@ class VideoOutput:
             _try_once(command, tuple(sizes.items()), changed)
         except _CanNotEncode as reason:
             raise OutputError(
-                f"{self._name} can't be written as {self._format.title}, {self._width}x{self._height}"
-                f"{' with sound' if audio is not None else ''}: ffmpeg says {reason}; choose another format or ffmpeg"
+                about_file(
+                    self._path,
+                    f"can't be written as {self._format.title}, {self._width}x{self._height}"
+                    f"{' with sound' if audio is not None else ''}; choose another format or ffmpeg",
+                    f"ffmpeg says {reason}",
+                )
             ) from None
 
 
@@ -415,7 +421,9 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
             f"file:{temporary}",
         )
         if said:
-            raise OutputError(f"{path} could not be written (ffmpeg: {said}); free some room or choose another place")
+            raise OutputError(
+                about_file(path, f"could not be written (ffmpeg: {said}); free some room or choose another place")
+            )
 
 
 def encode_again(path: Path, into: Path) -> None:
@@ -434,7 +442,7 @@ def encode_again(path: Path, into: Path) -> None:
             *("-f", "mp4", f"file:{temporary}"),
         )
         if said:
-            raise OutputError(f"{path} could not be encoded again as H.264 (ffmpeg: {said}); free some room")
+            raise OutputError(about_file(path, f"could not be encoded again as H.264 (ffmpeg: {said}); free some room"))
 
 
 def tag_as_hvc1(path: Path) -> bool:
@@ -457,7 +465,7 @@ def tag_as_hvc1(path: Path) -> bool:
             *("-f", "mov" if path.suffix.lower() == ".mov" else "mp4", f"file:{temporary}"),
         )
         if said:
-            raise OutputError(f"{path} could not be tagged as hvc1 (ffmpeg: {said}); free some room")
+            raise OutputError(about_file(path, f"could not be tagged as hvc1 (ffmpeg: {said}); free some room"))
     return True
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import OutputError
+from ..errors import OutputError, about_file
 from ..memory import gibibytes
 
 # Of a file's name, as much as the folder's gets in which it is written.
@@ -45,7 +45,9 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:  # which its library raises of a full disk
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{path} could not be written ({error}); free some room or choose another place") from error
+        raise OutputError(
+            about_file(path, "could not be written; free some room or choose another place", error)
+        ) from error
 
 
 @contextlib.contextmanager
@@ -96,20 +98,25 @@ def check_writable(path: str | Path, *, needed: int = 0) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()  # what is wrong with a name, which the following keep to themselves from Python 3.13 on
         if path.is_dir():
-            raise OutputError(f"{path} is a folder; name a file in it")
+            raise OutputError(about_file(path, "is a folder; name a file in it"))
         if path.exists() and not path.is_file():
-            raise OutputError(f"{path} is a device or a pipe; name a file")
+            raise OutputError(about_file(path, "is a device or a pipe; name a file"))
         if not path.parent.is_dir():
-            raise OutputError(f"{path} can't be written: there is no folder {path.parent}; make it, or choose another")
+            raise OutputError(
+                about_file(path, "can't be written: there is no folder for it; make it, or choose another")
+            )
     except OSError as error:  # a name too long, a folder that can't be looked into
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{path} can't be written ({error}); choose another name") from error
+        raise OutputError(about_file(path, "can't be written; choose another name", error)) from error
     if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path} can't be written: the folder {path.parent} is read-only; choose another")
+        raise OutputError(about_file(path, "can't be written: the folder is read-only; choose another"))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OutputError(
-            f"{path} takes {gibibytes(needed)}, and {gibibytes(free)} are free there; free some room or choose "
-            f"another place"
+            about_file(
+                path,
+                f"takes {gibibytes(needed)}, and {gibibytes(free)} are free there; free some room or choose "
+                f"another place",
+            )
         )
