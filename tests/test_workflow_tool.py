@@ -217,6 +217,17 @@ def test_from_the_shell(tmp_path, capsys):
     assert "\n" not in target.read_text()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_shell_reads_every_utf_and_keeps_texts(tmp_path, encoding):
+    source, target = tmp_path / "mine.json", tmp_path / "parallel.json"
+    workflow = editor(loader(1, links=[5]), decode(2, 5), links=[[5, 1, 0, 2, 1, "VAE"]])
+    workflow["nodes"][0]["title"] = "狐狸 half of an emoji: \ud83d"
+    source.write_text(json.dumps(workflow), encoding=encoding)
+    assert main(["workflow", str(source), "-o", str(target)]) == 0
+    assert json.loads(target.read_bytes())["nodes"][0]["title"] == workflow["nodes"][0]["title"]
+    assert "狐狸" in target.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[" * 100_000, b"\xff", "{}"])
 def test_the_shell_says_what_is_no_workflow_and_writes_nothing(tmp_path, capsys, content):
     source, target = tmp_path / "mine.json", tmp_path / "parallel.json"

@@ -32,8 +32,8 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     check_writable(options.output)
     try:
-        text = options.input.read_text(encoding="utf-8-sig")
-        workflow = json.loads(text)
+        content = options.input.read_bytes()
+        workflow = json.loads(content)  # in whichever UTF: PowerShell writes UTF-16
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise ArgumentError(
@@ -44,9 +44,10 @@ def _run(options: argparse.Namespace) -> None:
         ) from error
     changed, outcomes = make_parallel(workflow, devices=options.devices, dtype=options.dtype, names=options.names)
     # As the editor writes it: on one line, or with two spaces.
-    indent = 2 if "\n" in text.strip() else None
+    indent = 2 if b"\n" in content.strip() else None
+    text = json.dumps(changed, ensure_ascii=False, indent=indent)
     with replacing(options.output) as temporary:
-        temporary.write_text(json.dumps(changed, ensure_ascii=False, indent=indent), encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="backslashreplace"))  # half of an emoji is an escape again
     for one in outcomes:
         where = f" in {one.graph}" if one.graph else ""
         print(f"loader {one.node}{where}, {one.file}: {one.done}")
