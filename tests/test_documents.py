@@ -84,3 +84,28 @@ def test_commands_of_the_shell_can_be_read():
     assert {command.split()[0] for command in commands} == {"decode", "encode", "info", "workflow", "bench"}
     for command in commands:
         _parser().parse_args(command.partition("#")[0].split())
+
+
+def test_messages_that_documents_explain_are_those_of_the_code():
+    texts = []
+    for path in [*(REPOSITORY / "wan_vae_parallel").rglob("*.py"), *(REPOSITORY / "nodes").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    said = "\n".join(texts)
+    pages = [*DOCUMENTS, *(REPOSITORY / "web" / "docs").rglob("*.md")]
+    told = [
+        (page.name, part.strip(" ,."))
+        for page in pages
+        # In the first column of the tables that begin so.
+        for table in re.findall(
+            r"^\| (?:what you see|现象|看到的信息) \|.*\n((?:\|.*\n?)+)", page.read_text("utf-8"), re.MULTILINE
+        )
+        for quoted in re.findall(r'^\| "(.+?)" ', table, re.MULTILINE)
+        for part in quoted.split("...")
+    ]
+    assert len(told) > 30
+    for page, part in told:
+        assert part in said or re.sub(r"\d+|frames", "{}", part) in said, (page, part)
