@@ -76,6 +76,26 @@ def test_icon_and_banner_are_there_and_of_the_registrys_sizes(key, most, shape):
     assert file.stat().st_size < 60_000
 
 
+# What is at the top of an archive that users get.
+PACKED = {"__init__.py", "nodes", "wan_vae_parallel", "web", "locales", "workflows", "subgraphs"}
+PACKED |= {"pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"}
+
+
+def test_what_users_do_not_need_is_not_packed():
+    # As comfy-cli packs: what git has, without what .comfyignore says, whose patterns are git's.
+    if shutil.which("git") is None or not (REPOSITORY / ".git").exists():
+        pytest.skip("this is no clone, so that there is nothing to pack")
+
+    def listed(*options):
+        command = ["git", "ls-files", *options]
+        return set(
+            subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\n")
+        )
+
+    packed = listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore") - {""}
+    assert {name.split("/")[0] for name in packed} == PACKED
+
+
 def comfy_cli():
     beside = Path(sys.executable).with_name("comfy")
     found = os.environ.get("COMFY_CLI") or shutil.which("comfy") or (str(beside) if beside.exists() else None)
@@ -115,11 +135,7 @@ def test_comfy_cli_validates_the_pack_and_packs_what_users_need(tmp_path):
     with zipfile.ZipFile(archive) as file:
         names = file.namelist()
         size = sum(entry.compress_size for entry in file.infolist())
-    tops = {name.split("/")[0] for name in names}
-    needed = {"__init__.py", "nodes", "wan_vae_parallel", "web", "locales", "workflows"}
-    needed |= {"pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"}
-    assert needed <= tops
-    assert tops <= needed | {"subgraphs"}
+    assert {name.split("/")[0] for name in names} == PACKED
     assert not [name for name in names if name.endswith((".pyc", ".safetensors", ".latent"))]
     assert size < 3e6
     # Whatever a module of the pack imports of the pack is in it.
