@@ -54,7 +54,7 @@ class Node:
     info: Json
     at: tuple[int, int]
     size: tuple[int, int]
-    title: str
+    title: str  # of its own; one without is called as its type, in the language of who opens it
     mode: int
     given: dict[str, Any] = field(default_factory=dict)
 
@@ -99,7 +99,7 @@ class Graph:
         if type_ not in self._server:
             raise ValueError(f"the server has no node {type_}")
         info = self._server[type_]
-        node = Node(len(self._nodes) + 1, type_, info, at, (_WIDTH, 0), title or info["display_name"] or type_, mode)
+        node = Node(len(self._nodes) + 1, type_, info, at, (_WIDTH, 0), title, mode)
         node.given = {name: Output(value, 0) if isinstance(value, Node) else value for name, value in given.items()}
         unknown = set(given) - set(node.inputs())
         missing = {name for name, spec in info["input"]["required"].items() if not _is_widget(spec)} - set(given)
@@ -127,7 +127,8 @@ class Graph:
                         inputs[name] = [str(value.node.id), value.slot]
                 elif _is_widget(spec):
                     inputs[name] = value
-            prompt[str(node.id)] = {"class_type": node.type, "inputs": inputs, "_meta": {"title": node.title}}
+            title = node.title or node.info["display_name"] or node.type
+            prompt[str(node.id)] = {"class_type": node.type, "inputs": inputs, "_meta": {"title": title}}
         return prompt
 
     def editor(self, name: str) -> Json:
@@ -302,7 +303,7 @@ class Graph:
             "mode": node.mode,
             "inputs": inputs,
             "outputs": [{"localized_name": name, "name": name, "type": kind, "links": None} for name, kind in outputs],
-            "title": node.title,
+            **({"title": node.title} if node.title else {}),
             "properties": properties,
             "widgets_values": values,
         }

@@ -58,7 +58,8 @@ def open_editor(page, server: Server, **settings) -> None:
     """Has ``page`` show the editor of ``server``, without greetings."""
     server.post("/settings", {**SETTINGS, **settings})
     page.goto(f"http://127.0.0.1:{server.port}/")
-    page.wait_for_function("window.app?.graph && window.app.extensionManager && window.app.vueAppReady !== false")
+    # The workflow that it opens with: what is opened before that, that replaces.
+    page.wait_for_function("window.app?.vueAppReady && app.graph && app.extensionManager?.workflow?.activeWorkflow")
 
 
 def draw_by(page, renderer: str) -> None:

@@ -20,6 +20,11 @@ def as_object(link) -> dict:
     return dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
 
 
+def title(node: dict) -> str:
+    """Its own title; one without is called as its type, in the language of who opens it."""
+    return node.get("title", node["type"])
+
+
 def box(node: dict) -> tuple[float, float, float, float]:
     (x, y), (width, height) = node["pos"], node["size"]
     return x, y - TITLE, x + width, y + height
@@ -43,13 +48,13 @@ def behind(graph: dict) -> Iterator[tuple]:
         start = _output(origin, link["origin_slot"]) if origin else graph["inputs"][link["origin_slot"]]["pos"]
         end = _input(target, link["target_slot"]) if target else graph["outputs"][link["target_slot"]]["pos"]
         points = list(_curve(start, end))
-        named = (link["type"], *(node["title"] if node else "the subgraph" for node in (origin, target)))
+        named = (link["type"], *(title(node) if node else "the subgraph" for node in (origin, target)))
         for node in graph["nodes"]:
             left, top, right, bottom = box(node)
             if node not in (origin, target) and any(left < x < right and top < y < bottom for x, y in points):
-                yield *named, node["title"]
+                yield *named, title(node)
         if origin and any(origin["pos"][0] < x < origin["pos"][0] + origin["size"][0] - 1 for x, _ in points):
-            yield *named, origin["title"]
+            yield *named, title(origin)
 
 
 def _output(node: dict, slot: int) -> tuple[float, float]:

@@ -110,7 +110,11 @@ def test_every_template_opens_with_its_values_and_without_overlaps(editor, rende
         nested = {name: prompt[key]["inputs"].get(f"format.{name}") for name in kept if kept[name] is None}
         assert kept | nested == node["inputs"], node["class_type"]
     boxes = settled(editor, BOXES[renderer])
-    assert sorted(title for title, *_ in boxes) == sorted(node["title"] for node in workflow(name)["nodes"])
+    named = "types => types.map(type => LiteGraph.registered_node_types[type].title)"
+    nodes = workflow(name)["nodes"]
+    by_type = editor.evaluate(named, [node["type"] for node in nodes])
+    titles = [node.get("title", of_type) for node, of_type in zip(nodes, by_type, strict=True)]
+    assert sorted(title for title, *_ in boxes) == sorted(titles)
     for index, (one, *a) in enumerate(boxes):
         for other, *b in boxes[index + 1 :]:
             assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3], (one, other)
