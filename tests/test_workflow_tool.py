@@ -235,7 +235,8 @@ def test_the_shell_says_what_is_no_workflow_and_writes_nothing(tmp_path, capsys,
         source.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert main(["workflow", str(source), "-o", str(target)]) == 1
     error = capsys.readouterr().err
-    assert ("mine.json can't be read as JSON" if content != "{}" else "is no workflow of ComfyUI") in error
+    reasons = {None: "mine.json can't be opened; save", "{}": "is no workflow of ComfyUI"}
+    assert reasons.get(content, "mine.json can't be read as JSON; save") in error
     assert not target.exists()
 
 

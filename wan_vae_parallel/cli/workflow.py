@@ -31,17 +31,14 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     check_writable(options.output)
+    way = "save the workflow in ComfyUI, or export it for the API"
     try:
         content = options.input.read_bytes()
         workflow = json.loads(content)  # in whichever UTF: PowerShell writes UTF-16
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise ArgumentError(
-            about_file(
-                options.input,
-                f"can't be read as JSON ({reason}); save the workflow in ComfyUI, or export it for the API",
-            )
-        ) from error
+    except OSError as error:
+        raise ArgumentError(about_file(options.input, f"can't be opened; {way}", error.strerror or error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(about_file(options.input, f"can't be read as JSON; {way}", error)) from error
     changed, outcomes = make_parallel(workflow, devices=options.devices, dtype=options.dtype, names=options.names)
     # As the editor writes it: on one line, or with two spaces.
     indent = 2 if b"\n" in content.strip() else None
