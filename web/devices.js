@@ -13,8 +13,9 @@ function devicesOf(node) {
 // Else the editor would mark what a list lacks as wrong. A list that is shown outside of a subgraph is made of the one
 // within: so again when lists are read anew.
 function admit(node) {
-  const within = node.subgraph ? allNodes(node.subgraph).flatMap(devicesOf) : [];
-  for (const shown of devicesOf(node)) {
+  const lists = devicesOf(node);
+  const within = lists.length && node.subgraph ? allNodes(node.subgraph).flatMap(devicesOf) : [];
+  for (const shown of lists) {
     for (const { options } of [shown, ...within]) {
       if (shown.value && Array.isArray(options.values) && !options.values.includes(shown.value)) {
         options.values = [...options.values, shown.value];
