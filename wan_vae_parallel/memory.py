@@ -246,11 +246,24 @@ def largest_chunk(
         positions = rows * columns * architecture.stages[-1].scale ** 2
         enough = min(enough, _CPU_PIXELS / positions * (_CPU_WIDTH / architecture.width) ** 2)
 
-    def fits(chunk: int) -> bool:
-        needed = decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=kernels)
-        return needed.total <= _USABLE * free
+    def chunk_fits(chunk: int) -> bool:
+        return fits(architecture, shape, chunk=chunk, dtype=dtype, free=free, kernels=kernels)
 
-    return _largest(max(1, min(round(enough), most_at_once(batch, latent_frames))), fits)
+    return _largest(max(1, min(round(enough), most_at_once(batch, latent_frames))), chunk_fits)
+
+
+def fits(
+    architecture: Architecture,
+    shape: tuple[int, int, int, int],
+    *,
+    chunk: int,
+    dtype: torch.dtype,
+    free: int,
+    kernels: bool,
+) -> bool:
+    """Whether a decode with ``chunk`` fits into ``free`` bytes, weights included."""
+    needed = decode_memory(architecture, shape, chunk=chunk, dtype=dtype, kernels=kernels)
+    return needed.total <= _USABLE * free
 
 
 def largest_frame(
@@ -266,8 +279,7 @@ def largest_frame(
     for share in range(99, 0, -1):
         smaller = (max(1, rows * share // 100), max(1, columns * share // 100))
         size = (batch, latent_frames, *smaller)
-        needed = decode_memory(architecture, size, chunk=1, dtype=dtype, kernels=kernels)
-        if needed.total <= _USABLE * free:
+        if fits(architecture, size, chunk=1, dtype=dtype, free=free, kernels=kernels):
             height, width = architecture.frame_size(*smaller)
             return f"{width}x{height}"
     return "no frame"

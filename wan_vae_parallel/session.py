@@ -40,17 +40,19 @@ from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
 from .runtime.tuning import kernels_planned
 from .workers.encode_run import PoolEncodeRun
-from .workers.pool import WORKER_BYTES, WorkerPool
+from .workers.meanwhile import MeanwhileRun
+from .workers.pool import WorkerPool
+from .workers.protocol import WORKER_BYTES
 from .workers.run import PoolRun
 
 logger = logging.getLogger(__name__)
 
 Devices = str | torch.device | Sequence[str | torch.device]
 Chunk = int | Literal["auto"]
-DecodeRun = LocalRun | PoolRun | GroupRun
+DecodeRun = LocalRun | PoolRun | MeanwhileRun | GroupRun
 EncodeRun = LocalEncodeRun | PoolEncodeRun | GroupEncodeRun
 Step = TypeVar("Step")
-AnyRun = TypeVar("AnyRun", LocalRun | PoolRun | GroupRun, LocalEncodeRun | PoolEncodeRun | GroupEncodeRun)
+AnyRun = TypeVar("AnyRun", DecodeRun, LocalEncodeRun | PoolEncodeRun | GroupEncodeRun)
 Own = TypeVar("Own", bound="Session")
 
 IDLE_SECONDS = 600.0
@@ -143,7 +145,8 @@ class Session:
     def memory_needed(self, shape: Sequence[int]) -> int:
         """Bytes that decoding latents of ``shape`` ``[B, z, T, h, w]`` takes on each device, weights included.
 
-        It is what free devices would be used with; ``chunk="auto"`` makes do with less where there is less.
+        It is what free devices would be used with; ``chunk="auto"`` makes do with less where there is less. A decode
+        that begins while worker processes start may take more of the first device, if that is free.
         """
         batch, _, frames, rows, columns = shape
         size = (batch, frames, rows, columns)
@@ -211,7 +214,7 @@ class Session:
         mine, theirs = self._engine, other._engine
         if not isinstance(mine, WorkerPool) or not isinstance(theirs, WorkerPool) or mine is theirs:
             return
-        if mine.devices == theirs.devices and not mine.running and theirs.stage in ("ready", "parked"):
+        if mine.devices == theirs.devices and not mine.running and theirs.stage in ("loading", "ready", "parked"):
             mine.stop(grace=0.0)
             mine.take_over(theirs, keep=True)
 
@@ -233,16 +236,26 @@ class Session:
         return True
 
     @property
+    def worked_on(self) -> tuple[torch.device, ...]:
+        """The devices of the last decode or encode: one alone, where that ended before workers had started."""
+        return self._engine.worked_on if isinstance(self._engine, WorkerPool) else self.devices
+
+    @property
     def memory_held(self) -> int:
         """Bytes on each device that `park` would give back."""
-        if isinstance(self._engine, WorkerPool) and self._engine.stage != "loading":
-            return self._engine.held
+        if isinstance(self._engine, WorkerPool):
+            self._engine.settle()
+            if self._engine.stage == "ready":
+                return self._engine.held
         return self.weights_size if self._engine.running else 0
 
     @property
     def memory_to_start(self) -> int:
         """Bytes that worker processes will take on each device beside what `memory_needed` tells."""
-        return WORKER_BYTES if isinstance(self._engine, WorkerPool) and self._engine.stage != "ready" else 0
+        if not isinstance(self._engine, WorkerPool):
+            return 0
+        self._engine.settle()
+        return 0 if self._engine.stage == "ready" else WORKER_BYTES
 
     @property
     def weights_size(self) -> int:

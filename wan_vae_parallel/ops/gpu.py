@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import NamedTuple
 
@@ -37,6 +38,9 @@ class Gpu(NamedTuple):
         return self.capability[0] in (9, 10)
 
 
+# Of CUDA's driver: the number of the attribute, and the value for any number of processes.
+_COMPUTE_MODE, _DEFAULT = 20, 0
+
 # What stands in for a GPU in Triton's interpreter.
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 232448)
 
@@ -57,3 +61,18 @@ def _read(device: torch.device) -> Gpu:
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin"),  # noqa: B009 (unknown to its type)
     )
+
+
+@functools.cache
+def takes_processes(device: torch.device) -> bool:
+    """Whether several processes may use ``device`` at once; nvidia-smi can forbid it (``-c EXCLUSIVE_PROCESS``)."""
+    gpu(device)  # which begins with the driver, if nobody has
+    mode, number = ctypes.c_int(_DEFAULT), ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        # Where either fails, the mode stays the usual one.
+        if driver.cuDeviceGet(ctypes.byref(number), device.index or 0) == 0:
+            driver.cuDeviceGetAttribute(ctypes.byref(mode), _COMPUTE_MODE, number)
+    except (OSError, AttributeError):
+        return True
+    return mode.value == _DEFAULT

@@ -142,7 +142,7 @@ class LocalRun:
 
     def close(self) -> None:
         """Ends the decode where it is and frees its memory."""
-        del self._frames
+        self._frames = iter(())
         if self._engine.device.type == "cpu":
             give_back_host_memory()
 

@@ -102,14 +102,7 @@ class Crew:
             try:
                 for ready in multiprocessing.connection.wait(pending, timeout=LOOK_SECONDS):
                     worker = waiting[ready]
-                    message = worker.connection.recv()
-                    worker.heard = time.monotonic()
-                    if message[0] == "failed":
-                        raise self._cause(workers, {worker.rank: message[1:]})
-                    if message[0] == "said":
-                        _pass_on(*message[1:])
-                    if message[0] == "prepared":
-                        worker.prepared = True
+                    message = self._receive(worker, workers)
                     if message[0] == kind or (message[0] == "end" and kind == "done"):
                         answers[worker.rank] = message
             except (EOFError, OSError):
@@ -137,15 +130,56 @@ class Crew:
                 silent = now - worker.heard
                 stopped = silent > _SILENCE_SECONDS and worker.stopped
                 if worker.connection in pending and (silent > patience or stopped):
-                    raise WorkerError(
-                        f"{worker} is not answering for {silent:.0f} s (process {worker.pid}); it and the "
-                        f"others were ended, the next decode starts new ones{worker.last_lines()}"
-                    )
+                    raise _silence(worker, silent)
         return [answers[rank] for rank in range(count)]
+
+    def listen(self) -> None:
+        """Takes what workers have said by now, without waiting; what is asked for later is kept for then.
+
+        Raises:
+            WorkerError: one has ended.
+        """
+        workers = self._living()
+        speaking: dict[object, WorkerProcess] = {worker.connection: worker for worker in workers}
+        try:
+            while ready := multiprocessing.connection.wait([worker.connection for worker in workers], timeout=0):
+                for connection in ready:
+                    worker = speaking[connection]
+                    message = self._receive(worker, workers)
+                    if message[0] in _KEPT:
+                        self._early.setdefault(message[0], {})[worker.rank] = message
+        except (EOFError, OSError):
+            raise self._cause(workers) from None
+
+    def check_running(self) -> None:
+        """Raises `WorkerError` if a worker is stopped, and has been silent for long."""
+        for worker in self._living():
+            silent = time.monotonic() - worker.heard
+            if silent > _SILENCE_SECONDS and worker.stopped:
+                raise _silence(worker, silent)
+
+    def _receive(self, worker: WorkerProcess, workers: list[WorkerProcess]) -> tuple[Any, ...]:
+        """One message of ``worker``, which is there or on its way."""
+        message: tuple[Any, ...] = worker.connection.recv()
+        worker.heard = time.monotonic()
+        if message[0] == "failed":
+            raise self._cause(workers, {worker.rank: message[1:]})
+        if message[0] == "said":
+            _pass_on(*message[1:])
+        if message[0] == "prepared":
+            worker.prepared = True
+        return message
 
     def _cause(self, workers: list[WorkerProcess], heard: dict[int, tuple[Any, ...]] | None = None) -> WanVAEError:
         self._living()  # else it was another thread
         return cause(workers, heard)
+
+
+def _silence(worker: WorkerProcess, seconds: float) -> WorkerError:
+    return WorkerError(
+        f"{worker} is not answering for {seconds:.0f} s (process {worker.pid}); it and the others were ended, the next "
+        f"decode starts new ones{worker.last_lines()}"
+    )
 
 
 def _pass_on(level: int, text: str) -> None:

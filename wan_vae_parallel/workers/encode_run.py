@@ -38,7 +38,13 @@ def most_latents(chunk: int) -> int:
 
 
 class PoolEncodeRun:
-    """One encode of a pool: iterate for the latents as they become final; close it in any case."""
+    """One encode of a pool: iterate for the latents as they become final; close it in any case.
+
+    Args:
+        pool: whose workers encode; the caller has entered it, and closing the run leaves it.
+        source: of the videos.
+        chunk: frames at once; 0 for as many as pay and fit.
+    """
 
     def __init__(self, pool: Workers, source: Source, chunk: int) -> None:
         self._pool = pool
@@ -47,7 +53,6 @@ class PoolEncodeRun:
         self._begun = 0
         # Whether the newest latents are finite.
         self.finite = True
-        pool.enter()
         # What the encode found, and where it is done, for a log.
         self.found = pool.stage
         plan = plan_shards(source.rows, source.columns, len(pool.devices))

@@ -3,6 +3,8 @@
 The parent commands step after step and stays a few ahead; workers can't disagree on when to stop, because stopping is
 that no next step comes. Each writes its rows into memory that all share and that becomes the returned tensor.
 
+While they start, the first device decodes in this process (see `meanwhile`).
+
 Workers are in one of these stages, all of them in the same:
 
 | stage | they have |
@@ -35,10 +37,12 @@ from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
 from ..errors import WanVAEError, WorkerError
 from ..files.checkpoint import Checkpoint
 from ..ops.pixel_format import PixelFormat
+from ..runtime.engine import LocalEngine
 from ..runtime.source import Source
 from .crew import Crew
 from .encode_run import PoolEncodeRun
 from .failures import INTERFACE
+from .meanwhile import MeanwhileRun
 from .process import WorkerProcess, end_all
 from .run import PoolRun
 from .shared_memory import SharedMemory
@@ -58,8 +62,6 @@ _PARK_SECONDS = 5.0
 _PREPARED_SECONDS = 3600.0
 # A decode that was cancelled may have steps that are under way: who cancelled does not wait for all of them.
 _FINISH_SECONDS = 0.5
-# What a worker takes on a GPU besides a decode's own memory: the driver's context, kernels, boxes for the neighbours.
-WORKER_BYTES = 3 * 2**28
 # Variables that libraries read when workers load weights, and not when they are made.
 _LATE_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
@@ -91,6 +93,7 @@ class WorkerPool(Crew):
     Attributes:
         stage: of all workers, see above.
         held: bytes on each device that ready workers would give back.
+        worked_on: the devices of the last decode or encode.
     """
 
     def __init__(
@@ -115,10 +118,13 @@ class WorkerPool(Crew):
         self._finishing = False
         # What workers know this pool's weights by.
         self._owner = next(_owners)
+        # What decodes in this process while the workers start; between such decodes it holds nothing.
+        self._local = LocalEngine(weights, self.devices[0], dtype, encode_dtype)
+        self.worked_on = self.devices
         # The weights that ready workers have, this pool's and others' that they worked for, and those that loading ones
         # have been given.
         self._parts: set[tuple[int, Part]] = set()
-        self._given: Part | None = None
+        self._given: tuple[int, Part] | None = None
         # Memory that the last encode shared with the workers, for the next: for pixels, and for latents.
         self.rings: list[SharedMemory] = []
         # Counts how often the workers were ended, which may happen while they start.
@@ -131,18 +137,18 @@ class WorkerPool(Crew):
 
     @property
     def running(self) -> bool:
-        """Whether there are workers with memory on the devices."""
-        return self.stage in ("loading", "ready")
+        """Whether there is memory on the devices, of workers or of a decode while they start."""
+        return self.stage in ("loading", "ready") or self._local.running
 
     @property
     def parts(self) -> frozenset[str]:
         """Of ``"decoder"`` and ``"encoder"`` those whose weights are on the devices now, or on their way there."""
-        own = {part for owner, part in self._parts if owner == self._owner}
-        return frozenset(own | ({self._given} if self._given else set()))
+        parts = self._parts | ({self._given} if self._given else set())
+        return frozenset(part for owner, part in parts if owner == self._owner) | self._local.parts
 
     def run(
         self, latents: torch.Tensor, video_shape: torch.Size, chunk: int, pixels: PixelFormat | None = None
-    ) -> PoolRun:
+    ) -> PoolRun | MeanwhileRun:
         """Begins a decode; other threads' decodes wait for its end.
 
         Args:
@@ -151,7 +157,10 @@ class WorkerPool(Crew):
             chunk: latent frames at once; 0 for as many as pay and fit.
             pixels: what the workers make of the frames; by default nothing.
         """
-        return PoolRun(self, latents, video_shape, chunk, pixels)
+        with self._entering():
+            if self._far_from_ready() and MeanwhileRun.possible(self.devices, self.dtype):
+                return MeanwhileRun(self, self._local, latents, video_shape, chunk, pixels)
+            return PoolRun(self, latents, video_shape, chunk, pixels)
 
     def encode(self, source: Source, chunk: int) -> PoolEncodeRun:
         """Begins an encode; other threads' decodes and encodes wait for its end.
@@ -160,14 +169,18 @@ class WorkerPool(Crew):
             source: of the videos.
             chunk: frames at once; 0 for as many as pay and fit.
         """
-        return PoolEncodeRun(self, source, chunk)
+        with self._entering():
+            return PoolEncodeRun(self, source, chunk)
 
     def close(self) -> None:
-        """Ends the workers; a running decode ends with an error."""
+        """Ends the workers; a decode that they do ends with an error."""
         self.stop()
+        if self._local.running:
+            self._local.close()
 
-    def enter(self) -> None:
-        """Takes the pool for a decode of this thread, when those of others are over."""
+    @contextlib.contextmanager
+    def _entering(self) -> Iterator[None]:
+        """Takes the pool for a decode of this thread, when those of others are over; it is its own until `leave`."""
         if not self.ours:
             raise WanVAEError("this process was forked from the one that loaded the VAE; load it here, too")
         if self._decoder_thread is threading.current_thread():
@@ -182,16 +195,22 @@ class WorkerPool(Crew):
             if not said and time.monotonic() > since + _WAIT_WORD_SECONDS:
                 logger.info("waiting for the end of another thread's work with this VAE")
                 said = True
-        self.belongs_here()
-        if self._idle_timer:
-            self._idle_timer.cancel()
+        try:
+            self.belongs_here()
+            if self._idle_timer:
+                self._idle_timer.cancel()
+            self.worked_on = self.devices
+            yield
+        except BaseException:
+            self.leave()
+            raise
 
     def belongs_here(self) -> None:
         """Notes that this thread goes on with the decode: a stream may be handed from one to another."""
         self._decoder_thread = threading.current_thread()
 
     def leave(self) -> None:
-        """Ends what `enter` began; from now on the workers are idle."""
+        """Ends a decode or an encode; from now on the workers are idle."""
         self._decoder_thread = None
         self._decoding.release()
         if sys.is_finalizing():
@@ -249,7 +268,7 @@ class WorkerPool(Crew):
         try:
             if keep and other.stage == "ready":
                 other._await_finish(_FINISH_SECONDS)
-            if not keep or other.stage != "ready" or other._finishing:
+            if not keep or other.stage not in ("ready", "loading") or other._finishing:
                 other._park()
             with other._changing:
                 self.workers, other.workers = other.workers, []
@@ -258,36 +277,106 @@ class WorkerPool(Crew):
                 self.rings, other.rings = other.rings, []
                 # A third pool's weights go when the next ones come.
                 self._parts = {one for one in other._parts if one[0] in (self._owner, other._owner)}
-                other._parts, other._given = set(), None
+                # Those that still load go on with it.
+                self._given, self._early = other._given, other._early
+                other._parts, other._given, other._early = set(), None, {}
             if other._idle_timer:
                 other._idle_timer.cancel()
         finally:
             other._decoding.release()
         self._end_when_idle()
 
-    def start(self, part: Part) -> None:
-        """Waits until the workers are ready with a part's weights; starts them if there are none that live."""
+    def _far_from_ready(self) -> bool:
+        """Whether no decode can begin on the workers soon: there are none, or they load their modules."""
+        if not all(worker.alive for worker in self.workers):
+            return True
+        if self.stage in ("ready", "parked"):
+            return False
+        try:
+            if self.workers:
+                self.listen()
+        except WanVAEError as error:
+            logger.warning("%s", str(error))
+            self.stop(grace=0.0)
+        except BaseException:
+            self.stop(grace=0.0)  # interrupted here, what one has said is lost
+            raise
+        return not self.workers or not all(worker.prepared for worker in self.workers)
+
+    def begin(self) -> None:
+        """Begins the workers' processes if there are none that live."""
         if self.workers and not all(worker.alive for worker in self.workers):
             logger.warning("workers ended since they were used last; starting new ones")
             self.stop(grace=0.5)
+        self.prepare()
+
+    def start(self, part: Part) -> None:
+        """Waits until the workers are ready with a part's weights; starts them if there are none that live."""
+        self.begin()
         if self.stage == "ready":
             self._await_finish()
         started = time.monotonic()
-        self.prepare()
-        while self.stage != "ready" or (self._owner, part) not in self._parts:
-            if self.stage not in ("ready", "loading"):
-                self._load()
-            if self._given is None:
-                self._give_weights(part)
-            self.stage = "loading"
+        while not self._has(part):
+            self._order(part)
             # A cancelled wait leaves them loading: the next one waits for the rest.
-            ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
-            if self._given is not None:
-                self._parts.add((self._owner, self._given))
-            self._given = None
-            self.stage, self.held = "ready", max(held for _, held in ready)
+            self._take_ready()
             names = ", ".join(map(str, self.devices))
-            logger.debug("%d workers on %s were ready after %.2f s", len(ready), names, time.monotonic() - started)
+            logger.debug(
+                "%d workers on %s were ready after %.2f s", len(self.workers), names, time.monotonic() - started
+            )
+
+    def advance(self, part: Part) -> bool:
+        """`start` without waiting, for workers that have begun: tells them what they can be told by now.
+
+        Returns:
+            Whether they are ready with a part's weights.
+        """
+        if not self._has(part):
+            self._order(part)
+        self._catch_up()
+        return self._has(part)
+
+    def settle(self) -> None:
+        """Finds out whether idle workers that were loading are ready by now, so that `stage` and `held` tell it."""
+        if self.stage != "loading" or not self.ours or not self._decoding.acquire(blocking=False):
+            return
+        try:
+            self._catch_up()
+        except WanVAEError as error:
+            logger.warning("%s", str(error))
+            self.stop(grace=0.0)
+        except BaseException:
+            self.stop(grace=0.0)  # interrupted here, what one has said is lost
+            raise
+        finally:
+            self._decoding.release()
+
+    def _catch_up(self) -> None:
+        """Takes what workers have said by now, without waiting; raises if one has ended or is stopped."""
+        self.listen()
+        self.check_running()
+        if self.stage == "loading" and len(self._early.get("ready", {})) == len(self.workers):
+            self._take_ready()
+
+    def _has(self, part: Part) -> bool:
+        """Whether workers are ready with a part's weights."""
+        return self.stage == "ready" and (self._owner, part) in self._parts
+
+    def _order(self, part: Part) -> None:
+        """Tells workers to load a part's weights, unless they have been told and not answered yet."""
+        if self.stage not in ("ready", "loading"):
+            self._load()
+        if self._given is None:
+            self._give_weights(part)
+        self.stage = "loading"
+
+    def _take_ready(self) -> None:
+        """Waits until the workers have loaded what they were given."""
+        ready = self.gather("ready", len(self.workers), patience=_START_SECONDS, limit=_START_SECONDS)
+        if self._given is not None:
+            self._parts.add(self._given)
+        self._given = None
+        self.stage, self.held = "ready", max(held for _, held in ready)
 
     def park(self) -> bool:
         """Has ready workers give their devices' memory back, and keeps their processes.
@@ -307,6 +396,8 @@ class WorkerPool(Crew):
         """`park` for whoever has the pool."""
         ended = self._ended
         try:
+            if self.stage == "loading":
+                self._catch_up()
             if self.stage == "ready":
                 self._await_finish(_FINISH_SECONDS)
             if self.stage == "loading" or self._finishing:
@@ -383,7 +474,7 @@ class WorkerPool(Crew):
             try:
                 self.tell("weights", part, manifest)
                 self.hand_over(memory.descriptor)
-                self._given = part
+                self._given = self._owner, part
             finally:
                 memory.close()
 

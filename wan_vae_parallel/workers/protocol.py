@@ -9,6 +9,8 @@ import torch
 from .shared_memory import SharedMemory
 from .shared_weights import Part
 
+# What a worker takes on a GPU besides a decode's own memory: the driver's context, kernels, boxes for the neighbours.
+WORKER_BYTES = 3 * 2**28
 # A GPU that is not done with a step by then waits for another one in vain.
 STEP_SECONDS = 600.0
 
@@ -20,6 +22,7 @@ class Workers(Protocol):
     dtype: torch.dtype
     encode_dtype: torch.dtype
     rings: list[SharedMemory]
+    worked_on: tuple[torch.device, ...]
 
     @property
     def ours(self) -> bool:
@@ -31,10 +34,6 @@ class Workers(Protocol):
         """Of all workers."""
         ...
 
-    def enter(self) -> None:
-        """Takes the workers for this thread."""
-        ...
-
     def belongs_here(self) -> None:
         """Notes that this thread goes on."""
         ...
@@ -43,8 +42,16 @@ class Workers(Protocol):
         """Gives them back."""
         ...
 
+    def begin(self) -> None:
+        """Begins them, if there are none that live."""
+        ...
+
     def start(self, part: Part) -> None:
         """Waits until they are ready with a part's weights."""
+        ...
+
+    def advance(self, part: Part) -> bool:
+        """Brings them nearer to that without waiting; whether they are ready."""
         ...
 
     def open(self, kind: str, request: dict[str, Any], *descriptors: int) -> None:

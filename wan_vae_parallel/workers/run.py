@@ -24,7 +24,16 @@ _AHEAD = 2
 
 
 class PoolRun:
-    """One decode of a pool: iterate for the frames as they become final; close it in any case."""
+    """One decode of a pool: iterate for the frames as they become final; close it in any case.
+
+    Args:
+        pool: whose workers decode; the caller has entered it, and closing the run leaves it.
+        latents: ``[B, z, T, h, w]``, de-normalised.
+        video_shape: ``[B, T', H, W, C]`` of all frames.
+        chunk: latent frames at once; 0 for as many as pay and fit.
+        pixels: what the workers make of the frames; by default nothing.
+        sent: frames that the caller has already.
+    """
 
     def __init__(
         self,
@@ -33,17 +42,18 @@ class PoolRun:
         video_shape: torch.Size,
         chunk: int,
         pixels: PixelFormat | None = None,
+        sent: int = 0,
     ) -> None:
         self._pool = pool
         self._pixels = pixels
         self._frames_shape = video_shape
         self._chunk = chunk
         self._begun = 0
+        self._sent = sent
         # Frames that nobody looks at again.
-        self._discarded = 0
+        self._discarded = sent
         # Whether the newest frames are free of NaN.
         self.finite = True
-        pool.enter()
         # What the decode found, for a log.
         self.found = pool.stage
         try:
@@ -62,11 +72,7 @@ class PoolRun:
             self._shards = plan.shards
             self.where = describe_plan(plan, pool.devices)
         except OSError as error:
-            pool.leave()
             raise WorkerError(f"no memory can be shared with workers ({error}); see ulimit -n and ulimit -f") from error
-        except BaseException:
-            pool.leave()
-            raise
 
     @property
     def chunk(self) -> int:
@@ -75,7 +81,7 @@ class PoolRun:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields ``[B, t, H, W, C]``, or bytes ``[B, t, n]``, views of `video`."""
-        chunk, sent = self._chunk, 0
+        chunk, sent = self._chunk, self._sent
         self._pool.belongs_here()
         while True:
             done = 0
