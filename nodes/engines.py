@@ -105,6 +105,11 @@ class Engine:
         return self._vae.devices
 
     @property
+    def worked_on(self) -> tuple[torch.device, ...]:
+        """Where the last decode or encode was done."""
+        return self._vae.worked_on
+
+    @property
     def loaded(self) -> bool:
         """Whether it holds memory on its devices."""
         return self._vae.loaded

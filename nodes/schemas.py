@@ -267,7 +267,7 @@ class WanVAEParallelDecodeRGBA(io.ComfyNode):
         colours = rgb.decode_samples(samples, workers_of=alpha)
         opacity = alpha.decode_samples(samples, workers_of=rgb)
         frames = torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1)
-        tell_decoded(frames, since, rgb._engine.devices)  # both in one line
+        tell_decoded(frames, since, rgb._engine.worked_on)  # both in one line
         return io.NodeOutput(frames)
 
 

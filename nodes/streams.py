@@ -146,7 +146,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
     if not parts:
         raise FrameError(f"{path.name} has no frames; name another video")
     whole = torch.cat(parts, dim=0 if images else 2)
-    tell_encoded(whole, architecture, since, engine.devices)
+    tell_encoded(whole, architecture, since, engine.worked_on)
     return whole.to(vae.output_device, _output_dtype(vae))
 
 

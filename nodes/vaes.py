@@ -74,7 +74,7 @@ class ParallelVAE:
     def _decode_and_tell(self, samples: torch.Tensor) -> torch.Tensor:
         since = time.monotonic()
         frames = self.decode_latents(samples)
-        tell_decoded(frames, since, self._engine.devices)
+        tell_decoded(frames, since, self._engine.worked_on)
         return frames
 
     @in_graph_words()
@@ -113,7 +113,7 @@ class ParallelVAE:
         if samples.looped:
             turn = self.decode_latents(loop_latents(latents), normalized=normalized)
             frames = join_loop(frames, turn)
-        tell_decoded(frames, since, self._engine.devices)
+        tell_decoded(frames, since, self._engine.worked_on)
         return frames.flatten(0, 1)
 
     def encode(self, pixel_samples: torch.Tensor, *_: Any, not_video: bool | None = None, **__: Any) -> torch.Tensor:
@@ -141,7 +141,7 @@ class ParallelVAE:
         if pixels.dim() == 4:
             pixels = pixels.unsqueeze(1 if (self.not_video if not_video is None else not_video) else 0)
         latents = engine.encode(pixels, chunk=chunk or self._chunk, normalized=self._normalized)
-        tell_encoded(latents, engine.architecture, since, engine.devices)
+        tell_encoded(latents, engine.architecture, since, engine.worked_on)
         return latents.to(self.output_device, _output_dtype(self))
 
     def _current_engine(self, part: str) -> Engine:

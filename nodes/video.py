@@ -196,7 +196,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             results.append(made.video(settings))
             shown += made.shown(files)
             frames += decode.shape[0] * wan._engine.architecture.frame_count(decode.shape[2])
-        tell_work(frames, size, since, wan._engine.devices)
+        tell_work(frames, size, since, wan._engine.worked_on)
         return io.NodeOutput(results, ui={"images": shown, "animated": (planned[0][0].plays,)})
 
     @classmethod

@@ -16,6 +16,8 @@ from wan_vae_parallel import Architecture, bench
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.errors import WorkerError
 from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
+from wan_vae_parallel.workers.meanwhile import MeanwhileRun
+from wan_vae_parallel.workers.run import PoolRun
 
 SMALL = ["--width", "8", "--sizes", "32x16", "--frames", "5", "--devices", "cpu,cpu", "--repeats", "1"]
 
@@ -48,6 +50,47 @@ def test_bench_measures_every_size_and_direction_with_one_and_all_devices_and_di
         (line,) = [line for line in printed.splitlines() if line.startswith(f"| {direction} ") and "1.00x" in line]
         assert "| ours | cpu |" in line
     assert content["settings"]["directions"] == ["decode", "encode"]
+
+
+def test_what_is_timed_after_the_first_call_is_the_workers(tmp_path, monkeypatch):
+    # As on GPUs, where one decodes alone as long as the workers start.
+    monkeypatch.setattr(MeanwhileRun, "possible", staticmethod(lambda *_: True))
+    monkeypatch.setattr(bench, "save_plot", lambda *_: None)
+    real, alone = MeanwhileRun.__init__, []
+
+    def begun(run, *arguments):
+        alone.append(run)
+        real(run, *arguments)
+
+    monkeypatch.setattr(MeanwhileRun, "__init__", begun)
+    found = []
+    monkeypatch.setattr(PoolRun, "__init__", _noting(PoolRun.__init__, found))
+    assert main(["bench", *SMALL, "--direction", "decode", "--repeats", "2", "-o", str(tmp_path)]) == 0
+    assert alone
+    assert found[-2:] == ["ready", "ready"]
+
+
+def _noting(init, found):
+    def noted(run, pool, *arguments):
+        found.append(pool.stage)
+        init(run, pool, *arguments)
+
+    return noted
+
+
+def test_workers_that_never_take_part_are_an_error_of_their_row(tmp_path, monkeypatch):
+    def refused(*_args):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(MeanwhileRun, "possible", staticmethod(lambda *_: True))
+    monkeypatch.setattr("wan_vae_parallel.workers.pool.WorkerProcess", refused)
+    monkeypatch.setattr(bench, "_START_SECONDS", 0.5)
+    monkeypatch.setattr(bench, "save_plot", lambda *_: None)
+    assert main(["bench", *SMALL, "--direction", "decode", "-o", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    failed = {tuple(row["devices"]): row["failed"] for row in rows if row["what"] == "ours"}
+    assert failed["cpu",] == ""
+    assert "workers did not start within" in failed["cpu", "cpu"]
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])

@@ -22,7 +22,7 @@ import torch
 
 from ._version import __version__
 from .architecture import Architecture
-from .errors import WanVAEError, is_out_of_memory
+from .errors import WanVAEError, WorkerError, is_out_of_memory
 from .files.checkpoint import read_checkpoint
 from .files.whole import replacing
 from .loading import vae_from_state_dict
@@ -33,6 +33,8 @@ from .vae import VAE
 
 Direction = Literal["decode", "encode"]
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
+# Until workers take part, at most.
+_START_SECONDS = 300.0
 # Latents to frames, or frames to latents.
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -124,8 +126,15 @@ def measure(
         else:
             given = functools.partial(_random, torch.rand, (1, frames, height, width, architecture.input_channels))
 
-        def row(what: str, used: Sequence[torch.device], make: Callable[[], Call], *, foreign: bool = False) -> Row:
-            times, peak, failed = _timed(make, given, used, repeats, foreign=foreign)  # noqa: B023 (called at once)
+        def row(
+            what: str,
+            used: Sequence[torch.device],
+            make: Callable[[], Call],
+            *,
+            foreign: bool = False,
+            ready: Callable[[], bool] = lambda: True,
+        ) -> Row:
+            times, peak, failed = _timed(make, given, used, repeats, ready, foreign=foreign)  # noqa: B023 (called at once)
             return Row(
                 direction=direction,  # noqa: B023 (likewise)
                 size=f"{width}x{height}",  # noqa: B023
@@ -144,7 +153,7 @@ def measure(
 
         for count in counts:
             with vae_from_state_dict(weights, devices=list(devices[:count]), dtype=dtype, chunk=chunk) as vae:
-                yield row("ours", devices[:count], ours(vae))
+                yield row("ours", devices[:count], ours(vae), ready=lambda: vae.worked_on == vae.devices)
         if devices[0].type == "cuda":
             with (
                 torch_kernels_only(),
@@ -167,11 +176,13 @@ def _timed(
     given: Callable[[], torch.Tensor],
     devices: Sequence[torch.device],
     repeats: int,
+    ready: Callable[[], bool] = lambda: True,
     *,
     foreign: bool = False,
 ) -> tuple[list[float], float | None, str]:
     """Seconds of each call, the first included, and the peak in GiB; or why there are none.
 
+    After the first one others follow that do not count, until one has found all devices ``ready``.
     Errors that are nobody's fault but the code's are raised, unless the code is not ours (``foreign``).
     """
     here = len(devices) == 1 and devices[0].type == "cuda"
@@ -184,6 +195,10 @@ def _timed(
             started = time.perf_counter()
             call(content)
             times.append(time.perf_counter() - started)
+            while len(times) == 1 and not ready():
+                if time.perf_counter() - started > _START_SECONDS:
+                    raise WorkerError(f"workers did not start within {_START_SECONDS:.0f} s; the log says why")
+                call(content)
     except Exception as error:
         if is_out_of_memory(error):
             return [], None, "does not fit"

@@ -75,9 +75,14 @@ def test_decode_interrupt_decode_again_and_free(gpu_server):
     print(f"\nMiB in use before: {before}")
     decode("first", 4).check()
     assert len(workers(server)) == COUNT
-    decode("second", 3).check()
-    log = server.log()
-    assert all(re.search(rf"cuda:{i}: (rows|columns) \d", log) for i in range(COUNT)), log
+    # As long as the processes start, one GPU decodes alone.
+    for chunk in (3, *range(6, 40)):
+        decode("second", chunk).check()
+        log = server.log()
+        if all(re.search(rf"cuda:{i}: (rows|columns) \d", log) for i in range(COUNT)):
+            break
+    else:
+        pytest.fail(log)
 
     asked = []
 

@@ -7,12 +7,19 @@ from tests.gpu.device import CUDA, clear
 from tests.gpu.kernel_tests import leave_kernels_alone
 from tests.oracle import FAMILIES, oracle_vae
 from wan_vae_parallel.ops import dispatch
+from wan_vae_parallel.workers.meanwhile import MeanwhileRun
 
 
 @pytest.fixture(autouse=True)
 def _failures_are_errors(monkeypatch):
     """No test passes because PyTorch's kernels stood in for one of ours that fails."""
     monkeypatch.setattr(dispatch.FallingBack, "__exit__", lambda *_: False)
+
+
+@pytest.fixture(autouse=True)
+def _workers_decode(monkeypatch):
+    """What is asked of several devices is done by all of them, in the first decode too; see `test_pool_gpu`."""
+    monkeypatch.setattr(MeanwhileRun, "possible", staticmethod(lambda *_: False))
 
 
 @pytest.fixture

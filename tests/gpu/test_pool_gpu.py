@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict
 from wan_vae_parallel.files.latents import save_latents
 from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.parallel.plan import plan_shards
+from wan_vae_parallel.workers.meanwhile import MeanwhileRun
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -201,6 +203,77 @@ def test_groups_need_not_begin_at_global_rank_0(ranks):
     ranks.run(test_edges.check_halo, torch.float32, 1, members=(1, 2))
     ranks.run(test_edges.check_all_rows, torch.float32, 1, members=(1, 2))
     ranks.run(test_edges.check_own_rows, 6, 7, 2, members=(1, 2))
+
+
+# While the workers start.
+
+# As it is outside of the tests: the fixtures for all of them have it otherwise.
+possible = MeanwhileRun.possible
+
+
+@pytest.fixture
+def _begins_here(monkeypatch, _workers_decode, caplog):
+    monkeypatch.setattr(MeanwhileRun, "possible", staticmethod(possible))
+    caplog.set_level(logging.INFO)
+
+
+def workers_come(vae, seconds=120):
+    """Waits until workers that no decode waits for are ready."""
+    assert wait_until(lambda: vae.memory_to_start == 0, seconds)
+
+
+@pytest.mark.usefixtures("_begins_here")
+@pytest.mark.parametrize("size", SIZES)
+def test_a_first_decode_is_one_devices_with_the_same_bits(wan21, caplog, size):
+    latents = random_latents("wan2.1", frames=6, rows=size[0], columns=size[1])
+    with load(wan21, devices="cuda:0", dtype="bfloat16", chunk=2) as alone:
+        expected = alone.decode(latents)  # which has measured settings, if there were none
+    with load(wan21, devices=named(COUNT), dtype="bfloat16", chunk=1) as vae:
+        workers = pids(vae)
+        started = time.monotonic()
+        frames = vae.decode(latents)
+        print(f"\nfirst decode at once: {time.monotonic() - started:.2f} s")
+        assert torch.equal(frames, expected)
+        assert vae.worked_on == vae.devices[:1]
+        assert "cuda:0 alone, while the workers start" in caplog.text
+        workers_come(vae)
+        assert torch.equal(vae.decode(latents), expected)
+        assert vae.worked_on == vae.devices
+        assert pids(vae) == workers
+
+
+@pytest.mark.usefixtures("_begins_here")
+def test_workers_that_are_sooner_go_on_with_the_same_bits_and_here_is_no_memory_left(wan21, caplog, monkeypatch):
+    monkeypatch.setattr("wan_vae_parallel.workers.meanwhile._BEGIN_SECONDS", 0.0)
+    latents = random_latents("wan2.1", frames=9, rows=31, columns=52)
+    with load(wan21, devices="cuda:0", dtype="bfloat16", chunk=2) as alone:
+        expected = alone.decode(latents)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(0)
+    with load(wan21, devices=named(COUNT), dtype="bfloat16", chunk=1) as vae:
+        seen, reserved = [], []
+
+        def on_chunk(done, _total, newest):
+            seen.append(newest.clone())
+            if len(seen) == 2:
+                assert wait_until(lambda: vae._engine.advance("decoder"), 120)
+            reserved.append((done, torch.cuda.memory_reserved(0)))
+
+        frames = vae.decode(latents, on_chunk=on_chunk)
+    assert torch.equal(frames, expected)
+    assert torch.equal(torch.cat(seen, dim=1), expected)
+    assert "cuda:0, then cuda:0: " in caplog.text
+    assert reserved[1][1] > before
+    assert reserved[-1][1] <= before
+
+
+@pytest.mark.usefixtures("_begins_here")
+def test_where_bits_would_differ_workers_are_waited_for(wan21, latents, caplog):
+    with load(wan21, devices=named(2), dtype="float32", chunk=2) as vae:
+        vae.decode(latents)
+        assert vae.worked_on == vae.devices
+    assert "while the workers start" not in caplog.text
 
 
 # When things break.
