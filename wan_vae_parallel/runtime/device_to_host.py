@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .steps import Frames, Latents
 
 
-def to_host(frames: Iterator[Frames], device: torch.device, ahead: int = 1) -> Iterator[tuple[torch.Tensor, bool]]:
+def to_host(
+    frames: Iterator[Frames], device: torch.device, ahead: int = 1, light_ahead: int = 1
+) -> Iterator[tuple[torch.Tensor, bool]]:
     """Copies each step's values to the host, some steps behind the device.
 
     The copy of one step runs while the device works on the next; page-locked buffers take turns. All work goes to the
@@ -20,6 +22,7 @@ def to_host(frames: Iterator[Frames], device: torch.device, ahead: int = 1) -> I
         frames: of steps, on ``device``.
         device: where they are; on the CPU they pass through.
         ahead: steps that the device gets before the first of them is waited for.
+        light_ahead: the same, where all but ``ahead`` of them are light.
 
     Yields:
         The values on the host, each valid until the next ones are asked for, and whether they are free of NaN.
@@ -42,11 +45,16 @@ def to_host(frames: Iterator[Frames], device: torch.device, ahead: int = 1) -> I
                     buffer = _Buffer(most, step.values.dtype)
                 buffer.take(step)
                 waiting.append(buffer)
-        while len(waiting) > (ahead if step is not None else 0):
+        while waiting and (step is None or too_many([buffer.light for buffer in waiting], ahead, light_ahead)):
             yield waiting[0].content()
             spare.append(waiting.popleft())
         if step is None:
             return
+
+
+def too_many(light: Sequence[bool], ahead: int, light_ahead: int) -> bool:
+    """Whether the first of the steps on their way is to be waited for, by which of them are light; as `to_host`'s."""
+    return light.count(False) > ahead or len(light) > max(ahead, light_ahead)
 
 
 class _Buffer:
@@ -58,12 +66,15 @@ class _Buffer:
             self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         self._copied = torch.cuda.Event()
         self._frames = self._memory
+        # Whether the step is.
+        self.light = False
 
     def fits(self, batch: torch.Tensor) -> bool:
         return batch.numel() <= self._memory.numel()
 
     def take(self, step: Frames) -> None:
         """Copies a step, after what the current stream has to do before."""
+        self.light = step.light
         self._frames = self._memory[: step.values.numel()].view(step.values.shape)
         self._frames.copy_(step.values, non_blocking=True)
         self._finite.copy_(step.finite, non_blocking=True)
@@ -76,9 +87,9 @@ class _Buffer:
 
 
 def latents_to_host(
-    steps: Iterator[Latents], device: torch.device, ahead: int = 1
+    steps: Iterator[Latents], device: torch.device, ahead: int = 1, light_ahead: int = 1
 ) -> Iterator[tuple[torch.Tensor | None, bool, float, float]]:
-    """`to_host` for the steps of an encode, of which some are much work and others little.
+    """`to_host` for the steps of an encode, which are light where no pixels come with them.
 
     Yields:
         Means ``[z, t, h, w]`` on the host, valid until the next step is asked for, or None; whether they are finite;
@@ -93,9 +104,10 @@ def latents_to_host(
             bounds = torch.zeros(2, device=device) if step.pixel_range is None else step.pixel_range
             shapes.append(None if step.means is None else step.means.shape)
             means = [] if step.means is None else [step.means.flatten()]
-            yield Frames.of(torch.cat([bounds.to(wide), *means]))
+            flat = torch.cat([bounds.to(wide), *means])
+            yield Frames(flat, flat.sum().isfinite(), light=step.pixel_range is None)
 
-    for flat, finite in to_host(packed(), device, ahead):
+    for flat, finite in to_host(packed(), device, ahead, light_ahead):
         shape = shapes.popleft()
         least, most = flat[:2].tolist()
         yield None if shape is None else flat[2:].view(shape), finite, least, most

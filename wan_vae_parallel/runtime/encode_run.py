@@ -34,6 +34,10 @@ from .source import Source
 
 logger = logging.getLogger(__name__)
 
+# Of frames that repeat little is computed, and the host takes as long for that as for all of it. It takes it while the
+# device has the frames before them to compute.
+_LIGHT_AHEAD = 16
+
 
 class _Engine(Protocol):
     """What a run needs of an engine; see `engine.LocalEngine`."""
@@ -104,7 +108,9 @@ class LocalEncodeRun:
                 steps = engine.encoder().stream(
                     self._pieces(video, chunk), window, chunk, image=source.image, pixels=source.dtype
                 )
-                for latents, self.finite, least, most in latents_to_host(steps, engine.device, ENCODE_AHEAD):
+                for latents, self.finite, least, most in latents_to_host(
+                    steps, engine.device, ENCODE_AHEAD, _LIGHT_AHEAD
+                ):
                     check_range(least, most)
                     if latents is None:
                         check_cancelled()  # callers have their say with the latents alone

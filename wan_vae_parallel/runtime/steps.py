@@ -19,10 +19,12 @@ class Frames:
     Attributes:
         values: contiguous, on the device.
         finite: whether the frames are free of NaN; one value on the device.
+        light: whether they are little work, so that many such steps may be on their way.
     """
 
     values: torch.Tensor
     finite: torch.Tensor
+    light: bool = False
 
     @classmethod
     def of(cls, frames: torch.Tensor, pixels: PixelFormat | None = None) -> Frames:
