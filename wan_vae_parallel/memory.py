@@ -31,8 +31,11 @@ from .ops.pixels import tap_channels
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
 # and more frames would only cost memory.
 _ENOUGH_PIXELS = 4 * 720 * 1280
-# Of an encode, whose finest stage takes as many frames as its coarsest: so many of its positions at once.
+# Of an encode, whose finest stage takes as many frames as its coarsest: so many of its positions at once. Of Wan 2.2,
+# where a position is four pixels, no more than twice as many pixels: eight frames of 704x1280 take 2.5 GiB more than
+# four, and to the host no less time.
 _ENOUGH_ENCODED_POSITIONS = 2 * 720 * 1280
+_ENOUGH_ENCODED_PIXELS = 2 * _ENOUGH_ENCODED_POSITIONS
 # The same for CPUs, in pixels of a decoder of the published width 96; a pixel's work grows with the width's square.
 # Two cores take 1.7 s of their time for 10,000 such pixels in fp32. 64x64: 27 s for 33 frames with chunk 1, 18 s with 2
 # and 17 s with 4 or 8, in steps of 1.2, 1.6, 2.7 and 5.3 s. 128x128: 35, 34 and 34 s for 17 frames with 1, 2 and 4.
@@ -189,7 +192,8 @@ def largest_encode_chunk(
     image = frames == 1 if image is None else image
     rows, columns = size
     positions = rows * columns * architecture.down_stages[0].scale ** 2
-    enough = _ENOUGH_ENCODED_POSITIONS / positions
+    pixels = rows * columns * architecture.encode_ratio**2
+    enough = min(_ENOUGH_ENCODED_POSITIONS / positions, _ENOUGH_ENCODED_PIXELS / pixels)
     if device_type == "cpu":
         enough = min(enough, _CPU_PIXELS / positions * (_CPU_WIDTH / (architecture.encoder_width or 1)) ** 2)
     most = _MOST_FRAMES if frames is None else most_encoded_at_once(frames, image=image)

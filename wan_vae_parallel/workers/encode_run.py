@@ -26,8 +26,9 @@ from .shared_memory import SharedMemory, populating
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that workers share, what stays for the next encode: four pieces of eight frames of 720p are 340 MiB.
-_KEPT_BYTES = 2**29
+# Of the memory that workers share, what stays for the next encode: on four GPUs four pieces of eight frames of 720p are
+# 340 MiB, and of sixteen of 704x1280, as Wan 2.2 has them, 660.
+_KEPT_BYTES = 3 * 2**28
 # Pieces that are handed over before the first of them is done: a GPU's latents come one piece behind.
 _AHEAD = 3
 
