@@ -169,6 +169,54 @@ def test_orders_of_which_several_fit_are_shown():
         check_latents(torch.zeros(1, 5, 48, 4, 48), WAN22)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "shape", "advice"),
+    [
+        (WAN21, (1, 48, 5, 8, 16), "latents of the Wan 2.2 5B model: load the VAE"),  # 256 pixels wide
+        (WAN21, (1, 48, 16, 8, 9), "latents of the Wan 2.2 5B model"),  # 61 frames
+        (WAN21, (16, 48, 8, 9), "latents of the Wan 2.2 5B model"),  # 16 pictures
+        (WAN21, (1, 48, 8, 16), "latents of the Wan 2.2 5B model"),
+        (WAN22, (1, 16, 48, 8, 9), r"latents of Wan 2\.1"),
+        (WAN21, (1, 36, 5, 8, 16), "what an image-to-video model reads: noise, a mask"),
+        (WAN21, (1, 32, 16, 8, 9), "twice as many are mean and log variance"),
+        (WAN21, (1, 128, 5, 8, 16), "connect the VAE that the video was sampled for"),
+        (WAN21, (1, 24, 5, 8, 16), "connect the VAE that the video was sampled for"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["film", "noise"])
+def test_another_models_latents_with_our_channels_elsewhere_are_told_by_them(architecture, shape, advice, kind):
+    batch, channels, frames, rows, columns = shape if len(shape) == 5 else (*shape[:2], 1, *shape[2:])
+    videos = [film(frames, channels, rows, columns, seed=i) for i in range(batch)]
+    latents = torch.stack(videos).movedim(1, 2).reshape(shape)
+    # In rows and columns too, as pictures are; of 24 channels, which may be frames, noise does not tell.
+    if kind == "film" or channels == 24:
+        latents = torch.nn.functional.avg_pool3d(latents.flatten(0, -4)[None], (1, 3, 3), 1, (0, 1, 1))[0].view(shape)
+    else:
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        LatentError, match=rf"have {channels} channels, but .*{advice}.*, or if they are \[.*, permute them to \[B, C"
+    ):
+        check_latents(latents, architecture)
+
+
+def test_as_many_frames_of_another_order_as_another_model_has_channels_are_told_by_their_values():
+    for frames, architecture in ((48, WAN21), (32, WAN21), (16, WAN22)):
+        latents = film(frames, architecture.z_dim)
+        checked = check_latents(latents[None], architecture)
+        assert torch.equal(checked, latents.movedim(0, 1)[None])
+
+
+def test_orders_that_mean_the_same_are_no_question():
+    picture = torch.randn(1, 16, 3, 4)
+    assert torch.equal(check_latents(picture.movedim(1, 3), WAN21), picture.unsqueeze(2))
+    assert torch.equal(check_latents(picture[0].movedim(0, 2), WAN21), picture.unsqueeze(2))
+    # Of a VAE that knows no time there are only pictures.
+    pictures = torch.randn(3, 64, 2, 4)
+    assert torch.equal(
+        check_latents(pictures.movedim(1, 3), Architecture.published("qwen-image-2.1")), pictures.unsqueeze(2)
+    )
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_as_many_frames_as_channels_are_told_by_their_values(seed):
     latents = film(16, 16, seed=seed)

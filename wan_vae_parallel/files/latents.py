@@ -74,10 +74,7 @@ def ordered_latents(latents: torch.Tensor, architecture: Architecture) -> torch.
         raise LatentError(f"latents are a {kind} tensor; they must be an ordinary, dense one")
     if latents.numel() == 0:
         raise LatentError(f"latents are empty, {shape}; every axis must be at least 1")
-    ordered = in_order(latents, architecture)
-    if ordered is None:
-        raise LatentError(_wrong_channels(shape, architecture))
-    latents = ordered
+    latents = in_order(latents, architecture)
     if architecture.images_only and latents.shape[2] > 1:
         raise LatentError(
             f"latents {shape} have {latents.shape[2]} latent frames, and {architecture.name} knows no time; take the "
@@ -142,30 +139,6 @@ def _statistics(latents: torch.Tensor, architecture: Architecture, way_out: str)
     mean = torch.tensor(architecture.latents_mean, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(architecture.latents_std, dtype=wide, device=latents.device).view(1, -1, 1, 1, 1)
     return mean, std
-
-
-def _wrong_channels(shape: tuple[int, ...], architecture: Architecture) -> str:
-    channels, own = shape[1] if len(shape) > 3 else shape[0], architecture.z_dim
-    text = f"latents have {channels} channels, but this is a {architecture.name} VAE and takes {own}"
-    models = {
-        16: "Wan 2.1 (and the Wan 2.2 14B models, and Qwen-Image)",
-        48: "the Wan 2.2 5B model",
-        64: "Qwen-Image-2.1",
-    }
-    if channels == 2 * own:
-        return (
-            f"{text}; twice as many are mean and log variance, as an encoder makes them: take the first {own}, the mean"
-        )
-    if channels == 2 * own + 4:
-        return (
-            f"{text}; so many has what an image-to-video model reads: noise, a mask of 4 and the picture's latents. "
-            f"Take what the sampler made, its first {own} at the most"
-        )
-    if channels == own + 4:
-        return f"{text}; so many has an image-to-video model's condition, a mask of 4 and latents: take the last {own}"
-    if channels in models:
-        return f"{text}; these are latents of {models[channels]}: load the VAE that belongs to it"
-    return f"{text}; connect the VAE that the video was sampled for"
 
 
 def read_latents(path: str | Path) -> torch.Tensor:
