@@ -180,6 +180,18 @@ def test_upscale2x_on_two_devices_along_either_axis(upscaler):
         assert max_error(vae.encode(frames), expected) <= FP32_BOUND
 
 
+@pytest.mark.parametrize(("made", "taken"), [(12, 12), (6, None), (5, 3), (2, 2), (27, 3), (3, 12)])
+def test_heads_and_encoders_of_other_numbers_of_colours_are_refused(made, taken):
+    """They would give frames that nothing takes, as patches that were not put together do."""
+    tensors = original_state_dict(oracle_vae("wan2.1", colours=taken or 3, colours_out=made))
+    if taken is None:
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(("encoder.", "conv1."))}
+    with pytest.raises(
+        wvp.CheckpointError, match=r"is of pictures with \d+ colours; known are 1, 3 and 4, and of an up"
+    ):
+        checkpoint_from_state_dict(tensors, source="vae.safetensors")
+
+
 def test_upscale2x_is_planned_with_the_memory_of_its_frames():
     ordinary = wvp.Architecture.published("wan2.1")
     double = dataclasses.replace(ordinary, upscale=2)

@@ -19,6 +19,8 @@ Resampling = Literal["3d", "2d"] | None
 
 # Residual blocks in front of each upsampling, and in front of each downsampling.
 _BLOCKS, _DOWN_BLOCKS = 3, 2
+# Of a picture: grey, red with green and blue, and alpha besides.
+_COLOURS = (1, 3, 4)
 _SCALES: tuple[Resampling, ...] = ("3d", "3d", "2d", None)
 # Of each family as published: width multipliers and upsamplings of the decoder's stages, from the latent's resolution
 # to the frame's; frames that a convolution sees. The encoder's stages are the same the other way round.
@@ -182,11 +184,18 @@ class Architecture:
             taken = encoder[1] // patch**2
         # Four pixels of each colour; no file is known whose pictures have 12 or 16 colours.
         doubled = family == "wan2.1" and (colours == 4 * taken if taken else colours in (12, 16))
+        colours = colours // 4 if doubled else colours
+        for key, made in ((telling[2], colours), (telling[3], taken or colours)):
+            if made not in _COLOURS:
+                raise CheckpointError(
+                    f"{key} {found[key]} is of pictures with {made} colours; known are 1, 3 and 4, and "
+                    f"of an upscale2x VAE's decoder four times as many as its encoder takes"
+                )
         return cls(
             family=family,
             z_dim=conv_in[1],
             width=width,
-            output_channels=colours // 4 if doubled else colours,
+            output_channels=colours,
             encoder_width=None if encoder is None else encoder[0],
             input_channels=taken,
             upscale=2 if doubled else 1,
