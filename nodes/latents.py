@@ -118,7 +118,7 @@ def _trimmed(latents: torch.Tensor, said: set[str]) -> torch.Tensor:
     if latents.shape[2] <= first + last:
         raise LatentError(
             f"latents {tuple(latents.shape)} have {latents.shape[2]} latent frames, and their LATENT says to leave out "
-            f"{first + last} of them ({', '.join(sorted(said))})"
+            f"{first + last} of them ({', '.join(sorted(said))}), so that none is left; have the sampler make more"
         )
     _say_once(
         f"Wan VAE Parallel: leaving out {first} latent frames at the beginning and {last} at the end, as "

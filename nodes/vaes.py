@@ -18,7 +18,7 @@ import comfy.sd
 import torch
 
 from ..wan_vae_parallel import VAE, load_vae
-from ..wan_vae_parallel.errors import CheckpointError, LatentError
+from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError
 from ..wan_vae_parallel.files.checkpoint import read_checkpoint
 from .core_vaes import core_patcher, core_vae, without_model
 from .engines import Engine, Source, shared_engine, source_of_weights
@@ -137,6 +137,8 @@ class ParallelVAE:
         """`encode` with so many latent frames' pictures at once; 0 for as many as the VAE was made with."""
         since = time.monotonic()
         engine = self._current_engine("encoder")
+        if not isinstance(pixels, torch.Tensor):
+            raise FrameError(f"the pixels are a {type(pixels).__name__}; connect a node's IMAGE")
         pixels = _cropped(self, pixels)
         if pixels.dim() == 4:
             pixels = pixels.unsqueeze(1 if (self.not_video if not_video is None else not_video) else 0)

@@ -267,9 +267,26 @@ def test_other_channels_that_are_known_get_advice_of_their_own(architecture, cha
         ("samples", {"noise_mask": torch.ones(1, 3, 3), "batch_index": torch.arange(1)}),
         ("latents", {"latents_mean": torch.zeros(1, 16, 1, 1, 1), "latents_std": torch.ones(1, 16, 1, 1, 1)}),
         ("latent", {"mask": torch.ones(1, 1, 2, 3, 3)}),
+        ("anything", {"latents_mean": torch.zeros(1, 16, 1, 1, 1), "latents_std": torch.ones(1, 16, 1, 1, 1)}),
+        ("Samples", {"other": torch.ones(1, 1, 2, 3, 3)}),
+        ("latent.samples", {"latent.noise_mask": torch.ones(1, 1, 2, 3, 3)}),
+        ("video_latents", {"audio_latents": torch.ones(1, 8, 2, 3, 1)}),
+        ("latent_tensor", {}),
     ],
 )
 def test_latents_beside_other_tensors(tmp_path, name, beside):
     latents = torch.randn(1, 16, 2, 3, 3)
     save_file({name: latents, **beside}, tmp_path / "latents.safetensors")
     assert torch.equal(read_latents(tmp_path / "latents.safetensors"), latents)
+
+
+def test_one_picture_without_its_batch_is_read(tmp_path):
+    save_file({"x": torch.zeros(16, 3, 3)}, tmp_path / "latents.safetensors")
+    assert read_latents(tmp_path / "latents.safetensors").shape == (16, 3, 3)
+
+
+def test_a_models_weights_are_no_latents(tmp_path):
+    tensors = {f"decoder.{i}.weight": torch.zeros(1, 1, 1, 1, 1) for i in range(6)}
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(LatentError, match=r"has 6 tensors, a model's weights and no latents; name a \.latent"):
+        read_latents(tmp_path / "vae.safetensors")

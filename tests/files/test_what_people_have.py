@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
+import lzma
 import os
 
 import numpy
@@ -183,6 +185,8 @@ def test_scaled_fp8_is_multiplied_out(layouts, original, layout, scale_name, eac
     [
         ({"decoder.conv1.weight_scale_2": torch.ones(())}, "NVFP4, which TensorRT and ModelOpt make"),
         ({"decoder.conv1.weight_scale": torch.ones(8, 2)}, r"scales \(8, 2\) in torch.float32; only fp8 with one"),
+        ({"decoder.conv1.weight.absmax": torch.ones(2)}, "weights in bitsandbytes' 4 or 8 bits; take the VAE in bf16"),
+        ({"decoder.conv1.qweight": torch.ones(2)}, "weights in GPTQ's or AWQ's 4 bits; take the VAE in bf16"),
         ({"decoder.conv9.weight_scale": torch.ones(())}, r"scales of weights that it lacks: decoder\.conv9\.weight"),
     ],
 )
@@ -309,13 +313,15 @@ def test_a_tilde_is_the_home_folder(original, tmp_path, monkeypatch):
     [
         (None, "the path is None, a NoneType; it must be a str or a pathlib.Path: name a Wan VAE's safetensors file"),
         (3, "the path is 3, a int"),
+        ("", "the path is empty; name a Wan VAE's safetensors file"),
+        ("https://huggingface.co/x/vae.safetensors", "is an address, not a file on this machine; download the file"),
         (b"vae.safetensors", r"the path is b'vae.safetensors', a bytes; .*: os.fsdecode makes a str of it"),
     ],
 )
 def test_what_is_no_path_is_told(path, words):
     with pytest.raises(CheckpointError, match=words):
         load_vae(path, "cpu")
-    with pytest.raises(LatentError, match="the path is "):
+    with pytest.raises(LatentError, match=r"the path is |is an address"):
         read_latents(path)
 
 
@@ -329,6 +335,20 @@ KINDS = {
     "numpy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "is a NumPy array; take the same VAE as .safetensors"),
     "zip": (b"PK\x03\x04" + bytes(26) + b"vae.safetensors", "is a zip archive; unpack it"),
     "gzip": (gzip.compress(b"vae"), "is a gzip archive; unpack it"),
+    "xz": (lzma.compress(b"vae"), "is an xz archive; unpack it"),
+    "bzip2": (bz2.compress(b"vae"), "is a bzip2 archive; unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(9), "is a zstd archive; unpack it"),
+    "tar": (b"wan/vae.safetensors".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive; unpack it"),
+    "numpy archive": (b"PK\x03\x04" + bytes(26) + b"a.npy", "is a NumPy archive; take the same VAE"),
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a picture; take the same VAE as .safetensors"),
+    "video": (b"\x00\x00\x00\x20ftypisom" + bytes(9), "is a video; take the same VAE as .safetensors"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file; take the same VAE as .safetensors"),
+    "answer": (b"Entry not found", 'is a text, "Entry not found", as sites answer .*; download the file itself'),
+    "long answer": (
+        b"Access to this model is restricted and you are not in the list\n",
+        'is a text, "Access to .*\\.\\.\\.",',
+    ),
+    "not written": (bytes(5000), "begins with zeros alone, as a file whose download was not finished; download"),
 }
 
 
@@ -341,6 +361,21 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path, content, words)
     assert "damaged" not in str(error.value)
     with pytest.raises(LatentError, match=words.replace("same VAE", "same latents")):
         read_latents(path)
+
+
+def test_random_bytes_are_damaged(tmp_path):
+    (tmp_path / "vae.safetensors").write_bytes(bytes(range(1, 256)))
+    with pytest.raises(
+        CheckpointError, match=r"can't be read as safetensors .* it is damaged or not downloaded in full"
+    ):
+        read_checkpoint(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json"])
+def test_of_a_configuration_the_folder_is_to_be_named(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="is a configuration, and holds no tensors; name its folder, or take"):
+        read_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize(("suffix", "words"), [(".onnx", "is an ONNX model"), (".engine", "is a TensorRT engine")])
@@ -374,6 +409,27 @@ def test_vaes_of_other_structures_are_named(original):
         read({"decoder.1.weight": torch.zeros(64, 16, 3, 3), "decoder.22.bias": torch.zeros(3)})
 
 
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("taehv.decoder.22.bias", "a small VAE for previews"),
+        ("decoder.layers.0.weight", "a small VAE for previews"),
+        ("encoder.downsamples.0.residual.0.gamma", "an encoder alone, without its decoder"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "a text encoder, not the VAE"),
+        ("token_embedding.weight", "a text encoder, not the VAE"),
+        ("model.embed_tokens.weight", "a text encoder, not the VAE"),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", "an image encoder"),
+        ("model.diffusion_model.blocks.0.weight", "a diffusion model, not its VAE"),
+        ("vocoder.conv_pre.weight", "the VAE of sound"),
+        ("decoder.project_in.main.conv.weight", "the VAE of another model"),
+        ("model.0.weight", "a model that enlarges pictures"),
+    ],
+)
+def test_other_models_are_named(key, what):
+    with pytest.raises(CheckpointError, match=f"but {key}: {what}.*; take the VAE that came with the Wan model"):
+        read({key: torch.zeros(2, 2)})
+
+
 def test_nvfp4_is_told_by_its_configuration(layouts, tmp_path):
     save_file(layouts["diffusers"], tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text('{"quant_algo": "NVFP4"}')
@@ -381,9 +437,9 @@ def test_nvfp4_is_told_by_its_configuration(layouts, tmp_path):
         read_checkpoint(tmp_path)
 
 
-def _with_config(folder, tensors, **settings):
+def _with_config(folder, tensors, file="diffusion_pytorch_model.safetensors", **settings):
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, folder / file)
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
@@ -400,6 +456,24 @@ def test_statistics_of_the_files_own_are_taken(layouts, tmp_path):
         frames = torch.rand(1, 1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
         again = denormalize(vae.encode(frames, normalized=True), vae.architecture)
         torch.testing.assert_close(again, vae.encode(frames))
+
+
+OWN = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
+
+
+def test_statistics_are_taken_beside_a_file_of_another_name_if_they_are_its_own(layouts, tmp_path):
+    tensors, file = layouts["diffusers"], "model.safetensors"
+    own = _with_config(tmp_path / "own", tensors, file, _class_name="AutoencoderKLWan", **OWN)
+    for path in (own, own / file):
+        assert read_checkpoint(path).architecture.mean == tuple(OWN["latents_mean"])
+    _sharded(tmp_path / "shards", tensors, stem="model")
+    (tmp_path / "shards" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", **OWN}))
+    assert read_checkpoint(tmp_path / "shards").architecture.mean == tuple(OWN["latents_mean"])
+    # Another model's, and one of which it is not known whose it is.
+    other = _with_config(tmp_path / "other", tensors, file, _class_name="WanModel", **OWN)
+    assert read_checkpoint(other).architecture.mean is None
+    save_file({"a": torch.zeros(1)}, own / "another.safetensors")
+    assert read_checkpoint(own / file).architecture.mean is None
 
 
 def test_published_statistics_are_no_files_own(oracle, layouts, tmp_path):

@@ -29,12 +29,22 @@ _IDLE = (".num_batches_tracked",)
 # Keys that tell other models' files, and what to call these.
 _OTHERS = (
     (r"lora_|\.lora\.|\.(alpha|diff)$", "a LoRA"),
-    (r"(^|\.)(self_attn|cross_attn|ffn)\.|^model\.diffusion_model\.", "a diffusion model, not its VAE"),
+    (r"^model\.diffusion_model\.", "a diffusion model, not its VAE"),
     (
-        r"^taesd_decoder\.|^decoder\.\d+\.",
+        r"(^|\.)(embed_tokens|token_embedding|shared)\.weight$|(^|\.)text_model\.|\.SelfAttention\.",
+        "a text encoder, not the VAE",
+    ),
+    (r"(^|\.)(visual|vision_model|vision_tower)\.", "an image encoder (CLIP), not the VAE"),
+    (r"(^|\.)(self_attn|cross_attn|ffn)\.", "a diffusion model, not its VAE"),
+    (
+        r"(^|\.)(taesd_)?decoder\.(layers\.)?\d+\.",
         "a small VAE for previews (TAE, as taew2_1, taew2_2 and lighttaew2_1), another architecture",
     ),
     (r"(^|\.)decoder\.conv_in\.conv\.", "the VAE of another video model"),
+    (r"(^|\.)encoder\.(downsamples|down_blocks)\.", "an encoder alone, without its decoder"),
+    (r"(^|\.)(vocoder|audio_vae)\.|\.weight_[gv]$", "the VAE of sound"),
+    (r"(^|\.)(encoder|decoder|first_stage_model)\.", "the VAE of another model"),
+    (r"^(params_ema\.)?(model\.\d+|conv_first|body\.\d+)\.", "a model that enlarges pictures"),
 )
 MOST_NAMED = 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from pathlib import Path
@@ -13,7 +14,25 @@ from ..errors import WanVAEError
 HEAD_BYTES = 4096
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _BUILT_SUFFIXES = {".onnx": "an ONNX model", ".engine": "a TensorRT engine", ".plan": "a TensorRT engine"}
-_ARCHIVES = {b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive"}
+_ARCHIVES = {
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+}
+# By their first bytes, or those behind a length.
+_OTHERS = (
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "a picture"),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video"),
+    (rb"\x89HDF", "an HDF5 file"),
+)
+# Addresses on the web; of a drive of Windows there is one letter.
+_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+:/+[^/]", re.IGNORECASE)
+_TAR_AT = 257
+# Of a text; what is shorter may be what was fetched of a safetensors file.
+_SHORTEST_TEXT, _MOST_SHOWN = 9, 40
 
 
 def user_path(path: Any, error_class: type[WanVAEError], *, another: str) -> Path:
@@ -27,6 +46,10 @@ def user_path(path: Any, error_class: type[WanVAEError], *, another: str) -> Pat
         raise error_class(
             f"the path is {path!r}, a {type(path).__name__}; it must be a str or a pathlib.Path: {advice}"
         )
+    if not os.fspath(path):
+        raise error_class(f"the path is empty; {another}")
+    if _ADDRESS.match(os.fspath(path)) and not Path(path).exists():
+        raise error_class(f"{path} is an address, not a file on this machine; download the file and name that")
     found = Path(path)
     try:
         if found.parts[:1] and found.parts[0].startswith("~") and not found.exists():
@@ -39,6 +62,16 @@ def user_path(path: Any, error_class: type[WanVAEError], *, another: str) -> Pat
 def begins_as_safetensors(head: bytes) -> bool:
     """Whether ``head`` are the first bytes of a safetensors file: its header's length, and the header's brace."""
     return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**40
+
+
+def _text(head: bytes) -> str:
+    """``head`` as one line, if it is text; empty if not."""
+    try:
+        # The last character may not be whole.
+        words = " ".join(codecs.getincrementaldecoder("utf-8")().decode(head).split())
+    except UnicodeDecodeError:
+        return ""
+    return words if len(head) >= _SHORTEST_TEXT and words.isprintable() else ""
 
 
 def other_kind(head: bytes, path: Path, *, holds: str) -> str:
@@ -68,12 +101,21 @@ def other_kind(head: bytes, path: Path, *, holds: str) -> str:
     if text.startswith((b"{", b"[")) and head[:1].isascii():
         if b'"weight_map"' in head:
             return "is the index of files with tensors, and not named *.index.json; name their folder"
+        if path.name in ("config.json", "model_index.json"):
+            return f"is a configuration, and holds no tensors; name its folder, or {same}"
         return f"is JSON, and holds no tensors; {same}"
     if head.startswith(b"\x93NUMPY"):
         return f"is a NumPy array; {same}, as by safetensors.torch.save_file of torch.from_numpy(numpy.load(...))"
     for begin, what in _ARCHIVES.items():
         if head.startswith(begin):
             return f"is {what}; unpack it and name the file in it"
+    if head[_TAR_AT:].startswith(b"ustar"):
+        return "is a tar archive; unpack it and name the file in it"
+    if head.startswith(b"PK\x03\x04") and b".npy" in head[: HEAD_BYTES // 4]:
+        return f"is a NumPy archive; {same}, as by safetensors.torch.save_file of torch.from_numpy of its arrays"
+    for pattern, what in _OTHERS:
+        if re.match(pattern, head, re.DOTALL):
+            return f"is {what}; {same}"
     if head.startswith(b"PK\x03\x04") and b".pkl" not in head and path.suffix.lower() not in _PICKLE_SUFFIXES:
         return "is a zip archive; unpack it and name the file in it"
     pickled = re.match(rb"PK\x03\x04|\x80[\x00-\x05]", head)
@@ -84,4 +126,12 @@ def other_kind(head: bytes, path: Path, *, holds: str) -> str:
         )
     if path.suffix.lower() in _BUILT_SUFFIXES:
         return f"is {_BUILT_SUFFIXES[path.suffix.lower()]}, built for a runtime of its own; {same}"
+    if head and not head.strip(b"\0"):
+        return "begins with zeros alone, as a file whose download was not finished; download it again"
+    if words := _text(head):
+        shown = words if len(words) <= _MOST_SHOWN else words[:_MOST_SHOWN] + "..."
+        return (
+            f'is a text, "{shown}", as sites answer with in place of a file that is not there or wants a login; '
+            f"download the file itself"
+        )
     return ""

@@ -19,8 +19,11 @@ from .whole import check_writable, replacing
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What latents are written to: ComfyUI's own kind, or one plain tensor.
 LATENT_SUFFIXES = (".latent", ".safetensors")
-# What latents are called beside other tensors.
+# What latents are called beside other tensors, and parts of what these others are called.
 _NAMES = ("samples", "latents", "latent", "z")
+_NO_LATENTS = ("mask", "mean", "std", "embed", "audio", "sigma")
+_MOST_TENSORS = 5
+_ANOTHER = "name a .latent or .safetensors file with latents"
 # The tensors in the files of ComfyUI's SaveLatent.
 _COMFYUI_LATENT, _COMFYUI_VERSION = "latent_tensor", "latent_format_version_0"
 
@@ -145,8 +148,8 @@ def read_latents(path: str | Path) -> torch.Tensor:
     """Reads latents from a file.
 
     Args:
-        path: what ComfyUI's SaveLatent writes (``.latent``), or a safetensors file with one 5-D (or 4-D) tensor, or
-            with one that is called latents among others.
+        path: what ComfyUI's SaveLatent writes (``.latent``), or a safetensors file with one tensor of three to five
+            axes, or with one that is called latents among others.
 
     Returns:
         ``[B, z, T, h, w]`` or ``[B, z, h, w]`` as they are in the file.
@@ -156,9 +159,8 @@ def read_latents(path: str | Path) -> torch.Tensor:
             meant.
         OutOfMemoryError: the host has no room for it.
     """
-    name_another = "name a .latent or .safetensors file with latents"
-    path = user_path(path, LatentError, another=name_another)
-    with TensorFile(path, LatentError, holds="latents", another=name_another, again=name_another) as file:
+    path = user_path(path, LatentError, another=_ANOTHER)
+    with TensorFile(path, LatentError, holds="latents", another=_ANOTHER, again=_ANOTHER) as file:
         key = _latents_key(file.described(), file.path)  # before all of a file that may be a whole model's is read
         return file.read()[key]
 
@@ -166,18 +168,23 @@ def read_latents(path: str | Path) -> torch.Tensor:
 def _latents_key(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     """Which of a file's tensors are the latents."""
     if _COMFYUI_LATENT in tensors:
-        if _COMFYUI_VERSION not in tensors:
+        if _COMFYUI_VERSION not in tensors and tensors[_COMFYUI_LATENT].dim() < 5:
             raise LatentError(about_file(path, "is a latent of a ComfyUI from before 2023, which made none of videos"))
         return _COMFYUI_LATENT
+    if len(tensors) > _MOST_TENSORS and any(key.endswith(".weight") for key in tensors):
+        words = f"has {len(tensors)} tensors, a model's weights and no latents; {_ANOTHER}"
+        raise LatentError(about_file(path, words))
     # What else lies beside is a mask, statistics, or the like.
-    named = [key for key in _NAMES if key in tensors and tensors[key].dim() in (4, 5)]
-    if len(named) == 1:
-        return named[0]
-    for axes in (5, 4):
-        candidates = [key for key, tensor in tensors.items() if tensor.dim() == axes]
-        if len(candidates) == 1:
-            return candidates[0]
-    found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
+    possible = {
+        key: tensor.dim()
+        for key, tensor in tensors.items()
+        if tensor.dim() in (3, 4, 5) and not any(word in key.lower() for word in _NO_LATENTS)
+    }
+    named = [key for key in possible if key.rpartition(".")[2].lower() in _NAMES]
+    for several in (named, *([key for key, count in possible.items() if count == axes] for axes in (5, 4, 3))):
+        if len(several) == 1:
+            return several[0]
+    found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:_MOST_TENSORS])
     raise LatentError(
         about_file(
             path,

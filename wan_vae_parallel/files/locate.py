@@ -7,6 +7,7 @@ index; a pipeline's have the VAE's in ``vae/``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -23,6 +24,8 @@ _STEM = "diffusion_pytorch_model"
 _WHOLE, _CONFIG = f"{_STEM}.safetensors", "config.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})((?:\.[^.]+)?\.safetensors)", re.IGNORECASE)
 _INDEX = re.compile(r".*\.index(?:\.[^.]+)?\.json", re.IGNORECASE)
+# What diffusers calls its VAEs.
+_CLASSES = "AutoencoderKL"
 _MOST_NAMED = 5
 ANOTHER = "name a Wan VAE's safetensors file"
 
@@ -132,9 +135,27 @@ def _whole(name: str, asked: Path, names: Sequence[str], *, what: str) -> Locate
 
 
 def _config_beside(file: Path) -> Path | None:
-    """The configuration of diffusers for the weights in ``file``; of other names it is not known whose it is."""
+    """The configuration of diffusers for the weights in ``file``, if it can be told that it is theirs."""
     config = file.parent / _CONFIG
-    return config if file.name.startswith(_STEM) and config.is_file() else None
+    if not config.is_file():
+        return None
+    if file.name.startswith(_STEM):
+        return config
+    # Of another name: a VAE's, and there are no other weights whose it may be.
+    names = [name for entry in file.parent.iterdir() if (name := entry.name).lower().endswith((".safetensors", ".sft"))]
+    with contextlib.suppress(CheckpointError):
+        if (
+            str(_json(config).get("_class_name")).startswith(_CLASSES)
+            and len({_whole_name(name) for name in names}) == 1
+        ):
+            return config
+    return None
+
+
+def _whole_name(name: str) -> str:
+    """The name of the file that a shard is one of, or of a file that is none."""
+    match = _SHARD.fullmatch(name)
+    return match[1] + match[4] if match else name
 
 
 def _json(path: Path) -> dict[str, Any]:

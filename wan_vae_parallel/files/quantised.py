@@ -22,6 +22,13 @@ _FP8 = tuple(
     if hasattr(torch, name)
 )
 _SCALES = (".scale_weight", ".weight_scale")
+# What others keep beside weights that are packed in blocks, and who packs them so.
+_PACKED = {
+    ".weight_scale_2": "NVFP4, which TensorRT and ModelOpt make for their own kernels",
+    ".absmax": "bitsandbytes' 4 or 8 bits",
+    ".SCB": "bitsandbytes' 8 bits",
+    ".qweight": "GPTQ's or AWQ's 4 bits",
+}
 # What such files keep besides, for products in eight bits: a layer's input, and which kind its weights are of.
 _BESIDES = (".scale_input", ".input_scale", ".comfy_quant", ".scaled_fp8")
 
@@ -34,15 +41,13 @@ def dequantised(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, t
         source: what messages call them.
 
     Raises:
-        CheckpointError: scales of another kind, such as NVFP4's or int8's.
+        CheckpointError: scales of another kind, such as NVFP4's or int8's, or packed weights.
     """
     scales: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
-    if any(key.endswith(".weight_scale_2") for key in tensors):
-        raise CheckpointError(
-            f"{source} has weights in NVFP4, which TensorRT and ModelOpt make for their own kernels; take the VAE in "
-            f"bf16, fp16 or fp32"
-        )
+    for ending, what in _PACKED.items():
+        if any(key.endswith(ending) for key in tensors):
+            raise CheckpointError(f"{source} has weights in {what}; take the VAE in bf16, fp16 or fp32")
     for key, tensor in tensors.items():
         if key.endswith(_SCALES):
             scales[key.rpartition(".")[0] + ".weight"] = tensor
