@@ -16,6 +16,7 @@ from wan_vae_parallel import Architecture, vae_from_state_dict
 from wan_vae_parallel.bench import random_weights
 from wan_vae_parallel.files.latents import denormalize, normalize
 from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel.files.video_in import VideoInput
 
 pytestmark = pytest.mark.usefixtures("files")
 
@@ -151,6 +152,22 @@ def test_a_video_of_frames_with_alpha_is_made_without_it_and_the_log_says_so(ser
     before = len(server.log())
     server.run(graph).check()
     assert server.log()[before:].count("has no alpha: the fourth colour is left out") == 1
+
+
+def test_a_video_of_a_format_with_alpha_keeps_it(server, send):
+    latents = LATENTS[:, :, :2]
+    graph = {
+        "latent": send("layers", latents),
+        "vae": loader("layered.safetensors"),
+        "video": node(
+            "WanVAEParallelDecodeToVideo", samples=["latent", 0], vae=["vae", 0], format="MKV FFV1 lossless 16 bit",
+            filename_prefix="layers", save=True,
+        ),
+    }  # fmt: skip
+    server.run(graph).check()
+    (file,) = server.output.rglob("layers*.mkv")
+    with VideoInput(file, colours=4) as video:
+        close(torch.cat(list(video)).flatten(0, -4), engine_frames("layered.safetensors", latents))
 
 
 def test_layered_images_decode_and_encode_as_cores(server, send, received):

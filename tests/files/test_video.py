@@ -84,13 +84,13 @@ def test_pictures_are_numbered_through_and_rounded_to_the_nearest(tmp_path):
         assert (picture.float() / 255 - batch.flatten(0, 1)[index]).abs().max() <= 0.5 / 255 + 1e-6
 
 
-def test_alpha_is_kept_in_pictures_and_left_out_of_videos_which_is_told(tmp_path, caplog):
+def test_alpha_is_kept_in_pictures_and_left_out_of_videos_that_have_none_which_is_told(tmp_path, caplog):
     with_alpha = torch.cat([FRAMES, torch.full_like(FRAMES[..., :1], 0.5)], dim=-1)
     write(tmp_path / "%d.png", with_alpha)
     assert Image.open(tmp_path / "0.png").mode == "RGBA"
     assert "alpha" not in caplog.text
     write(tmp_path / "out.mp4", with_alpha)
-    assert "out.mp4 has no alpha: the fourth colour is left out" in caplog.text
+    assert "out.mp4 has no alpha: the fourth colour is left out; vp9, prores, ffv1, png8, png16 keep it" in caplog.text
     assert read_video(tmp_path / "out.mp4")[1].shape == (9, 32, 48, 3)
 
 

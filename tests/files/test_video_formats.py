@@ -10,10 +10,11 @@ import numpy
 import pytest
 import torch
 
-from tests.files.clips import FRAMES, HEIGHT, NAMES, WIDTH, by_ffmpeg, write
+from tests.files.clips import COUNT, FRAMES, HEIGHT, NAMES, WIDTH, by_ffmpeg, write
 from wan_vae_parallel.files.ffmpeg import find_ffmpeg
 from wan_vae_parallel.files.formats import FORMATS, choose_format
-from wan_vae_parallel.files.video_out import tag_as_hvc1
+from wan_vae_parallel.files.video_in import VideoInput
+from wan_vae_parallel.files.video_out import encode_again, tag_as_hvc1
 
 # The largest error of a channel at the best quality, in 255ths: on ramps, and inside of patches of saturated colours.
 # Of the wrong matrix red would be off by 24 and green by 39.
@@ -162,3 +163,42 @@ def test_a_rate_is_kept_exactly(tmp_path):
 def test_the_usual_format_of_each_suffix():
     usual = {".mp4": "h264", ".mkv": "h264", ".mov": "h264", ".webm": "vp9"}
     assert {suffix: choose_format(Path(f"v{suffix}"), None).name for suffix in usual} == usual
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "bound"),
+    [("v.webm", "vp9", 3), ("v.mkv", "vp9", 3), ("v.mov", "prores", 1), ("v.mkv", "ffv1", 0.01)],
+)
+@pytest.mark.parametrize("odd", [0, 1], ids=["even", "odd"])
+def test_formats_that_have_alpha_keep_it(tmp_path, caplog, name, format, bound, odd):
+    frames = FRAMES[:, :, : HEIGHT - odd, : WIDTH - odd]
+    alpha = torch.linspace(1, 0, WIDTH - odd)[None, None, None, :, None].expand(*frames.shape[:4], 1)
+    write(tmp_path / name, torch.cat([frames, alpha], dim=-1), format=format, quality="best")
+    with VideoInput(tmp_path / name, colours=4) as video:
+        found = torch.cat(list(video))[:, : HEIGHT - odd, : WIDTH - odd]
+    assert found.shape == (COUNT, HEIGHT - odd, WIDTH - odd, 4)
+    assert (found[..., 3:] - alpha[0]).abs().max() <= bound / 255
+    # Straight colours, as they were: neither multiplied with alpha nor mixed with a background.
+    patch = found[:, 40:-8, 4:8, :3]  # red
+    assert (patch - torch.tensor([1.0, 0, 0])).abs().max() <= 4 / 255
+    assert not caplog.text
+    # And without alpha there is none.
+    write(tmp_path / name, frames, format=format)
+    assert "yuva" not in (streams := describe(tmp_path / name)), streams
+    assert "gbrap" not in streams
+
+
+def describe(path):
+    """What ffmpeg says of a file."""
+    return subprocess.run([find_ffmpeg(), "-i", str(path)], capture_output=True, text=True, check=False).stderr
+
+
+def test_prores_with_alpha_is_4444(tmp_path):
+    write(tmp_path / "v.mov", torch.cat([FRAMES, FRAMES[..., :1]], dim=-1), format="prores")
+    assert re.search(r"prores \(4444\) .*yuva444p", describe(tmp_path / "v.mov"))
+
+
+def test_a_video_with_alpha_is_encoded_again_without(tmp_path):
+    write(tmp_path / "v.mkv", torch.cat([FRAMES, FRAMES[..., :1]], dim=-1), format="ffv1")
+    encode_again(tmp_path / "v.mkv", tmp_path / "v.mp4")
+    assert errors(by_ffmpeg(tmp_path / "v.mp4"))[1] <= 6

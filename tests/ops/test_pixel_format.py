@@ -6,7 +6,18 @@ import itertools
 import pytest
 import torch
 
-from wan_vae_parallel.ops.pixel_format import GBR_16, RGB_8, RGB_16, YUV420, YUV420_10, YUV422_10, PixelFormat
+from wan_vae_parallel.ops.pixel_format import (
+    GBR_16,
+    GBRA_16,
+    RGB_8,
+    RGB_16,
+    YUV420,
+    YUV420_10,
+    YUV422_10,
+    YUVA420,
+    YUVA444_10,
+    PixelFormat,
+)
 
 ALL = [YUV420, YUV420_10, YUV422_10, GBR_16, RGB_8, RGB_16]
 YUV = [YUV420, YUV420_10, YUV422_10]
@@ -132,3 +143,24 @@ def test_fewer_colours_are_refused_and_more_left_out():
     four = dataclasses.replace(RGB_8, name="rgba", colours=4)
     assert isinstance(four, PixelFormat)
     assert four.convert(torch.zeros(1, 1, 2, 2, 4)).shape == (1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "plain"),
+    [(YUVA420, YUV420), (GBRA_16, GBR_16), (YUVA444_10, dataclasses.replace(YUVA444_10, colours=3))],
+    ids=["yuva420p", "gbrap16le", "yuva444p10le"],
+)
+@pytest.mark.parametrize("size", [(8, 16), (5, 7), (1, 1)])
+def test_alpha_is_a_further_plane_of_full_range(pixels, plain, size):
+    frames = torch.rand(1, 2, *size, 4, generator=torch.Generator().manual_seed(3))
+    frames[0, 0, 0, 0, 3] = 1.0
+    data, colours = pixels.convert(frames), plain.convert(frames)
+    assert torch.equal(data[..., : colours.shape[-1]], colours)
+    most = 2**pixels.bits - 1
+    for frame in range(2):
+        *_, alpha = planes(pixels, data[0, frame], *size)
+        assert (alpha / most - frames[0, frame, ..., 3].double()).abs().max() <= 0.5 / most + 1e-7
+        shown = pixels.picture(data[0, frame], *size)
+        assert shown.shape == (*size, 4)
+        assert (shown[..., 3] - frames[0, frame, ..., 3]).abs().max() <= 0.5 / most + 1e-6
+        assert torch.allclose(shown[..., :3], plain.picture(colours[0, frame], *size))

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import OutputError, about_file
-from ..ops.pixel_format import GBR_16, RGB_8, RGB_16, YUV420, YUV420_10, YUV422_10, PixelFormat
+from ..ops.pixel_format import (
+    GBR_16,
+    GBRA_16,
+    RGB_8,
+    RGB_16,
+    YUV420,
+    YUV420_10,
+    YUV422_10,
+    YUVA420,
+    YUVA444_10,
+    PixelFormat,
+)
 
 QUALITIES = ("low", "medium", "high", "best")
 Quality = Literal["low", "medium", "high", "best"] | int
@@ -29,7 +40,9 @@ class FileFormat:
         suffixes: of files, the usual one first; without them it is numbered pictures.
         encoder: ffmpeg's.
         pixels: what the encoder gets and keeps.
+        alpha: what it gets of frames with alpha, if it can keep that.
         arguments: for the encoder.
+        alpha_arguments: in their place, of frames with alpha.
         tags: what is said of the colours.
         crf: what each quality means to the encoder; none where there is only one.
         most_crf: the largest of these numbers.
@@ -44,7 +57,9 @@ class FileFormat:
     suffixes: tuple[str, ...]
     encoder: str
     pixels: PixelFormat
+    alpha: PixelFormat | None = None
     arguments: tuple[str, ...] = ()
+    alpha_arguments: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     crf: Mapping[str, int] = field(default_factory=dict)
     most_crf: int = 0
@@ -59,11 +74,15 @@ class FileFormat:
         return not self.suffixes
 
     def of_colours(self, colours: int) -> PixelFormat:
-        """The pixels of frames of so many colours; videos have no alpha, and it is left out."""
+        """The pixels of frames of so many colours; videos that have no alpha leave it out."""
         if not self.pictures:
-            return self.pixels
+            return self.alpha if self.alpha and colours == self.alpha.colours else self.pixels
         names = {8: {1: "gray", 3: "rgb24", 4: "rgba"}, 16: {1: "gray16be", 3: "rgb48be", 4: "rgba64be"}}
         return dataclasses.replace(self.pixels, name=names[self.pixels.bits][colours], colours=colours)
+
+    def encoder_arguments(self, pixels: PixelFormat) -> tuple[str, ...]:
+        """For the encoder of such pixels."""
+        return self.alpha_arguments if pixels == self.alpha and self.alpha_arguments else self.arguments
 
     def quality_arguments(self, quality: Quality) -> list[str]:
         """For the encoder.
@@ -145,6 +164,7 @@ FORMATS = {
             suffixes=(".webm", ".mkv"),
             encoder="libvpx-vp9",
             pixels=YUV420,
+            alpha=YUVA420,
             arguments=("-b:v", "0", "-deadline", "good", "-cpu-used", "4", "-row-mt", "1"),
             tags=_BT709,
             crf={"low": 42, "medium": 32, "high": 22, "best": 10},
@@ -158,7 +178,9 @@ FORMATS = {
             suffixes=(".mov",),
             encoder="prores_ks",
             pixels=YUV422_10,
+            alpha=YUVA444_10,
             arguments=("-profile:v", "hq", "-vendor", "apl0"),
+            alpha_arguments=("-profile:v", "4444", "-vendor", "apl0", "-alpha_bits", "16"),
             tags=_BT709,
             audio={".mov": _PCM},
             even=True,
@@ -169,6 +191,7 @@ FORMATS = {
             suffixes=(".mkv",),
             encoder="ffv1",
             pixels=GBR_16,
+            alpha=GBRA_16,
             arguments=("-level", "3", "-g", "1", "-slices", "16", "-slicecrc", "1"),
             tags=_SRGB,
             audio={".mkv": _PCM},

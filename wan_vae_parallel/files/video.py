@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import OutOfMemoryError, OutputError, about_file
 from ..memory import free_memory, gibibytes
-from .formats import VIDEO_SUFFIXES, choose_format
+from .formats import FORMATS, VIDEO_SUFFIXES, choose_format
 from .kinds import user_path
 from .settings import Check, OutputSettings
 from .video_out import PictureOutput, VideoOutput, Write
@@ -31,8 +31,8 @@ _NUMBER = re.compile(r"([^%]*)%(0?\d*)d([^%]*)")
 def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings | None = None) -> Output:
     """Makes sure that frames can be written to ``path``, before any is decoded.
 
-    - ``.mp4``, ``.mkv``, ``.mov``, ``.webm``: a video, see `formats.FORMATS`, without alpha. Of several videos each
-      gets a file, with ``_1``, ``_2`` before the suffix.
+    - ``.mp4``, ``.mkv``, ``.mov``, ``.webm``: a video, see `formats.FORMATS`, with alpha in VP9, ProRes (4444) and
+      FFV1. Of several videos each gets a file, with ``_1``, ``_2`` before the suffix.
     - ``.safetensors``: one tensor ``frames`` ``[B, T, H, W, C]``, exact.
     - a name with ``%04d`` or alike that ends in ``.png``: pictures from 0 on, one video after the other.
 
@@ -68,8 +68,9 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
     if not chosen.pictures:
         for file in files:
             check_writable(file)
-        if shape[4] > 3:
-            logger.warning("%s has no alpha: the fourth colour is left out", path)
+        if shape[4] > 3 and chosen.of_colours(shape[4]).colours == 3:
+            keep = ", ".join(one.name for one in FORMATS.values() if one.alpha or one.pictures)
+            logger.warning("%s has no alpha: the fourth colour is left out; %s keep it", path, keep)
         return VideoOutput(files, chosen, shape, settings)
     later = []
     # The folder of a sequence is made when it is written; what it would lie in must be there.

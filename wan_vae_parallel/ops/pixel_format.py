@@ -27,7 +27,7 @@ class PixelFormat:
     Attributes:
         name: ffmpeg's.
         kind: ``"packed"`` has a pixel's colours beside one another; ``"planar"`` has a plane a colour, green, blue and
-            red; ``"yuv"`` has the planes Y, Cb and Cr.
+            red; ``"yuv"`` has the planes Y, Cb and Cr. Either has alpha in a further plane, of full range.
         bits: of a value; more than 8 take two bytes.
         big_endian: the higher byte is the first.
         halved_columns: chroma has half the columns, rounded up.
@@ -57,7 +57,8 @@ class PixelFormat:
             return [whole] * self.colours
         chroma_rows = -(-rows // 2) if self.halved_rows else rows
         chroma_columns = -(-columns // 2) if self.halved_columns else columns
-        return [whole, *[(chroma_rows, chroma_columns * self.sample_bytes)] * 2]
+        alpha = [whole] * (self.colours - 3)
+        return [whole, *[(chroma_rows, chroma_columns * self.sample_bytes)] * 2, *alpha]
 
     def frame_bytes(self, rows: int, columns: int) -> int:
         """Bytes of ``rows`` rows of a frame with ``columns`` columns."""
@@ -120,17 +121,18 @@ class PixelFormat:
             found = [self._values(planes[i].view(rows, columns, -1)[y][:, x]) for i in order]
             return torch.stack(found, dim=-1) / most
         luma = self._values(planes[0].view(rows, columns, -1)[y][:, x])
-        (height, width), _ = self.planes(rows, columns)[1:]
+        alpha = [self._values(plane.view(rows, columns, -1)[y][:, x]) / most for plane in planes[3:]]
+        height, width = self.planes(rows, columns)[1]
         if self.halved_rows:
             y = y // 2
         if self.halved_columns:
             x = x // 2
-        chroma = [self._values(plane.view(height, width // self.sample_bytes, -1)[y][:, x]) for plane in planes[1:]]
+        chroma = [self._values(plane.view(height, width // self.sample_bytes, -1)[y][:, x]) for plane in planes[1:3]]
         luma = (luma / unit - 16) / 219
         cb, cr = ((plane / unit - 128) / 224 for plane in chroma)
         red, green, blue = _WEIGHTS
         r, b = luma + 2 * (1 - red) * cr, luma + 2 * (1 - blue) * cb
-        return torch.stack([r, (luma - red * r - blue * b) / green, b], dim=-1).clamp_(0, 1)
+        return torch.stack([r, (luma - red * r - blue * b) / green, b, *alpha], dim=-1).clamp_(0, 1)
 
     def _values(self, samples: torch.Tensor) -> torch.Tensor:
         """Samples ``[..., bytes]`` as floats ``[...]``."""
@@ -162,16 +164,16 @@ class PixelFormat:
             pairs[:, low] = integers & 255
 
     def _yuv(self, frame: torch.Tensor) -> list[torch.Tensor]:
-        """Y, Cb and Cr in units of their integers, not rounded."""
+        """Y, Cb and Cr, and alpha if there is one, in units of their integers, not rounded."""
         red, green, blue = _WEIGHTS
-        r, g, b = frame.unbind(-1)
+        r, g, b, *alpha = frame.unbind(-1)
         y = r * red + g * green + b * blue
         unit = 2 ** (self.bits - 8)
         chroma = [
             self._halved((colour - y) * (224 * unit / (2 * (1 - weight)))).add_(128 * unit)
             for colour, weight in ((b, blue), (r, red))
         ]
-        return [y.mul_(219 * unit).add_(16 * unit), *chroma]
+        return [y.mul_(219 * unit).add_(16 * unit), *chroma, *(plane * (2**self.bits - 1) for plane in alpha)]
 
     def _halved(self, plane: torch.Tensor) -> torch.Tensor:
         if self.halved_rows:
@@ -191,6 +193,9 @@ class PixelFormat:
 YUV420 = PixelFormat(name="yuv420p", kind="yuv", halved_columns=True, halved_rows=True)
 YUV420_10 = PixelFormat(name="yuv420p10le", kind="yuv", bits=10, halved_columns=True, halved_rows=True)
 YUV422_10 = PixelFormat(name="yuv422p10le", kind="yuv", bits=10, halved_columns=True)
+YUVA420 = PixelFormat(name="yuva420p", kind="yuv", halved_columns=True, halved_rows=True, colours=4)
+YUVA444_10 = PixelFormat(name="yuva444p10le", kind="yuv", bits=10, colours=4)
 GBR_16 = PixelFormat(name="gbrp16le", kind="planar", bits=16)
+GBRA_16 = PixelFormat(name="gbrap16le", kind="planar", bits=16, colours=4)
 RGB_8 = PixelFormat(name="rgb24", kind="packed")
 RGB_16 = PixelFormat(name="rgb48be", kind="packed", bits=16, big_endian=True)
