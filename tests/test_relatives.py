@@ -219,6 +219,28 @@ def test_upscale2x_needs_the_hosts_memory_before_it_starts(upscaler, monkeypatch
         assert not vae.loaded
 
 
+@pytest.mark.parametrize("chunk", ["auto", 1])
+@pytest.mark.parametrize(
+    ("oracle", "shape"),
+    [
+        (lambda: oracle_vae("wan2.1", colours=4), (1, 16, 2, 5, 4)),
+        (lambda: oracle_vae("wan2.1", width=6), (1, 16, 2, 3, 5)),
+        (lambda: oracle_vae("wan2.2", width=12), (1, 48, 2, 4, 3)),
+        (lambda: qwen_image(), (3, 16, 1, 3, 4)),
+    ],
+    ids=["layered", "pruned Wan 2.1", "pruned Wan 2.2", "images of Qwen-Image"],
+)
+def test_relatives_on_two_devices(oracle, shape, chunk):
+    oracle, latents = oracle(), seeded(*shape)
+    with torch.no_grad():
+        expected = pictures(oracle.decode(latents).sample)
+        frames = seeded(*expected.shape, of=torch.rand)
+        means = [oracle.encode((one[None] * 2 - 1).permute(0, 4, 1, 2, 3)).latent_dist.mode() for one in frames]
+    with wvp.vae_from_state_dict(oracle.state_dict(), "cpu,cpu", "float32", chunk) as vae:
+        assert max_error(vae.decode(latents), expected) <= FP32_BOUND
+        assert max_error(vae.encode(frames), torch.cat(means)) <= FP32_BOUND
+
+
 def test_layered_images_have_alpha():
     """qwen_image_layered_vae: four colours both ways; layers are frames."""
     oracle = oracle_vae("wan2.1", colours=4)
@@ -234,10 +256,14 @@ def test_layered_images_have_alpha():
         assert torch.equal(vae.encode(frames[..., :3]), vae.encode(opaque))
 
 
-def test_qwen_image_is_wan_21_by_another_name(tmp_path):
+def qwen_image():
     with torch.device("meta"):
         oracle = AutoencoderKLQwenImage(base_dim=8, z_dim=16)
-    oracle = randomise(oracle)
+    return randomise(oracle)
+
+
+def test_qwen_image_is_wan_21_by_another_name(tmp_path):
+    oracle = qwen_image()
     oracle.save_pretrained(tmp_path / "vae")
     latents = seeded(3, 16, 1, 3, 2)
     with torch.no_grad():

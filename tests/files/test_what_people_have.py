@@ -420,6 +420,8 @@ def test_vaes_of_other_structures_are_named(original):
         ("model.embed_tokens.weight", "a text encoder, not the VAE"),
         ("visual.transformer.resblocks.0.attn.in_proj_weight", "an image encoder"),
         ("model.diffusion_model.blocks.0.weight", "a diffusion model, not its VAE"),
+        ("latent_tensor", "latents, which a VAE decodes"),
+        ("samples", "latents, which a VAE decodes"),
         ("vocoder.conv_pre.weight", "the VAE of sound"),
         ("decoder.project_in.main.conv.weight", "the VAE of another model"),
         ("model.0.weight", "a model that enlarges pictures"),

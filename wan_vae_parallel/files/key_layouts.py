@@ -28,6 +28,7 @@ _OWN = ("encoder.", "decoder.", "conv1.", "conv2.", "quant_conv.", "post_quant_c
 _IDLE = (".num_batches_tracked",)
 # Keys that tell other models' files, and what to call these.
 _OTHERS = (
+    (r"^(samples|latents?|latent_tensor)$", "latents, which a VAE decodes"),
     (r"lora_|\.lora\.|\.(alpha|diff)$", "a LoRA"),
     (r"^model\.diffusion_model\.", "a diffusion model, not its VAE"),
     (

@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .calls import ChosenDevices, DecodeAsLaterCores, DecodeWithoutRoom, EncodeAsLaterCores, EncodePictures, EngineState
 from .compare import CompareNodes
 from .vaes import AlterVAE, SmallCoreVAE, WrapperVAE
-from .values import AddWords, EmptyAudio, LatentList, LoadTensor, SaveTensor, SaveVideo
+from .values import AddWords, EmptyAudio, LatentList, LoadTensor, Nothing, SaveTensor, SaveVideo
 
 
 class ProbeExtension(ComfyExtension):
@@ -25,6 +25,7 @@ class ProbeExtension(ComfyExtension):
             SmallCoreVAE,
             WrapperVAE,
             AddWords,
+            Nothing,
             LatentList,
             EmptyAudio,
             SaveVideo,

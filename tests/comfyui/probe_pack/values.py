@@ -76,6 +76,18 @@ class AddWords(io.ComfyNode):
         return io.NodeOutput({**latent, **added})
 
 
+class Nothing(io.ComfyNode):
+    """No image, as nodes give that have nothing to show."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="ProbeNothing", category="probe", inputs=[], outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(None)
+
+
 class LatentList(io.ComfyNode):
     """Two LATENTs as a list."""
 
