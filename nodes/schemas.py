@@ -263,9 +263,11 @@ class WanVAEParallelDecodeRGBA(io.ComfyNode):
         rgb, alpha = _parallel_vae(vae_rgb), _parallel_vae(vae_alpha)
         check_alike(samples, rgb, alpha)
         since = time.monotonic()
+        # It is one latent: normalised for both if one of them is WanVideoWrapper's.
+        normalized = rgb._normalized or alpha._normalized
         # One set of worker processes for both, which whoever decoded last has.
-        colours = rgb.decode_samples(samples, workers_of=alpha)
-        opacity = alpha.decode_samples(samples, workers_of=rgb)
+        colours = rgb.decode_samples(samples, normalized=normalized, workers_of=alpha)
+        opacity = alpha.decode_samples(samples, normalized=normalized, workers_of=rgb)
         frames = torch.cat([colours[..., :3], opacity[..., :1].to(colours)], dim=-1)
         tell_decoded(frames, since, rgb._engine.worked_on)  # both in one line
         return io.NodeOutput(frames)

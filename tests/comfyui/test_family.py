@@ -304,6 +304,21 @@ def test_wanvideowrappers_vae_speaks_normalised_latents(server, send, received):
         close(received(f"wrapper's latents {i}"), latents)
 
 
+@pytest.mark.parametrize("wrapped", ["rgb", "alpha"])
+def test_one_latent_is_normalised_for_both_vaes_if_one_is_wanvideowrappers(server, send, received, wrapped):
+    graph = {
+        "latent": send("normalised", normalize(LATENTS, WAN21)),
+        "rgb": loader("rgb.safetensors"),
+        "alpha": loader("alpha.safetensors"),
+        "ours": node("WanVAEParallelDecodeRGBA", samples=["latent", 0], vae_rgb=["rgb", 0], vae_alpha=["alpha", 0]),
+        "save": save("both", "ours"),
+        wrapped: node("ProbeWrapperVAE", vae_name=f"{wrapped}.safetensors"),
+    }
+    server.run(graph).check()
+    close(received("both")[..., :3], engine_frames("rgb.safetensors", LATENTS))
+    close(received("both")[..., 3], engine_frames("alpha.safetensors", LATENTS)[..., 0])
+
+
 def test_wanvideowrappers_preview_network_is_refused_by_name(server, send):
     run = server.run(
         {
