@@ -188,7 +188,7 @@ class Architecture:
         for key, made in ((telling[2], colours), (telling[3], taken or colours)):
             if made not in _COLOURS:
                 raise CheckpointError(
-                    f"{key} {found[key]} is of pictures with {made} colours; known are 1, 3 and 4, and "
+                    f"its pictures have {made} colours by {key} {found[key]}; known are 1, 3 and 4, and "
                     f"of an upscale2x VAE's decoder four times as many as its encoder takes"
                 )
         return cls(

@@ -28,6 +28,8 @@ _OTHERS = (
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video"),
     (rb"\x89HDF", "an HDF5 file"),
 )
+# PyTorch's archives, protocols from 2 on, and those before of a dictionary, a list or a class.
+_PICKLED = re.compile(rb"PK\x03\x04|\x80[\x00-\x05]|\([dl](p\d+)?\n|[}\]]q\x00|c[\w.]+\n\w+\n")
 # Addresses on the web; of a drive of Windows there is one letter.
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+:/+[^/]", re.IGNORECASE)
 _TAR_AT = 257
@@ -49,7 +51,7 @@ def user_path(path: Any, error_class: type[WanVAEError], *, another: str) -> Pat
     if not os.fspath(path):
         raise error_class(f"the path is empty; {another}")
     if _ADDRESS.match(os.fspath(path)) and not Path(path).exists():
-        raise error_class(f"{path} is an address, not a file on this machine; download the file and name that")
+        raise error_class(f"an address is no file on this machine: {path}; download the file and name that")
     found = Path(path)
     try:
         if found.parts[:1] and found.parts[0].startswith("~") and not found.exists():
@@ -118,7 +120,7 @@ def other_kind(head: bytes, path: Path, *, holds: str) -> str:
             return f"is {what}; {same}"
     if head.startswith(b"PK\x03\x04") and b".pkl" not in head and path.suffix.lower() not in _PICKLE_SUFFIXES:
         return "is a zip archive; unpack it and name the file in it"
-    pickled = re.match(rb"PK\x03\x04|\x80[\x00-\x05]", head)
+    pickled = _PICKLED.match(head)
     if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
         return (
             f"is a pickle, which can run any code when it is opened, so it is not opened; {same}, or convert it on a "
