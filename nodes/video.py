@@ -62,7 +62,8 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                     default="MP4 H.264 8 bit",
                     tooltip=(
                         "What to write. Colours are BT.709 and tagged so. MKV FFV1 and PNG keep every pixel; ProRes is "
-                        "for editing programs. 10 and 16 bits are made from the decoder's floats, not from 8."
+                        "for editing programs. 10 and 16 bits are made from the decoder's floats, not from 8. Of a VAE "
+                        "with alpha VP9, ProRes (then 4444), FFV1 and PNG keep it."
                     ),
                 ),
                 io.Combo.Input(
