@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import json
 import logging
@@ -17,7 +18,12 @@ from safetensors.torch import save_file
 from tests.oracle import oracle_vae, original_state_dict
 from wan_vae_parallel import Architecture, CheckpointError, LatentError, load_vae, vae_from_state_dict
 from wan_vae_parallel.files import key_layouts, quantised, tensor_file
-from wan_vae_parallel.files.checkpoint import checkpoint_from_state_dict, describe_checkpoint, read_checkpoint
+from wan_vae_parallel.files.checkpoint import (
+    checkpoint_from_state_dict,
+    describe_checkpoint,
+    read_checkpoint,
+    with_statistics,
+)
 from wan_vae_parallel.files.latents import denormalize, read_latents
 
 
@@ -462,6 +468,23 @@ def test_statistics_of_the_files_own_are_taken(layouts, tmp_path):
 
 
 OWN = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_one_statistic_alone_goes_with_the_published_other(layouts, tmp_path, name):
+    given = {name: OWN[name]}
+    architecture = read_checkpoint(_with_config(tmp_path / "one", layouts["diffusers"], **given)).architecture
+    published = {other: getattr(Architecture.published("wan2.1"), other) for other in OWN}
+    assert {other: list(getattr(architecture, other)) for other in OWN} == {
+        other: list({**published, **given}[other]) for other in OWN
+    }
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_one_statistic_alone_is_refused_where_no_other_is_published(name):
+    unknown = dataclasses.replace(Architecture.published("wan2.1"), z_dim=5)
+    with pytest.raises(CheckpointError, match=f"has {name} and no latents_"):
+        with_statistics(unknown, {name: [1.0] * 5}, "config.json")
 
 
 def test_statistics_are_taken_beside_a_file_of_another_name_if_they_are_its_own(layouts, tmp_path):

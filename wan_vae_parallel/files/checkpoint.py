@@ -149,9 +149,17 @@ def with_statistics(architecture: Architecture, settings: Mapping[str, Any], sou
     Raises:
         CheckpointError: they can't be used.
     """
-    mean, std = settings.get("latents_mean"), settings.get("latents_std")
-    if mean is None or std is None:
+    given = {name: settings.get(name) for name in ("latents_mean", "latents_std")}
+    if all(one is None for one in given.values()):
         return architecture
+    # Of one alone the other is the published one, as diffusers' classes have it.
+    mean, std = (getattr(architecture, name) if one is None else one for name, one in given.items())
+    if mean is None or std is None:
+        there, missing = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
+        raise CheckpointError(
+            f"{source} has {there} and no {missing}, and none is published for this VAE: add it, or leave both out and "
+            f"normalise latents elsewhere"
+        )
     try:
         own = tuple(map(float, mean)), tuple(map(float, std))
     except (TypeError, ValueError) as error:
