@@ -536,7 +536,7 @@ def test_decode_writes_the_format_that_is_asked_for_with_sound(files, tmp_path, 
     assert decode(files, tmp_path / "sound.mp4") == 0
     options = ["--format", "prores", "--quality", "high", "--audio", tmp_path / "sound.mp4"]
     assert decode(files, tmp_path / "v.mov", *options) == 1  # a video without sound
-    assert "with sound; choose another format" in capsys.readouterr().err
+    assert "sound.mp4 has no sound that ffmpeg can read; name a file with sound" in capsys.readouterr().err
     assert decode(files, tmp_path / "v.mov", *options[:4]) == 0
     assert "prores (HQ)" in said_of(tmp_path / "v.mov")
     assert decode(files, tmp_path / "v.webm", "--quality", "30") == 0

@@ -1,6 +1,7 @@
 """Sound beside a video, and texts: what comes along, what stays behind, and how long it is."""
 
 import json
+import re
 import subprocess
 import wave
 
@@ -49,6 +50,46 @@ def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec
     assert abs(samples[2000:4000, 0].max() - (0.5 if seconds else 0)) < 0.05
     assert abs(samples[:, 1]).max() < 0.05
     assert (abs(samples[20000:, 0]).max() < 0.01) == (seconds < 1)
+
+
+# Where each channel is found again: in Opus some kinds are carried within larger ones.
+@pytest.mark.parametrize(
+    ("name", "file", "channels", "found"),
+    [
+        ("h264", "v.mp4", 5, [0, 1, 2, 3, 4]),
+        ("h264", "v.mp4", 6, [0, 1, 2, 3, 4, 5]),
+        ("prores", "v.mov", 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("vp9", "v.webm", 1, [0]),
+        ("vp9", "v.webm", 4, [0, 1, 2, 3]),
+        ("vp9", "v.webm", 5, [0, 1, 2, 4, 5]),
+        ("vp9", "v.webm", 6, [0, 1, 2, 3, 4, 5]),
+        ("vp9", "v.webm", 7, [0, 1, 2, 3, 4, 6, 7]),
+        ("vp9", "v.webm", 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_every_channel_stays_where_it_is(tmp_path, name, file, channels, found):
+    places = []
+    tone = torch.sin(torch.arange(24000) / 48000 * 2 * torch.pi * 60) / 2  # deep enough for a subwoofer
+    for channel in range(channels):
+        waveform = torch.zeros(channels, 24000)
+        waveform[channel] = tone
+        write(tmp_path / file, format=name, fps=10, audio=Audio(waveform, 48000))
+        command = [find_ffmpeg(), "-i", str(tmp_path / file), "-map", "0:a", "-f", "f32le", "-"]
+        done = subprocess.run(command, capture_output=True, check=True)
+        kind = re.search(r"Audio: .* Hz, ([^,]+),", done.stderr.decode())[1]
+        count = {"mono": 1, "quad": 4, "5.0": 5, "5.1": 6, "7.1": 8}[kind]
+        samples = numpy.frombuffer(done.stdout, dtype="<f4").reshape(-1, count)
+        places.append(int(abs(samples[5000:15000]).max(axis=0).argmax()))
+    assert places == found
+
+
+@pytest.mark.parametrize("kind", ["2.1", "4.0", "5.0(side)", "5.1(side)", "7.1(wide)", "hexagonal"])
+def test_opus_takes_every_kind_of_channels(tmp_path, kind):
+    source = ["-f", "lavfi", "-i", f"sine=d=1,aformat=channel_layouts={kind}", str(tmp_path / "sound.wav")]
+    subprocess.run([find_ffmpeg(), "-v", "error", *source], check=True)
+    write(tmp_path / "v.webm", audio=tmp_path / "sound.wav")
+    said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "v.webm")], capture_output=True, text=True, check=False)
+    assert "Audio: opus" in said.stderr
 
 
 def test_sound_may_come_from_a_file(tmp_path):
@@ -140,9 +181,11 @@ def test_bad_sound_is_refused(waveform, rate, words):
         Audio(waveform, rate)
 
 
-def test_a_file_without_sound_is_refused_before_the_start(tmp_path):
+@pytest.mark.parametrize(("name", "words"), [("silent.mp4", "matches no streams"), ("text.wav", "Invalid data")])
+def test_a_file_without_sound_is_refused_before_the_start(tmp_path, name, words):
     write(tmp_path / "silent.mp4")
-    with pytest.raises(OutputError, match=r"with sound; choose .*ffmpeg says .*matches no streams"):
-        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(audio=tmp_path / "silent.mp4"))
+    (tmp_path / "text.wav").write_text("no sound")
+    with pytest.raises(OutputError, match=rf"{name} has no sound .*leave the audio away .*{words}.*{name}\)"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(audio=tmp_path / name))
     with pytest.raises(OutputError, match="no audio file"):
         OutputSettings(audio=tmp_path / "none.wav")

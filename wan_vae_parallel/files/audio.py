@@ -18,6 +18,9 @@ _MOST_CHANNELS = 8
 _RATES = (1000, 384000)
 # What so many channels usually are, as WAV files order them.
 _LAYOUTS = ("mono", "stereo", "2.1", "quad", "5.0", "5.1", "6.1", "7.1")
+# What an encoder gets, where it does not take all: others are mixed to the nearest. Of Opus' own (RFC 7845, 5.1.1.2)
+# 5.0 and 6.1 are left out, whose channels ffmpeg's libopus takes one for another; within 5.1 and 7.1 they are right.
+_TAKEN = {"libopus": "mono|stereo|3.0|quad|5.1|7.1"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,7 @@ def audio_input(audio: Audio | Path, samples: str) -> list[str]:
     return ["-f", "f32le", "-sample_rate", str(audio.sample_rate), "-ch_layout", layout, "-i", f"file:{samples}"]
 
 
-def audio_filter(seconds: Fraction) -> str:
-    """Ffmpeg's filter that cuts the sound to so many seconds, or adds silence."""
-    return f"apad,atrim=end={float(seconds):.6f}"
+def audio_filter(seconds: Fraction, encoder: str) -> str:
+    """Ffmpeg's filter that cuts the sound to so many seconds, or adds silence, in channels that ``encoder`` takes."""
+    channels = f"aformat=channel_layouts={_TAKEN[encoder]}," if encoder in _TAKEN else ""
+    return f"{channels}apad,atrim=end={float(seconds):.6f}"

@@ -227,7 +227,7 @@ class VideoOutput:
         if self.pixels.halved_columns:
             arguments += ["-chroma_sample_location", "left"]
         if self._settings.audio is not None:
-            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds), *self._audio_encoder]
+            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds, self._audio_encoder[1]), *self._audio_encoder]
         return arguments
 
     def _muxed(self, path: Path) -> list[str]:
@@ -266,7 +266,7 @@ class VideoOutput:
             *_TAGS,
         ]
         if self._settings.audio is not None:
-            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds), "-c:a", "aac"]
+            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds, "aac"), "-c:a", "aac"]
         return [*arguments, "-map_metadata", "-1", *_NOTHING_ELSE, "-movflags", "+faststart", "-f", "mp4"]
 
     def _try(self) -> None:
@@ -282,6 +282,8 @@ class VideoOutput:
         try:
             _try_once(command, tuple(sizes.items()), changed)
         except _CanNotEncode as reason:
+            if isinstance(audio, Path):
+                self._try_sound(audio)
             raise OutputError(
                 about_file(
                     self._path,
@@ -290,6 +292,23 @@ class VideoOutput:
                     f"ffmpeg says {reason}",
                 )
             ) from None
+        except OSError as error:
+            raise OutputError(
+                f"ffmpeg can't be tried out, as the folder for temporary files can't be used ({error}); free some "
+                f"room there, or name another by TMPDIR"
+            ) from error
+
+    def _try_sound(self, audio: Path) -> None:
+        """Raises `OutputError` if it is the file with sound that ffmpeg can't read."""
+        read = ("-i", f"file:{audio}", "-map", "0:a:0", "-t", "0.1", "-f", "null", "-")
+        if said := _run(self._program, *read):
+            raise OutputError(
+                about_file(
+                    audio,
+                    "has no sound that ffmpeg can read; name a file with sound, or leave the audio away",
+                    f"ffmpeg says {said}",
+                )
+            )
 
 
 class _Preview:
