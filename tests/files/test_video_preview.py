@@ -1,6 +1,7 @@
 """Previews of videos that browsers can't play: what becomes of one takes nothing from the video."""
 
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ def test_what_browsers_can_not_play_gets_a_preview(tmp_path):
         write(tmp_path / name, format="ffv1" if name == "v.mkv" else None, preview=tmp_path / "preview.mp4")
         found = by_ffmpeg(tmp_path / "preview.mp4")
         assert found.shape == FRAMES[0].shape
+        command = [find_ffmpeg(), "-i", str(tmp_path / "preview.mp4")]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        assert "yuv420p(tv, bt709, progressive)" in said  # of matrix, primaries and transfer
         for i, colour in enumerate(COLOURS):
             patch = found[:, 36:, i * 12 + 4 : i * 12 + 8].mean(dim=(0, 1, 2)) * 255
             assert (patch - torch.tensor(colour) * 255).abs().max() < 6

@@ -154,6 +154,15 @@ def test_texts_come_back_however_long_they_are(tmp_path, name, file):
     assert {key: found[key] for key in texts} == texts
 
 
+@pytest.mark.parametrize(("name", "file"), [("vp9", "v.webm"), ("prores", "v.mov"), ("ffv1", "v.mkv")])
+def test_what_is_encoded_again_has_all_tags_of_its_colours(tmp_path, name, file):
+    write(tmp_path / file, format=name)
+    encode_again(tmp_path / file, tmp_path / "again.mp4")
+    command = [find_ffmpeg(), "-i", str(tmp_path / "again.mp4")]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "yuv420p(tv, bt709, progressive)" in said  # of matrix, primaries and transfer
+
+
 @pytest.mark.parametrize(("name", "file"), [("prores", "v.mov"), ("ffv1", "v.mkv")])
 def test_texts_are_kept_and_none_added_by_encoding_again(tmp_path, name, file):
     write(tmp_path / file, format=name, metadata={"prompt": "p=1;", "workflow": "日本"})

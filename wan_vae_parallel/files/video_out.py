@@ -33,7 +33,8 @@ Write = Callable[[torch.Tensor], None]
 
 # The longer side of a preview.
 _PREVIEW_PIXELS = 960
-# Of YUV that a filter has made as BT.709 in limited range.
+# To YUV of BT.709 in limited range, and its tags: ffmpeg prefers what the frames bring along to what is asked for.
+_TO_BT709 = "out_color_matrix=bt709:out_range=tv,format=yuv420p,setparams=color_primaries=bt709:color_trc=bt709"
 _TAGS = (
     *("-color_range", "tv", "-colorspace", "bt709"),
     *("-color_primaries", "bt709", "-color_trc", "bt709"),
@@ -261,7 +262,7 @@ class VideoOutput:
         width, height = (max(2, round(side * scale / 2) * 2) for side in (self._width, self._height))
         colours = "out_color_matrix=bt709:out_range=tv"
         arguments = [
-            *("-map", "0:v:0", "-vf", f"scale={width}:{height}:{colours},format=yuv420p"),
+            *("-map", "0:v:0", "-vf", f"scale={width}:{height}:{_TO_BT709}"),
             *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-threads", "4"),
             *_TAGS,
         ]
@@ -456,7 +457,7 @@ def encode_again(path: Path, into: Path) -> None:
             find_ffmpeg(),
             *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0", *_NOTHING_ELSE),
             *_NOT_TEXTS,
-            *("-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p", *_TAGS),
+            *("-vf", f"scale={_TO_BT709}", *_TAGS),
             *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
             *("-f", "mp4", f"file:{temporary}"),
         )
