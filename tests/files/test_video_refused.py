@@ -2,6 +2,7 @@
 
 import time
 
+from fractions import Fraction
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ from wan_vae_parallel.files.video import plan_output
     [
         ("v.mp4", (1, 5, 64, 16400, 3), {}, "takes 2 to 16384 pixels a side, and frames of 16400x64 are 16400 wide"),
         ("v.mp4", (1, 5, 8, 8, 3), {"format": "h265"}, "takes 64 to 16384 pixels a side"),
-        ("v.mov", (1, 5, 64, 65536, 3), {"format": "prores"}, "65536 wide; choose another format"),
+        ("v.mov", (1, 5, 64, 65536, 3), {"format": "prores"}, "65536 wide; no video or picture takes them; decode to"),
+        ("v.webm", (1, 5, 16384, 16384, 3), {}, "up to 268 million pixels a frame, 128 more rows and columns included"),
+        ("v.mp4", (1, 5, 16400, 16384, 3), {}, "16400 high; no video or picture takes them"),
         ("v.mp4", SHAPE, {"format": "prores"}, "can't hold ProRes 422 HQ (10 bit); name a .mov"),
         ("v.mp4", SHAPE, {"format": "png16"}, "name a name as frames/%04d.png"),
         ("%d.png", SHAPE, {"format": "h264"}, "can't hold H.264"),
@@ -30,6 +33,7 @@ from wan_vae_parallel.files.video import plan_output
         ("v.mp4", SHAPE, {"fps": 0}, "can't have 0 frames a second"),
         ("v.mp4", SHAPE, {"fps": float("nan")}, "can't have nan frames a second"),
         ("v.mp4", (1, 5, 64, 96, 1), {}, "frames of 1 colours"),
+        ("v.mp4", SHAPE, {"fps": 0.009}, "can't have 0.009 frames a second; name a rate from 0.01 to 1000"),
         ("%d.png", SHAPE, {"audio": Audio(torch.zeros(1, 9), 48000)}, "can't hold sound"),
         ("v.mp4", SHAPE, {"odd": "stretch"}, "odd is 'stretch'; it must be pad or crop"),
         ("v.mp4", SHAPE, {"ffmpeg": "no-such-ffmpeg"}, "no-such-ffmpeg can't be run here"),
@@ -43,6 +47,26 @@ def test_what_can_not_work_is_refused_before_the_start(tmp_path, name, shape, op
 
 
 def test_an_ffmpeg_that_lacks_something_is_told_before_the_start(tmp_path):
+@pytest.mark.parametrize("name", ["v.mp4", "v.webm", "v.mov", "v.mkv"])
+@pytest.mark.parametrize("fps", [Fraction(1, 100), 1000])
+def test_the_least_and_the_largest_rate_can_be_written(tmp_path, name, fps):
+    write(tmp_path / name, fps=fps)
+    assert by_ffmpeg(tmp_path / name).shape == FRAMES[0].shape
+
+
+@pytest.mark.parametrize("side", [6400, 8])
+def test_ffv1_takes_frames_of_any_size(tmp_path, side):
+    # Of more than 42 million pixels it wants more slices.
+    plan_output(tmp_path / "v.mkv", (1, 5, side + side // 8 * 3, side, 3), OutputSettings(format="ffv1"))
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "p/%d.png", "n" * 300 + "/%d.png"])
+def test_without_a_folder_for_temporary_files_the_error_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(OutputError, match=r"too long" if "n" * 300 in name else "folder for temporary files"):
+        plan_output(tmp_path / name, SHAPE, OutputSettings(fps=17))
+
+
     real = find_ffmpeg()
     lacking = program(tmp_path / "lacking", f'case "$*" in *encoder=libx265) echo no;; *) exec {real} "$@";; esac')
     with pytest.raises(OutputError, match="has no encoder libx265"):

@@ -21,6 +21,7 @@ from ..architecture import Architecture
 from ..devices import DTYPES
 from ..errors import ArgumentError, OutputError, about_file
 from ..files.formats import QUALITIES
+from ..files.settings import LEAST_FPS, MOST_FPS
 
 _BAR = 32
 # Between two lines in a pipe.
@@ -97,8 +98,10 @@ def rate(text: str) -> Fraction:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         value = Fraction(0)
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a frame rate such as 16, 23.976 or 30000/1001")
+    if not LEAST_FPS <= value <= MOST_FPS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a frame rate from {float(LEAST_FPS)} to {MOST_FPS}, such as 16, 23.976 or 30000/1001"
+        )
     return value
 
 

@@ -27,6 +27,10 @@ Quality = Literal["low", "medium", "high", "best"] | int
 
 # What players of HD video take for granted, and what other players are told.
 _BT709 = {"color_range": "tv", "colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}
+# FFV1's encoder takes 1.97 million pixels of four colours a slice, in grids of these numbers.
+_SLICE_PIXELS, _SLICES = 1_900_000, (16, 64, 256)
+# Of a frame, by ffmpeg: 128 more columns and rows of 8 bytes a pixel must be less than 2 GiB.
+_MOST_PIXELS, _PADDING = (2**31 - 1) // 8, 128
 _SRGB = {"color_range": "pc", "colorspace": "rgb", "color_primaries": "bt709", "color_trc": "iec61966-2-1"}
 
 
@@ -80,9 +84,13 @@ class FileFormat:
         names = {8: {1: "gray", 3: "rgb24", 4: "rgba"}, 16: {1: "gray16be", 3: "rgb48be", 4: "rgba64be"}}
         return dataclasses.replace(self.pixels, name=names[self.pixels.bits][colours], colours=colours)
 
-    def encoder_arguments(self, pixels: PixelFormat) -> tuple[str, ...]:
-        """For the encoder of such pixels."""
-        return self.alpha_arguments if pixels == self.alpha and self.alpha_arguments else self.arguments
+    def encoder_arguments(self, pixels: PixelFormat, width: int, height: int) -> tuple[str, ...]:
+        """For the encoder of such pixels, in frames of that size."""
+        arguments = self.alpha_arguments if pixels == self.alpha and self.alpha_arguments else self.arguments
+        if self.encoder != "ffv1":
+            return arguments
+        slices = next((count for count in _SLICES if width * height <= count * _SLICE_PIXELS), _SLICES[-1])
+        return (*arguments, "-slices", str(slices))
 
     def quality_arguments(self, quality: Quality) -> list[str]:
         """For the encoder.
@@ -107,16 +115,28 @@ class FileFormat:
 
     def check_size(self, width: int, height: int) -> None:
         """Raises `OutputError` where the encoder can't take frames of that size."""
+        if (reason := self._too_small_or_large(width, height)) is None:
+            return
+        others = [one.name for one in FORMATS.values() if one._too_small_or_large(width, height) is None]
+        way = (
+            f"choose another format ({', '.join(others)})"
+            if others
+            else "no video or picture takes them; decode to a tensor"
+        )
+        raise OutputError(f"{self.title} takes {reason}; {way}")
+
+    def _too_small_or_large(self, width: int, height: int) -> str | None:
         least, most = self.sides
         for side, pixels in (("wide", width), ("high", height)):
             if not least <= pixels <= most:
-                others = ", ".join(
-                    other.name for other in FORMATS.values() if other.sides[0] <= pixels <= other.sides[1]
-                )
-                raise OutputError(
-                    f"{self.title} takes {least} to {most} pixels a side, and frames of {width}x{height} are {pixels} "
-                    f"{side}; choose another format ({others})"
-                )
+                return f"{least} to {most} pixels a side, and frames of {width}x{height} are {pixels} {side}"
+        if (width + _PADDING) * (height + _PADDING) >= _MOST_PIXELS:
+            millions = _MOST_PIXELS // 10**6
+            return (
+                f"up to {millions} million pixels a frame, {_PADDING} more rows and columns included, and frames of "
+                f"{width}x{height} have more"
+            )
+        return None
 
 
 _AAC = ("-c:a", "aac", "-b:a", "192k")
@@ -192,7 +212,7 @@ FORMATS = {
             encoder="ffv1",
             pixels=GBR_16,
             alpha=GBRA_16,
-            arguments=("-level", "3", "-g", "1", "-slices", "16", "-slicecrc", "1"),
+            arguments=("-level", "3", "-g", "1", "-slicecrc", "1"),
             tags=_SRGB,
             audio={".mkv": _PCM},
         ),

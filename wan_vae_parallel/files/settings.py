@@ -12,7 +12,8 @@ from ..errors import OutputError
 from .audio import Audio
 from .formats import Quality
 
-_MOST_FPS = 1000
+# Of fewer a frame lasts longer than MP4 can say; of more, MKV and WebM, which count milliseconds, have two at one time.
+LEAST_FPS, MOST_FPS = Fraction(1, 100), 1000
 # Of frame rates; that of NTSC is 1001.
 _MOST_DENOMINATOR = 1_000_000
 
@@ -52,8 +53,11 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         number = isinstance(self.fps, (int, float, Fraction)) and not isinstance(self.fps, bool)
-        if not number or not math.isfinite(self.fps) or not 0 < self.fps <= _MOST_FPS or not self.rate:
-            raise OutputError(f"a video can't have {self.fps!r} frames a second; name a rate of up to {_MOST_FPS}")
+        if not number or not math.isfinite(self.fps) or not LEAST_FPS <= self.fps <= MOST_FPS:
+            fps = self.fps if number else repr(self.fps)
+            raise OutputError(
+                f"a video can't have {fps} frames a second; name a rate from {float(LEAST_FPS)} to {MOST_FPS}"
+            )
         for name, value, allowed in (
             ("odd", self.odd, ("pad", "crop")),
             ("old_pictures", self.old_pictures, ("refuse", "clear")),

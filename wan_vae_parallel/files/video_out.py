@@ -223,7 +223,7 @@ class VideoOutput:
         chosen = self._format
         arguments = [
             "-map", "0:v:0", "-c:v", chosen.encoder, "-threads", str(self._threads), "-pix_fmt", self.pixels.name,
-            *chosen.encoder_arguments(self.pixels), *self._quality, *self._tags,
+            *chosen.encoder_arguments(self.pixels, self._width, self._height), *self._quality, *self._tags,
         ]  # fmt: skip
         if self.pixels.halved_columns:
             arguments += ["-chroma_sample_location", "left"]
