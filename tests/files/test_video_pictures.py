@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.files.clips import FRAMES, HEIGHT, WIDTH, by_ffmpeg, write
+from tests.files.clips import COUNT, FRAMES, HEIGHT, WIDTH, by_ffmpeg, write
 from wan_vae_parallel import OutputError
 from wan_vae_parallel.files.ffmpeg import FedProcess
+from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel.files.video_out import pictures_as_video
 
 
 def test_pictures_of_16_bits_are_equal_to_rounding(tmp_path):
@@ -109,3 +111,12 @@ def test_older_pictures_come_back_if_the_new_ones_can_not_take_their_names(tmp_p
         with pytest.raises(OutputError, match="Input/output error"):
             write(tmp_path / "%d.png", FRAMES[:, :3].flip(1), old_pictures="clear")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("folder", ["-x", "a:b", "concat:a|b", "50%d", "a b*[c]?"])
+def test_the_folders_name_is_nothing_but_a_name(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    write(Path(folder) / "%d.png")
+    assert len(list((tmp_path / folder).iterdir())) == COUNT
+    pictures_as_video(Path(folder) / "%d.png", tmp_path / "v.mkv", OutputSettings())
+    assert by_ffmpeg(tmp_path / "v.mkv").shape == FRAMES[0].shape

@@ -1,8 +1,9 @@
 """What can't be written is refused before the start, and what only failed once is not."""
 
+import tempfile
 import time
-
 from fractions import Fraction
+
 import pytest
 import torch
 
@@ -32,8 +33,8 @@ from wan_vae_parallel.files.video import plan_output
         ("v.mkv", SHAPE, {"format": "ffv1", "quality": 3}, "has no CRF, and 3 was asked for"),
         ("v.mp4", SHAPE, {"fps": 0}, "can't have 0 frames a second"),
         ("v.mp4", SHAPE, {"fps": float("nan")}, "can't have nan frames a second"),
-        ("v.mp4", (1, 5, 64, 96, 1), {}, "frames of 1 colours"),
         ("v.mp4", SHAPE, {"fps": 0.009}, "can't have 0.009 frames a second; name a rate from 0.01 to 1000"),
+        ("v.mp4", (1, 5, 64, 96, 1), {}, "frames of 1 colours"),
         ("%d.png", SHAPE, {"audio": Audio(torch.zeros(1, 9), 48000)}, "can't hold sound"),
         ("v.mp4", SHAPE, {"odd": "stretch"}, "odd is 'stretch'; it must be pad or crop"),
         ("v.mp4", SHAPE, {"ffmpeg": "no-such-ffmpeg"}, "no-such-ffmpeg can't be run here"),
@@ -46,7 +47,6 @@ def test_what_can_not_work_is_refused_before_the_start(tmp_path, name, shape, op
     assert not list(tmp_path.iterdir())
 
 
-def test_an_ffmpeg_that_lacks_something_is_told_before_the_start(tmp_path):
 @pytest.mark.parametrize("name", ["v.mp4", "v.webm", "v.mov", "v.mkv"])
 @pytest.mark.parametrize("fps", [Fraction(1, 100), 1000])
 def test_the_least_and_the_largest_rate_can_be_written(tmp_path, name, fps):
@@ -67,6 +67,7 @@ def test_without_a_folder_for_temporary_files_the_error_says_so(tmp_path, monkey
         plan_output(tmp_path / name, SHAPE, OutputSettings(fps=17))
 
 
+def test_an_ffmpeg_that_lacks_something_is_told_before_the_start(tmp_path):
     real = find_ffmpeg()
     lacking = program(tmp_path / "lacking", f'case "$*" in *encoder=libx265) echo no;; *) exec {real} "$@";; esac')
     with pytest.raises(OutputError, match="has no encoder libx265"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         return VideoOutput(files, chosen, shape, settings)
     later = []
     # The folder of a sequence is made when it is written; what it would lie in must be there.
-    if path.parent.is_dir():
+    if os.path.isdir(path.parent):  # of a name that is too long, pathlib's raises until Python 3.14
         for file in files:
             check_writable(file)
         later = _later(path, len(files))

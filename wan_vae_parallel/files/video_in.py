@@ -52,7 +52,17 @@ class VideoInput:
         self._path = path
         self._colours = colours
         self._most = most
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        try:
+            self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        except OSError as error:
+            raise FrameError(
+                about_file(
+                    path,
+                    "can't be read, as the folder for temporary files can't be used; free some room there, or name "
+                    "another by TMPDIR",
+                    error,
+                )
+            ) from error
         try:
             self._process = self._start()
         except BaseException:

@@ -260,7 +260,6 @@ class VideoOutput:
         """How a preview is encoded."""
         scale = min(1.0, _PREVIEW_PIXELS / max(self._width, self._height))
         width, height = (max(2, round(side * scale / 2) * 2) for side in (self._width, self._height))
-        colours = "out_color_matrix=bt709:out_range=tv"
         arguments = [
             *("-map", "0:v:0", "-vf", f"scale={width}:{height}:{_TO_BT709}"),
             *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-threads", "4"),
@@ -437,7 +436,14 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
         said = _run(
             find_ffmpeg(settings.ffmpeg),
             *("-f", "image2", "-framerate", str(settings.rate), "-start_number", "0"),
-            *("-i", str(pattern.parent).replace("%", "%%") + f"/{pattern.name}", "-c", "copy", "-f", "matroska"),
+            *(
+                "-i",
+                str(pattern.parent.absolute()).replace("%", "%%") + f"/{pattern.name}",
+                "-c",
+                "copy",
+                "-f",
+                "matroska",
+            ),
             f"file:{temporary}",
         )
         if said:

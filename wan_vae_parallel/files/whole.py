@@ -55,7 +55,8 @@ def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is."""
     # Systems count a name's bytes, of which a letter may have four.
     begin = os.fsencode(name)[:_NAME_BYTES].decode(errors="ignore")
-    folder = Path(tempfile.mkdtemp(prefix=f".{begin}.", suffix=".partial", dir=parent))
+    # Absolute: ffmpeg takes "-x/1.png" for an option, and "a:b/1.png" for an address.
+    folder = Path(tempfile.mkdtemp(prefix=f".{begin}.", suffix=".partial", dir=parent.absolute()))
     _unfinished[folder] = os.getpid()
     try:
         yield folder
