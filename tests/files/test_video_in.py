@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 
 import imageio_ffmpeg
 import pytest
@@ -107,6 +108,21 @@ def test_alpha_is_read_by_a_vae_that_has_it_and_told_by_one_that_has_not(tmp_pat
     plain = read(tmp_path / name)
     assert (plain - frames[..., :3]).abs().max() < 0.02
     assert f"{name} has alpha, which is left out" in caplog.text
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67", "bt709"])
+def test_hdr_is_taken_as_it_is_and_told(tmp_path, caplog, transfer):
+    options = ["-vf", f"setparams=color_trc={transfer}", "-pix_fmt", "yuv420p10le", "-c:v", "ffv1"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "color=gray:s=64x48:d=0.2"]
+    subprocess.run([*command, *options, str(tmp_path / "v.mkv")], check=True)
+    assert (read(tmp_path / "v.mkv") - 0.5).abs().max() < 0.01
+    assert (f"v.mkv is HDR ({transfer})" in caplog.text) == (transfer != "bt709")
+
+
+def test_without_a_folder_for_temporary_files_the_error_says_so(folder, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "gone"))
+    with pytest.raises(FrameError, match="folder for temporary files"):
+        read(folder / "v.mp4")
 
 
 def test_no_process_stays_wherever_reading_ends(folder):

@@ -33,6 +33,7 @@ _LONGEST = 200
 # In names of pixel formats: yuv420p10le, gbrp16be, p010le, rgb48be, rgba64le, gray16be, x2rgb10le, gbrpf32le.
 _WIDE = re.compile(r"(9|10|12|14|16|32|48|64)(le|be)$")
 _ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya(8|16)|ayuv|vuya")
+_HDR = re.compile(r"smpte2084|arib-std-b67")
 # Of codecs whose alpha is a stream within the stream: ffmpeg's own decoders leave it where it is.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Seconds between two looks whether a wait is over or cancelled.
@@ -108,12 +109,14 @@ class VideoStream:
         alpha: it has transparency.
         decoder: the one that reads that, where ffmpeg's usual one does not.
         tag: the codec's in the container, of four letters, where it has one.
+        hdr: its transfer function, where that is one of HDR's.
     """
 
     wide: bool = False
     alpha: bool = False
     decoder: str | None = None
     tag: str | None = None
+    hdr: str | None = None
 
 
 def describe_video(program: str, path: Path) -> VideoStream:
@@ -136,6 +139,7 @@ def describe_video(program: str, path: Path) -> VideoStream:
                 alpha=apart or _ALPHA.match(found[2]) is not None,
                 decoder=_ALPHA_DECODERS.get(found[1]) if apart else None,
                 tag=tag[1] if (tag := re.search(r"\((\w{4}) / 0x", text)) else None,
+                hdr=hdr[0] if (hdr := _HDR.search(text.partition("\n")[0])) else None,
             )
     return VideoStream()
 

@@ -120,6 +120,11 @@ class VideoInput:
         stream = describe_video(program, self._path)
         if stream.alpha and self._colours == 3:
             say_once(f"{self._path} has alpha, which is left out, as this VAE has 3 colours")
+        if stream.hdr:
+            say_once(
+                f"{self._path} is HDR ({stream.hdr}), whose values are encoded as they are: pictures are pale and too "
+                f"dark; to have them as on an ordinary screen, tone-map the video before"
+            )
         decoder = stream.decoder if self._colours == 4 else None
         pixels = (_WIDE_FORMATS if stream.wide else _FORMATS)[self._colours]
         command = [
