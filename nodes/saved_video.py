@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 _CORES_FILE = "_VideoFromFile__file"
 # What MP4 holds, which core's Save Video writes by default.
 _IN_MP4 = ("h264", "h265", "vp9")
+# Whether core encodes streams again as they come and with their tags; before, it is by way of 8 bits of all frames in
+# memory, in colours without tags, and sound of several channels breaks.
+_CORE_ENCODES_STREAMS = hasattr(InputImpl.VideoFromFile, "_save_transcoded")
 
 
 def _temporary() -> str:
@@ -32,7 +35,8 @@ def _temporary() -> str:
 class SavedVideo(InputImpl.VideoFromFile):
     """A file as core's VIDEO; what core's copies lack of it is added when it is saved.
 
-    - Streams that MP4 can't hold are encoded again, as H.264.
+    - Streams that MP4 can't hold are encoded again, as H.264; others too where H.264 is asked for and core does it
+      badly.
     - H.265 in MP4 keeps the tag hvc1, without which Apple's players refuse it.
 
     Args:
@@ -51,7 +55,9 @@ class SavedVideo(InputImpl.VideoFromFile):
         """As core's, and as the class says."""
         named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
         to_mp4 = named or format == Types.VideoContainer.MP4
-        if not to_mp4 or self._format in _IN_MP4 or codec not in (Types.VideoCodec.AUTO, Types.VideoCodec.H264):
+        asked = codec == Types.VideoCodec.H264 and self._format != "h264" and not _CORE_ENCODES_STREAMS
+        ours = (self._format not in _IN_MP4 or asked) and codec in (Types.VideoCodec.AUTO, Types.VideoCodec.H264)
+        if not to_mp4 or not ours:
             result = super().save_to(path, format=format, codec=codec, **rest)
             if self._format == "h265":
                 _tag_as_hvc1(path)

@@ -133,6 +133,20 @@ def test_h265_that_core_copies_stays_what_apples_players_take(server, send):
             assert len(list(frames)) == 9
 
 
+@pytest.mark.parametrize("format", ["MP4 H.265 10 bit", "WebM VP9 8 bit"])
+def test_h264_that_is_asked_for_has_tags_and_the_sound_whole(server, send, format):
+    graph = {
+        **to_video(send("l.safetensors", latents(rows=8, columns=9)), format=format, audio=["a", 0]),
+        "a": node("EmptyAudio", duration=3.0, sample_rate=44100, channels=2),
+        "save": node("SaveVideo", video=["v", 0], filename_prefix="asked", format="mp4", codec="h264"),
+    }
+    saved = server.run(graph).check().outputs("save")["images"][0]
+    file = server.output / saved["subfolder"] / saved["filename"]
+    said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+    assert re.search(r"Video: h264.*yuv420p(10le)?\(tv, bt709", said), said
+    assert re.search(r"Duration: 00:00:00\.5.*Audio: aac", said, re.DOTALL), said
+
+
 def test_what_was_trimmed_is_saved_as_the_whole_is(server, send):
     if "Video Slice" not in server.get("/object_info"):
         pytest.skip("this ComfyUI does not trim videos")
