@@ -65,9 +65,15 @@ def output_settings(
     if unknown:
         raise ArgumentError(f"{', '.join(unknown)} is no option of a video; those are {', '.join(sorted(_OPTIONS))}")
     if isinstance(audio, tuple):
+        if len(audio) != 2:
+            raise ArgumentError(f"audio has {len(audio)} parts; it must be (samples, samples a second), or a file")
         audio = Audio(*audio)
-    elif isinstance(audio, str):
-        audio = Path(audio)
+    elif isinstance(audio, (str, Path)):
+        audio = user_path(audio, OutputError, another="name a file with sound")
+    if options.get("preview") is not None:
+        options["preview"] = user_path(options["preview"], OutputError, another="name a file such as preview.mp4")
+    if options.get("metadata", {}) is None:
+        del options["metadata"]
     return OutputSettings(
         fps=USUAL_FPS.get(architecture.family, USUAL_FPS["wan2.1"]) if fps is None else fps, audio=audio, **options
     )

@@ -119,11 +119,31 @@ def test_parts_may_have_their_axes_in_another_order_each(vae, latents, frames, t
         (["a"], "v.mp4", {}, wvp.LatentError),
         (torch.zeros(1, 16, 1, 2, 2), 5, {}, wvp.OutputError),
         (torch.zeros(1, 16, 1, 2, 2), "v.mp4", {"audio": 5}, wvp.OutputError),
+        (torch.zeros(1, 16, 1, 2, 2), "v.mp4", {"audio": (torch.zeros(1, 9),)}, wvp.ArgumentError),
+        (torch.zeros(1, 16, 1, 2, 2), "v.mp4", {"preview": 5}, wvp.OutputError),
+        (torch.zeros(1, 16, 1, 2, 2), "v.mp4", {"metadata": {"seed": 1}}, wvp.OutputError),
+        (torch.zeros(1, 16, 1, 2, 2), "%d.png", {"metadata": {"prompt": "\ud83d"}}, wvp.OutputError),
+        (torch.zeros(1, 16, 1, 2, 2), "v.mp4", {"metadata": "prompt"}, wvp.OutputError),
     ],
 )
 def test_what_is_of_another_kind_is_an_error_of_the_packages(vae, latents, path, options, error, tmp_path):
     with pytest.raises(error):
         vae.decode_to_video(latents, tmp_path / path if isinstance(path, str) else path, **options)
+
+
+def test_options_may_be_numpys_numbers_and_names_of_files(vae, latents, tmp_path):
+    vae.decode_to_video(
+        latents,
+        tmp_path / "v.mov",
+        format="prores",
+        fps=numpy.float32(24),
+        audio=(torch.zeros(1, 99), numpy.int64(8000)),
+        preview=str(tmp_path / "preview.mp4"),
+    )
+    vae.decode_to_video(latents, tmp_path / "w.mp4", fps=numpy.int64(24), quality=numpy.int64(20), metadata=None)
+    for name in ("v.mov", "preview.mp4", "w.mp4"):
+        said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / name)], capture_output=True, text=True, check=False)
+        assert " 24 fps" in said.stderr
 
 
 def test_rate_and_sound(vae, latents, tmp_path):

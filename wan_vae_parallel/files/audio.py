@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -41,8 +42,10 @@ class Audio:
             shape = f"{tuple(wave.shape)} {wave.dtype}" if isinstance(wave, torch.Tensor) else type(wave).__name__
             raise OutputError(f"the audio is {shape}; it must be a tensor of floats [channels, samples]")
         if not 1 <= wave.shape[0] <= _MOST_CHANNELS:
-            raise OutputError(f"the audio has {wave.shape[0]} channels; it must have 1 to {_MOST_CHANNELS}")
-        if isinstance(rate, bool) or not isinstance(rate, int) or not _RATES[0] <= rate <= _RATES[1]:
+            raise OutputError(
+                f"the audio has {wave.shape[0]} channels; it must have 1 to {_MOST_CHANNELS}: mix it to stereo"
+            )
+        if isinstance(rate, bool) or not isinstance(rate, Integral) or not _RATES[0] <= rate <= _RATES[1]:
             raise OutputError(
                 f"the audio has {rate!r} samples a second; it must have a whole number from {_RATES[0]} to {_RATES[1]}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -98,7 +99,7 @@ class FileFormat:
         Raises:
             OutputError: no such quality, or the format has none to choose.
         """
-        number = isinstance(quality, int) and not isinstance(quality, bool)
+        number = isinstance(quality, Integral) and not isinstance(quality, bool)
         if not number and quality not in QUALITIES:
             raise OutputError(
                 f"quality is {quality!r}; it must be {', '.join(QUALITIES)}"
@@ -108,7 +109,7 @@ class FileFormat:
             if number:
                 raise OutputError(f"{self.title} has no CRF, and {quality} was asked for; leave the quality away")
             return []
-        crf = quality if isinstance(quality, int) else self.crf[quality]
+        crf = self.crf[quality] if isinstance(quality, str) else quality
         if not 0 <= crf <= self.most_crf:
             raise OutputError(f"{self.title} has a CRF from 0 (best) to {self.most_crf}, not {crf}")
         return ["-crf", str(crf)]

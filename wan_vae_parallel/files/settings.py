@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
 from ..errors import OutputError
@@ -52,7 +53,7 @@ class OutputSettings:
     ffmpeg: str | Path | None = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.fps, (int, float, Fraction)) and not isinstance(self.fps, bool)
+        number = isinstance(self.fps, Real) and not isinstance(self.fps, bool)
         if not number or not math.isfinite(self.fps) or not LEAST_FPS <= self.fps <= MOST_FPS:
             fps = self.fps if number else repr(self.fps)
             raise OutputError(
@@ -68,10 +69,26 @@ class OutputSettings:
             raise OutputError(
                 f"audio is a {type(self.audio).__name__}; it must be a file with sound, or samples and their rate"
             )
+        if not isinstance(self.preview, (Path, type(None))):
+            raise OutputError(f"preview is a {type(self.preview).__name__}; it must be a path, or None for no preview")
+        if not isinstance(self.metadata, Mapping):
+            raise OutputError(f"metadata is a {type(self.metadata).__name__}; it must be a dict of texts")
+        for word in (word for pair in self.metadata.items() for word in pair):
+            if not isinstance(word, str):
+                raise OutputError(f"metadata has {word!r}, a {type(word).__name__}; it must be of texts: make it a str")
+            try:
+                word.encode()
+            except UnicodeEncodeError as error:
+                raise OutputError(
+                    f"metadata has {word[error.start : error.end]!r}, half a character; take it out, or write the text "
+                    f"as JSON"
+                ) from error
         if isinstance(self.audio, Path) and not self.audio.is_file():
             raise OutputError(f"there is no audio file {self.audio}; name one, or leave the audio away")
 
     @property
     def rate(self) -> Fraction:
         """Frames a second."""
-        return Fraction(self.fps).limit_denominator(_MOST_DENOMINATOR)
+        # Of NumPy's numbers Fraction takes some.
+        fps = self.fps if isinstance(self.fps, (int, float, Fraction)) else float(self.fps)
+        return Fraction(fps).limit_denominator(_MOST_DENOMINATOR)
