@@ -55,9 +55,10 @@ def test_the_least_and_the_largest_rate_can_be_written(tmp_path, name, fps):
 
 
 @pytest.mark.parametrize("side", [6400, 8])
-def test_ffv1_takes_frames_of_any_size(tmp_path, side):
-    # Of more than 42 million pixels it wants more slices.
-    plan_output(tmp_path / "v.mkv", (1, 5, side + side // 8 * 3, side, 3), OutputSettings(format="ffv1"))
+@pytest.mark.parametrize("colours", [3, 4])
+def test_ffv1_takes_frames_of_any_size(tmp_path, side, colours):
+    # Of more than 42 million pixels, 31 with alpha, it wants more slices.
+    plan_output(tmp_path / "v.mkv", (1, 5, side + side // 8 * 3, side, colours), OutputSettings(format="ffv1"))
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "p/%d.png", "n" * 300 + "/%d.png"])
