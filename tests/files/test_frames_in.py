@@ -33,6 +33,9 @@ def test_numbered_pictures_come_back_as_decode_wrote_them(tmp_path):
     assert torch.equal(read(name), FRAMES)
     assert torch.equal(read(name, most=5), FRAMES[:5])
     assert torch.equal(read(tmp_path / "frames"), FRAMES)
+    # A folder that is there is meant, whatever its name.
+    assert torch.equal(read((tmp_path / "frames").rename(tmp_path / "100%d")), FRAMES)
+    (tmp_path / "100%d").rename(tmp_path / "frames")
     # From any number on, and other files don't matter.
     (tmp_path / "frames" / "0000.png").unlink()
     (tmp_path / "frames" / "12.png").write_text("of another name")

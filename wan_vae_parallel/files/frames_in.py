@@ -75,7 +75,7 @@ def open_frames(path: Path, *, colours: int, most: int | None = None, any_size: 
     """
     _refuse_latents(path)
     with _told(path):
-        if not path.is_file() and _NUMBER.fullmatch(path.name):
+        if not path.exists() and _NUMBER.fullmatch(path.name):
             return PictureInput(_numbered(path)[:most], colours, any_size=any_size)
         if path.is_dir():
             return PictureInput(_pictures_in(path)[:most], colours, any_size=any_size)
