@@ -103,7 +103,7 @@ class Signals:
         taken.release()
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8])
 def test_bytes_of_any_number_are_exchanged_through_boxes_that_take_turns(ranks, monkeypatch):
     monkeypatch.setattr(peer_memory_module, "_PAIR_BYTES", 64)
     size = 4 * peer_memory_module._BOX_BYTES + peer_memory_module._SIGNAL_BYTES + 2 * (ranks - 1) * 64

@@ -69,6 +69,20 @@ def test_plans_of_sizes_that_matter(rows, columns, ranks, transposed, heights):
     assert sorted(plan.height(shard) for shard in range(plan.shards)) == heights
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("ranks", [5, 6, 7, 8])
+@pytest.mark.parametrize("size", [(90, 160), (60, 104), (68, 120), (135, 240)])  # 720p, 480p, 544p, 1080p
+def test_up_to_eight_ranks_have_hardly_more_than_their_share(size, ranks, turned):
+    rows, columns = reversed(size) if turned else size
+    plan = plan_shards(rows, columns, ranks)
+    assert plan.shards == ranks
+    assert (plan.rows, plan.columns) == ((columns, rows) if plan.transposed else (rows, columns))
+    # The worst of all: 68 rows on seven, whose largest shards have ten.
+    assert plan.tallest / plan.rows <= 1.03 / ranks
+    # The other axis would not do better.
+    assert plan.tallest / plan.rows <= min(-(-side // ranks) / side for side in (rows, columns))
+
+
 @pytest.mark.parametrize("size", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, 4, 2)])
 def test_nothing_can_not_be_split(size):
     with pytest.raises(ValueError, match="each must be at least 1"):

@@ -23,6 +23,7 @@ SIZES = {
     2: [(5, 3), (3, 5), (1, 1)],
     3: [(5, 4), (4, 5), (2, 1)],
     5: [(6, 6), (6, 7), (3, 2)],
+    8: [(9, 4), (4, 9), (3, 2)],
 }
 
 
@@ -46,7 +47,7 @@ def settings():
     """Both families with all numbers of workers; what takes longest is for the slow run."""
     for family in FAMILIES:
         for workers in SIZES:
-            slow = (family, workers) == ("wan2.2", 5)
+            slow = (family, workers) == ("wan2.2", 5) or workers == 8
             yield pytest.param((family, workers), id=f"{family}-{workers}", marks=[pytest.mark.slow] if slow else [])
 
 
@@ -127,6 +128,17 @@ def test_an_image(vae, family, workers):
         frames = vae.decode(random_latents(family, frames=1, rows=rows, columns=columns))
         assert frames.shape[1] == 1
         assert max_error(frames, expected_frames(family, rows, columns, 1)) <= TOLERANCE
+
+
+def test_parked_workers_go_on_with_the_same_frames(vae, family, workers):
+    rows, columns = SIZES[workers][-1]
+    latents = random_latents(family, frames=1, rows=rows, columns=columns)
+    before = vae.decode(latents)
+    pids = [worker.pid for worker in worker_processes()]
+    assert vae.park()
+    assert not vae.loaded
+    assert torch.equal(vae.decode(latents), before)
+    assert [worker.pid for worker in worker_processes()] == pids
 
 
 def test_the_chunk_that_is_chosen(vae, family, workers):

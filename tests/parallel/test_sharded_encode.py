@@ -26,7 +26,7 @@ SHAPES = [  # rows, columns, frames
 ]
 
 
-@pytest.mark.parametrize("workers", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, 3, *(pytest.param(many, marks=pytest.mark.slow) for many in (5, 8))])
 def test_latents_are_those_of_one_device(family, exact, workers):
     with load(exact, dtype="float64", chunk=2, devices=",".join(["cpu"] * workers)) as vae:
         for rows, columns, frames in SHAPES:
