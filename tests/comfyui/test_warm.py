@@ -11,11 +11,10 @@ from tests.comfyui.conftest import random_checkpoint
 from tests.comfyui.server import REPOSITORY, Server, node
 from tests.processes import gone, wait_until
 
-# What ComfyUI keeps between prompts, by its option. A server of each takes long: what most depends on it runs with all,
-# the rest with those that are no default only where slow tests are asked for.
+# What ComfyUI keeps between prompts, by its option. A server of each takes long: those that are no default run only
+# where slow tests are asked for.
 OTHERS = ["--cache-none", "--disable-smart-memory"]
-whatever_it_keeps = pytest.mark.parametrize("kept", ["", *OTHERS], indirect=True)
-as_it_is = pytest.mark.parametrize(
+whatever_it_keeps = pytest.mark.parametrize(
     "kept", ["", *(pytest.param(option, marks=pytest.mark.slow) for option in OTHERS)], indirect=True
 )
 
@@ -79,7 +78,7 @@ def test_three_prompts_keep_the_same_workers(kept):
     assert torch.equal(decoded(kept, 1), first)
 
 
-@as_it_is
+@whatever_it_keeps
 def test_workers_of_an_applied_vae_stay_too(kept):
     first = decoded(kept, 5, APPLIED)
     before = workers(kept)
@@ -92,7 +91,7 @@ def test_workers_of_an_applied_vae_stay_too(kept):
     assert torch.equal(decoded(kept, 5, APPLIED), first)
 
 
-@as_it_is
+@whatever_it_keeps
 def test_apply_behind_the_loader_and_two_loaders_share_the_workers(kept):
     decoded(kept, 9)
     before = workers(kept)
@@ -107,7 +106,7 @@ def free(server):
     server.free(lambda: not workers(server))
 
 
-@as_it_is
+@whatever_it_keeps
 def test_another_vae_in_between_leaves_the_workers(kept):
     free(kept)
     decoded(kept, 11)
@@ -135,7 +134,7 @@ def test_a_model_that_wants_room_parks_the_workers_and_free_ends_them(kept):
     assert torch.equal(decoded(kept, 14), frames)
 
 
-@as_it_is
+@whatever_it_keeps
 def test_an_interrupt_while_workers_start_takes_effect_within_a_second(kept):
     free(kept)
     sent = []
@@ -166,7 +165,7 @@ def test_an_interrupt_while_workers_start_takes_effect_within_a_second(kept):
     assert workers(kept) == started or kept.option == "--disable-smart-memory"
 
 
-@as_it_is
+@whatever_it_keeps
 def test_the_log_has_one_line_a_decode(kept):
     before = kept.log().count("decoded 13 frames of 80x48 on cpu: rows 0-2, cpu: rows 3-5, in float32, chunk ")
     decoded(kept, 17)

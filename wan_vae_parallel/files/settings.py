@@ -70,7 +70,9 @@ class OutputSettings:
                 f"audio is a {type(self.audio).__name__}; it must be a file with sound, or samples and their rate"
             )
         if not isinstance(self.preview, (Path, type(None))):
-            raise OutputError(f"preview is a {type(self.preview).__name__}; it must be a path, or None for no preview")
+            raise OutputError(
+                f"preview is a {type(self.preview).__name__}, and not a path; name a file for it, or leave it out"
+            )
         if not isinstance(self.metadata, Mapping):
             raise OutputError(f"metadata is a {type(self.metadata).__name__}; it must be a dict of texts")
         for word in (word for pair in self.metadata.items() for word in pair):

@@ -123,6 +123,7 @@ def test_workers_that_are_sooner_go_on_from_there(fresh, latents, expected, capl
     assert pids(fresh) == before
 
 
+@pytest.mark.slow
 def test_workers_that_would_end_later_do_not(fresh, latents, expected, caplog):
     # Four frames are left, and they would begin with the first of 21.
     frames = fresh.decode(latents, on_chunk=at(17, lambda: come(fresh)))
@@ -165,7 +166,7 @@ def test_pixels_of_a_file_go_over(path, fresh, latents):
 # Memory.
 
 
-@pytest.mark.parametrize("when", ["weights", "first", "later"])
+@pytest.mark.parametrize("when", ["weights", "first", pytest.param("later", marks=pytest.mark.slow)])
 def test_without_the_memory_here_the_workers_decode(fresh, latents, expected, caplog, monkeypatch, when):
     before, parts = pids(fresh), []
     real, steps = LocalDecoder.stream, {"weights": 0, "first": 0, "later": 3}[when]
@@ -191,7 +192,7 @@ def test_without_the_memory_here_the_workers_decode(fresh, latents, expected, ca
     assert pids(fresh) == before
 
 
-@pytest.mark.parametrize("chunk", [1, "auto"])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), "auto"])
 def test_a_decode_that_does_not_fit_here_by_arithmetic_does_not_begin(
     fresh, latents, expected, caplog, monkeypatch, chunk
 ):
@@ -390,6 +391,7 @@ def test_closing_from_another_thread_ends_both(path, latents):
     assert pids(vae) == []
 
 
+@pytest.mark.slow
 def test_a_release_from_another_thread_starts_no_workers_anew(fresh, latents, expected):
     before = pids(fresh)
     released = at(5, lambda: in_a_thread(fresh.release))

@@ -103,6 +103,7 @@ def test_vaes_that_take_turns_keep_both_weights_on_the_same_workers(path, others
         assert pids(one) == before
 
 
+@pytest.mark.slow
 def test_of_three_vaes_that_take_turns_two_keep_their_weights(path, others, latents, expected, given):
     paths = [path, *others]
     vaes = [wvp.load_vae(one, devices="cpu,cpu", chunk=1) for one in paths]
