@@ -33,7 +33,7 @@ from .ops.pixels import tap_channels
 _ENOUGH_PIXELS = 4 * 720 * 1280
 # Of an encode, whose finest stage takes as many frames as its coarsest: so many of its positions at once. Of Wan 2.2,
 # where a position is four pixels, no more than twice as many pixels: eight frames of 704x1280 take 2.5 GiB more than
-# four, and to the host no less time.
+# four; to the host they took no less time, measured once, beside other programs.
 _ENOUGH_ENCODED_POSITIONS = 2 * 720 * 1280
 _ENOUGH_ENCODED_PIXELS = 2 * _ENOUGH_ENCODED_POSITIONS
 # The same for CPUs, in pixels of a decoder of the published width 96; a pixel's work grows with the width's square.
