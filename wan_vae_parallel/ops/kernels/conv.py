@@ -49,15 +49,18 @@ _STRIDED_KERNELS = ((3, 1, 1),)
 
 
 @triton.jit
-def _load_positions(source, row, c, rows, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """A tile ``[BM, BK]`` of the arena as a matrix; past its ends zeros."""
+def _load_positions(source, row, c, inside, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """A tile ``[BM, BK]`` of the arena as a matrix; through pointers, zeros for positions that are not ``inside``."""
     if TMA:
         tile = source.load([row, c])
     else:
-        m = row + tl.arange(0, BM)
-        k = c + tl.arange(0, BK)
-        inside = (m < rows)[:, None] & (k < C)[None, :]
-        tile = tl.load(source + m.to(tl.int64)[:, None] * C + k[None, :], mask=inside, other=0.0)
+        # What changes from step to step is one number for all threads.
+        first = source + (row.to(tl.int64) * C + c)
+        k = tl.arange(0, BK)
+        mask = inside[:, None]
+        if C % BK != 0:
+            mask = mask & (c + k < C)[None, :]
+        tile = tl.load(first + (tl.arange(0, BM)[:, None] * C + k[None, :]), mask=mask, other=0.0)
     return tile
 
 
@@ -70,10 +73,10 @@ def _where(p, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr):
     return h * SCALE + py, w * SCALE + px, (h < H) & (w < W)
 
 
-@triton.jit(do_not_specialize=["H", "W", "rows"])
+@triton.jit(do_not_specialize=["H", "W"])
 def _conv_kernel(
     source, weight0, weight1, slots, bias, residual, out, out_slots,
-    H, W, rows,
+    H, W,
     C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BORDER: tl.constexpr, TAP_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -86,6 +89,7 @@ def _conv_kernel(
     PARTS: tl.constexpr = (CO + N0 + N1 - 1) // (N0 + N1)
     STEPS: tl.constexpr = (C + BK - 1) // BK
     TAPS: tl.constexpr = KT * KH * KW
+    FULL: tl.constexpr = CO % (N0 + N1) == 0
 
     # What shares a tile of the input runs side by side, then the next positions of that frame: their rows are in L2.
     pid = tl.program_id(0)
@@ -107,6 +111,8 @@ def _conv_kernel(
     # Read before the loop: in it each would stall the load that waits for it.
     size = (H + BORDER) * pitch
     begin = p + py * pitch + px
+    # The last tile's other positions are of the next frame, or past the arena.
+    inside = p + tl.arange(0, BM) < (H - 1) * pitch + W
     first = t * TIME_STRIDE
     row0 = tl.load(slots + first) * size + begin
     row1 = row0
@@ -137,11 +143,11 @@ def _conv_kernel(
         right = tap // KW % KH if TRANSPOSED else tap % KW
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
-        x = _load_positions(source, row, c, rows, C, BM, BK, TMA)
-        w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, TMA)
+        x = _load_positions(source, row, c, inside, C, BM, BK, TMA)
+        w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, FULL, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = load_weights(weight1, tap, first_channel + n + N0, c, TAP_STRIDE, O_STRIDE, C, O, N1, BK, TMA)
+            w1 = load_weights(weight1, tap, first_channel + n + N0, c, TAP_STRIDE, O_STRIDE, C, O, N1, BK, FULL, TMA)
             acc1 = dot(x, w1, acc1, SWAP)
 
     if HIDE:
@@ -297,7 +303,9 @@ def _launch(
     weights: list[Any] = [weight, weight]
     if tma:
         taps = math.prod(kernel) * scale**2
-        source = TensorDescriptor(arena, [numbers[2], channels], [channels, 1], [tile.positions, tile.step])
+        source = TensorDescriptor(
+            arena, [math.prod(arena.shape[:3]), channels], [channels, 1], [tile.positions, tile.step]
+        )
         weights = describe_weights(weight, (taps, out_channels, channels), strides, tile)
     call(source, weights[0], weights[-1], slots, bias, residual, out, out_slots, *numbers)
 
@@ -375,4 +383,4 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...], bool]:
         HIDE=isinstance(_conv_kernel, triton.JITFunction),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return tile, call, (rows, columns, positions), tma
+    return tile, call, (rows, columns), tma

@@ -55,11 +55,14 @@ def _load_columns(
     if TMA:
         tile = source.load([(right + 1) % 2, row, left + (right + 1) // 2, c]).reshape(BM, BK)
     else:
-        w = left + tl.arange(0, BM)
-        k = c + tl.arange(0, BK)
-        inside = (w < W)[:, None] & (k < C)[None, :]
-        position = row * (2 * W + 2) + 2 * w + 1 + right
-        tile = tl.load(source + position.to(tl.int64)[:, None] * C + k[None, :], mask=inside, other=0.0)
+        w = tl.arange(0, BM)
+        k = tl.arange(0, BK)
+        mask = (left + w < W)[:, None]
+        if C % BK != 0:
+            mask = mask & (c + k < C)[None, :]
+        # What changes from step to step is one number for all threads.
+        first = source + ((row * (2 * W + 2) + 2 * left + 1 + right).to(tl.int64) * C + c)
+        tile = tl.load(first + (2 * w[:, None] * C + k[None, :]), mask=mask, other=0.0)
     return tile
 
 
@@ -71,6 +74,7 @@ def _down_kernel(
 ):
     PARTS: tl.constexpr = (O + N0 + N1 - 1) // (N0 + N1)
     STEPS: tl.constexpr = (C + BK - 1) // BK
+    FULL: tl.constexpr = O % (N0 + N1) == 0
 
     # What shares a tile of the input runs side by side, then what lies beside it in that row, then the next row.
     pid = tl.program_id(0)
@@ -99,10 +103,10 @@ def _down_kernel(
         down = tap % 3 if TRANSPOSED else tap // 3
         right = tap // 3 if TRANSPOSED else tap % 3
         x = _load_columns(source, row + down, left, right, c, W, C, BM, BK, TMA)
-        w0 = load_weights(weight0, tap, n, c, C, 9 * C, C, O, N0, BK, TMA)
+        w0 = load_weights(weight0, tap, n, c, C, 9 * C, C, O, N0, BK, FULL, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = load_weights(weight1, tap, n + N0, c, C, 9 * C, C, O, N1, BK, TMA)
+            w1 = load_weights(weight1, tap, n + N0, c, C, 9 * C, C, O, N1, BK, FULL, TMA)
             acc1 = dot(x, w1, acc1, SWAP)
 
     out = frame_of(out, out_slots, t, H, W, O, OUT_PAGED, OUT_BORDER)

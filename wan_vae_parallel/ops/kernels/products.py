@@ -30,20 +30,23 @@ except ImportError:  # before Triton 3.4; the kernels then read through pointers
 def load_weights(
     source, tap, n, c,
     TAP_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr,
-    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
 ):
     """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap.
 
     The strides are constants so that the compiler sees that 16 bytes lie side by side: otherwise it copies two at a
-    time, and waits for them.
+    time, and waits for them. ``FULL`` says that no tile reaches past the last of O.
     """
     if TMA:
         tile = source.load([tap, n, c]).reshape(BN, BK)
     else:
-        o = n + tl.arange(0, BN)
-        k = c + tl.arange(0, BK)
-        inside = (o < O)[:, None] & (k < C)[None, :]
-        tile = tl.load(source + tap * TAP_STRIDE + o[:, None] * O_STRIDE + k[None, :], mask=inside, other=0.0)
+        o = tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        places = source + (tap * TAP_STRIDE + n * O_STRIDE + c) + (o[:, None] * O_STRIDE + k[None, :])
+        if FULL and C % BK == 0:
+            tile = tl.load(places)
+        else:
+            tile = tl.load(places, mask=(n + o < O)[:, None] & (c + k < C)[None, :], other=0.0)
     return tile
 
 
