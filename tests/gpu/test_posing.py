@@ -62,6 +62,8 @@ def test_processes_that_tests_start_pose_too():
         "import sys; assert 'torch' not in sys.modules; import torch\n"
         "from wan_vae_parallel.ops import gpu; assert gpu._read.__name__ == 'read', gpu._read\n"
         "from wan_vae_parallel.ops.gpu import H200; assert gpu.gpu(torch.device('cpu')) is H200\n"
+        "from tests.gpu.posing import pose; read = gpu._read; pose.begin('sm_89', None)\n"
+        "assert gpu._read is read, 'poses twice'\n"
     )
     environment = {**os.environ, pose.VARIABLE: "sm_89", "PYTHONPATH": os.pathsep.join((str(folder), os.getcwd()))}
     done = subprocess.run(

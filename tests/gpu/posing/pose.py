@@ -26,6 +26,8 @@ POSES = {
     "sm_89": ((8, 9), 99 * 1024),
 }
 VARIABLE = "WAN_VAE_PARALLEL_TESTS_POSE"
+# What ``sitecustomize.py`` loads this file as.
+MODULE = "wan_vae_parallel_pose"
 # TFLOP/s that cuDNN is said to have: more than nothing, which would mean that it does not run.
 _NO_CHANCE = 1e-3
 
@@ -35,12 +37,14 @@ _pending: dict[str, list[Hook]] = {}
 
 
 def begin(name: str, cache: Path) -> None:
-    """Has this process pose, and all that it starts.
+    """Has this process pose, and all that it starts; no change for one that was started so.
 
     Args:
         name: of `POSES`.
         cache: an empty folder for Triton, whose own must not take one card's kernels for another's.
     """
+    if MODULE in sys.modules:
+        return
     os.environ[VARIABLE] = name
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     folder = str(Path(__file__).parent)

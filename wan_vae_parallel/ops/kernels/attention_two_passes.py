@@ -4,8 +4,7 @@ T frames, N positions of this shard, M positions of the whole frame, C channels
 Layout  as in attention.py; the weights ``[T, N, M]``, rounded up to whole blocks of keys, lie in the GPU's memory in
         between, some queries' at a time.
 Tile    128 queries x 128 keys, and x 128 channels: 441 TFLOP/s at 1024 channels on H200 (torch's: 75). Where products
-        take their sides from registers, 8 warps and half a block of keys at a time are what spills none (4 warps and
-        whole blocks: 784 bytes on sm_120, 952 on sm_89); compiled, not yet measured.
+        take their sides from registers, a quarter of a block of keys at a time: whole and half blocks spill.
 Bits    as in attention.py; the frame's maximum of each query is found first, and blocks change to it by powers of two.
 """
 
@@ -153,7 +152,7 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     total = torch.empty_like(top)
     rows = triton.cdiv(queries, QUERIES)
     tma = use_descriptors(query)
-    steps, stages, warps = (1, 2, 4) if wide_products(query.device) else (2, 3, 8)
+    steps, stages = (1, 2) if wide_products(query.device) else (4, 4)
     weights_block = source_of(weights, QUERIES, _KEYS, tma)
     launch(
         _weights_kernel,
@@ -175,7 +174,7 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         KEYS=_KEYS,
         WHOLE=keys % _KEYS == 0,
         TMA=tma,
-        num_warps=warps,
+        num_warps=4,
     )
     launch(
         _values_kernel,
@@ -197,5 +196,5 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         STEPS=steps,
         STAGES=stages,
         TMA=tma,
-        num_warps=warps,
+        num_warps=4,
     )

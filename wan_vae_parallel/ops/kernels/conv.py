@@ -49,7 +49,10 @@ _STRIDED_KERNELS = ((3, 1, 1),)
 
 
 @triton.jit
-def _load_positions(source, row, c, inside, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+def _load_positions(
+    source, row, c, inside,
+    C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, FILLED: tl.constexpr, TMA: tl.constexpr,
+):
     """A tile ``[BM, BK]`` of the arena as a matrix; through pointers, zeros for positions that are not ``inside``."""
     if TMA:
         tile = source.load([row, c])
@@ -57,20 +60,36 @@ def _load_positions(source, row, c, inside, C: tl.constexpr, BM: tl.constexpr, B
         # What changes from step to step is one number for all threads.
         first = source + (row.to(tl.int64) * C + c)
         k = tl.arange(0, BK)
-        mask = inside[:, None]
-        if C % BK != 0:
-            mask = mask & (c + k < C)[None, :]
-        tile = tl.load(first + (tl.arange(0, BM)[:, None] * C + k[None, :]), mask=mask, other=0.0)
+        places = first + (tl.arange(0, BM)[:, None] * C + k[None, :])
+        if FILLED and C % BK == 0:
+            tile = tl.load(places)
+        elif C % BK == 0:
+            tile = tl.load(places, mask=inside[:, None], other=0.0)
+        else:
+            tile = tl.load(places, mask=inside[:, None] & (c + k < C)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
-def _where(p, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr):
-    """Row and column in the output of each position of a tile, and whether it is one."""
-    m = p + tl.arange(0, BM)
+def _begin(own, positions, BM: tl.constexpr, FILLED: tl.constexpr):
+    """Where a tile begins whose own positions begin at ``own``.
+
+    The last tile of a frame begins within the one before it, where there is one: so loads through pointers need no
+    masks, which cost an eighth of the loop.
+    """
+    return tl.minimum(own, positions - BM) if FILLED else own
+
+
+@triton.jit
+def _where(own, positions, pitch, py, px, H, W, BM: tl.constexpr, SCALE: tl.constexpr, FILLED: tl.constexpr):
+    """Row and column in the output of each position of a tile, and whether it is one, and none of another tile's."""
+    m = _begin(own, positions, BM, FILLED) + tl.arange(0, BM)
     h = m // pitch
     w = m % pitch
-    return h * SCALE + py, w * SCALE + px, (h < H) & (w < W)
+    stored = (h < H) & (w < W)
+    if FILLED:
+        stored = stored & (m >= own)
+    return h * SCALE + py, w * SCALE + px, stored
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -82,7 +101,7 @@ def _conv_kernel(
     SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, HIDE: tl.constexpr,
+    FILLED: tl.constexpr, TMA: tl.constexpr, HIDE: tl.constexpr,
 ):
     CO: tl.constexpr = O // HALVES
     PHASES: tl.constexpr = SCALE * SCALE
@@ -98,8 +117,10 @@ def _conv_kernel(
     phase = pid // (PARTS * HALVES) % PHASES
     pid = pid // (PARTS * HALVES * PHASES)
     pitch = W + BORDER
-    tiles = tl.cdiv((H - 1) * pitch + W, BM)
-    p = pid % tiles * BM
+    positions = (H - 1) * pitch + W
+    tiles = tl.cdiv(positions, BM)
+    own = pid % tiles * BM
+    p = _begin(own, positions, BM, FILLED)
     t = pid // tiles
     frame = t * HALVES + half
     n = part * (N0 + N1)
@@ -112,7 +133,7 @@ def _conv_kernel(
     size = (H + BORDER) * pitch
     begin = p + py * pitch + px
     # The last tile's other positions are of the next frame, or past the arena.
-    inside = p + tl.arange(0, BM) < (H - 1) * pitch + W
+    inside = p + tl.arange(0, BM) < positions
     first = t * TIME_STRIDE
     row0 = tl.load(slots + first) * size + begin
     row1 = row0
@@ -121,7 +142,7 @@ def _conv_kernel(
         row1 = tl.load(slots + first + 1) * size + begin
         row2 = tl.load(slots + first + 2) * size + begin
 
-    h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
+    h, w, stored = _where(own, positions, pitch, py, px, H, W, BM, SCALE, FILLED)
     place = h * (W * SCALE) + w
     if WIDE:  # frames of 2^31 values and more
         place = place.to(tl.int64)
@@ -143,7 +164,7 @@ def _conv_kernel(
         right = tap // KW % KH if TRANSPOSED else tap % KW
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
-        x = _load_positions(source, row, c, inside, C, BM, BK, TMA)
+        x = _load_positions(source, row, c, inside, C, BM, BK, FILLED, TMA)
         w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, FULL, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
@@ -153,8 +174,8 @@ def _conv_kernel(
     if HIDE:
         # Hides that these are the numbers from before the loop, which the compiler would keep, in registers that
         # the accumulators need.
-        p = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=tl.int32, is_pure=False, pack=1)
-    h, w, stored = _where(p, pitch, py, px, H, W, BM, SCALE)
+        own = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [own], dtype=tl.int32, is_pure=False, pack=1)
+    h, w, stored = _where(own, positions, pitch, py, px, H, W, BM, SCALE, FILLED)
     H *= SCALE
     W *= SCALE
     out = frame_of(out, out_slots, frame, H, W, CO, OUT_PAGED, OUT_BORDER)
@@ -378,7 +399,8 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...], bool]:
         SCALE=scale, HALVES=halves, TIME_STRIDE=kind.time_stride, HAS_RESIDUAL=geometry.residual is not None,
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         WIDE=in_bordered * own >= 2**31 if geometry.wide is None else geometry.wide,
-        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped,
+        FILLED=not tma and in_frame >= tile.positions, TMA=tma,
         # Triton's interpreter knows no assembly.
         HIDE=isinstance(_conv_kernel, triton.JITFunction),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -97,21 +97,22 @@ def _settings(channels: int, out_channels: int) -> list[tuple[Tile, float]]:
     return [(Tile(128, first, 0, step, 8, 6 if deep else 4), 705), (Tile(64, first, 0, step, 4, 4), 625), small]
 
 
-# For GPUs whose products take their operands from registers: at most 128 of a thread's to accumulate, in the order of
-# how little they read from shared memory for a product. In one accumulator each warp has a square of 64 x 64 and reads
-# a quarter of a tile's rows and columns; in two, Triton 3.6 gives every warp rows of its own and all columns, so that
-# 128 x 192 with 8 warps reads twice as much. A step of 64 halves the barriers and the arithmetic of addresses.
+# For GPUs whose products take their operands from registers, by how fast they were where a Hopper card posed as one
+# (BENCHMARKS.md). In one accumulator each of 4 warps has a square of 64 x 64 and reads a quarter of a tile's rows and
+# columns. In two, Triton 3.6 gives every warp rows of its own and all columns: of 256 x (64 + 32) 64 x 96.
 _NARROW = (
-    Tile(256, 128, 0, 32, 8, 4),
+    Tile(256, 64, 0, 32, 4, 4),
+    Tile(256, 64, 32, 32, 4, 4),
+    Tile(64, 256, 0, 64, 4, 3),
+    Tile(128, 128, 0, 64, 4, 3),
     Tile(128, 128, 0, 32, 4, 4),
-    Tile(128, 128, 0, 64, 8, 3),
-    Tile(256, 64, 32, 32, 8, 4),
+    Tile(256, 128, 0, 32, 8, 4),
     Tile(128, 64, 32, 32, 4, 4),
-    Tile(128, 128, 64, 64, 8, 3),
-    Tile(128, 128, 32, 64, 8, 3),
-    Tile(64, 128, 64, 32, 4, 3),
-    Tile(64, 128, 32, 32, 4, 3),
+    Tile(256, 64, 32, 16, 4, 4),
+    Tile(256, 64, 32, 32, 8, 4),
     Tile(64, 64, 32, 32, 4, 4),
+    Tile(128, 128, 32, 64, 8, 3),
+    Tile(64, 128, 32, 32, 4, 3),
     Tile(128, 64, 0, 32, 4, 4),
 )
 # Of them as many as are compiled and measured for a kind of layer.
@@ -120,7 +121,19 @@ _MOST_NARROW = 5
 _MOST_WASTE = 0.08
 
 
-def _narrow(channels: int, out_channels: int) -> list[Tile]:
+def _assembles(tile: Tile, device: torch.device) -> bool:
+    """Whether the assembler finds registers for a tile's accumulators on GPUs of this kind.
+
+    For sm_80 those of 64 x 96 a warp, in steps of 32, spill whole (2.9 KB) where there is a residual; for sm_120 all
+    that have more than 64 x 64 a warp, and the largest tile, spill 400 bytes and more.
+    """
+    capability, accumulators = gpu(device).capability, tile.positions * (tile.first + tile.second)
+    if capability == (8, 0):
+        return accumulators <= tile.warps * 64 * 64 or tile.step < 32
+    return capability[0] != 12 or accumulators <= min(4, tile.warps) * 64 * 64
+
+
+def _narrow(channels: int, out_channels: int, device: torch.device) -> list[Tile]:
     """Settings for GPUs whose products take their operands from registers, those that promise most first."""
     step = _step(channels)
     if sum(_split(out_channels)) <= 64:
@@ -131,7 +144,12 @@ def _narrow(channels: int, out_channels: int) -> list[Tile]:
             Tile(64, first, second, 32, 4, 4),
         ]
     else:
-        padded = {tile: -(-out_channels // width) * width for tile in _NARROW if (width := tile.first + tile.second)}
+        possible = [tile for tile in _NARROW if _assembles(tile, device)]
+        if channels <= 32:  # steps so few that they are unrolled, which takes registers
+            possible = [
+                tile for tile in possible if tile.positions * (tile.first + tile.second) <= tile.warps * 64 * 64
+            ]
+        padded = {tile: -(-out_channels // width) * width for tile in possible if (width := tile.first + tile.second)}
         most = max(min(padded.values()), (1 + _MOST_WASTE) * out_channels)
         shapes = [tile for tile, columns in padded.items() if columns <= most][:_MOST_NARROW]
     return list(dict.fromkeys(dataclasses.replace(tile, step=min(step, tile.step)) for tile in shapes))
@@ -141,7 +159,7 @@ def _unmeasured(channels: int, out_channels: int, device: torch.device) -> list[
     """Settings for a GPU that nothing is known of; narrow ones are taken for alike."""
     if wide_products(device):
         return _settings(channels, out_channels)
-    return [(tile, 1.0) for tile in _narrow(channels, out_channels)]
+    return [(tile, 1.0) for tile in _narrow(channels, out_channels, device)]
 
 
 def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
@@ -150,9 +168,7 @@ def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
     if kind.op == "head_conv":
         return [head_tile(64, 512, channels, device=device)]
     if not wide_products(device):
-        found = _narrow(channels, own)
-        if gpu(device).capability[0] == 12:  # for which the assembler spills the largest tile
-            found = [tile for tile in found if tile.positions * (tile.first + tile.second) <= 128 * 192]
+        found = _narrow(channels, own, device)
         if gpu(device).has_tma and DESCRIPTORS:
             # There addresses take fewer registers, and waiting more instructions.
             found = [tile for one in found[:3] for tile in (one, dataclasses.replace(one, descriptors=False))]
