@@ -283,7 +283,7 @@ def tiles_of_every_shape():
         # Other GPUs' too: they run here as well.
         for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(channels, out_channels, DEVICE)):
             found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
-    assert len(found) >= 30
+    assert len(found) >= 25
     assert {tile.step for tile in found.values()} == {16, 32, 64}
     assert {tile.swapped for tile in found.values()} == {False, True}
     return [tiles.fit(tile, DEVICE) for tile in found.values()]

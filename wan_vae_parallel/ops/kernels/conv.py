@@ -36,6 +36,8 @@ from .products import (
     dot,
     frame_of,
     load_weights,
+    rows_at_once,
+    spaced,
     start,
     store,
     use_descriptors,
@@ -51,7 +53,7 @@ _STRIDED_KERNELS = ((3, 1, 1),)
 @triton.jit
 def _load_positions(
     source, row, c, inside,
-    C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, FILLED: tl.constexpr, TMA: tl.constexpr,
+    C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, AT_ONCE: tl.constexpr, FILLED: tl.constexpr, TMA: tl.constexpr,
 ):
     """A tile ``[BM, BK]`` of the arena as a matrix; through pointers, zeros for positions that are not ``inside``."""
     if TMA:
@@ -60,7 +62,7 @@ def _load_positions(
         # What changes from step to step is one number for all threads.
         first = source + (row.to(tl.int64) * C + c)
         k = tl.arange(0, BK)
-        places = first + (tl.arange(0, BM)[:, None] * C + k[None, :])
+        places = first + (spaced(BM, C, AT_ONCE)[:, None] + k[None, :])
         if FILLED and C % BK == 0:
             tile = tl.load(places)
         elif C % BK == 0:
@@ -101,7 +103,7 @@ def _conv_kernel(
     SCALE: tl.constexpr, HALVES: tl.constexpr, TIME_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
-    FILLED: tl.constexpr, TMA: tl.constexpr, HIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr, FILLED: tl.constexpr, TMA: tl.constexpr, HIDE: tl.constexpr,
 ):
     CO: tl.constexpr = O // HALVES
     PHASES: tl.constexpr = SCALE * SCALE
@@ -164,11 +166,13 @@ def _conv_kernel(
         right = tap // KW % KH if TRANSPOSED else tap % KW
         row = tl.where(dt == 0, row0, tl.where(dt == 1, row1, row2)) + down * pitch + right
         tap += phase * TAPS
-        x = _load_positions(source, row, c, inside, C, BM, BK, FILLED, TMA)
-        w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, FULL, TMA)
+        x = _load_positions(source, row, c, inside, C, BM, BK, AT_ONCE, FILLED, TMA)
+        w0 = load_weights(weight0, tap, first_channel + n, c, TAP_STRIDE, O_STRIDE, C, O, N0, BK, AT_ONCE, FULL, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = load_weights(weight1, tap, first_channel + n + N0, c, TAP_STRIDE, O_STRIDE, C, O, N1, BK, FULL, TMA)
+            w1 = load_weights(
+                weight1, tap, first_channel + n + N0, c, TAP_STRIDE, O_STRIDE, C, O, N1, BK, AT_ONCE, FULL, TMA
+            )
             acc1 = dot(x, w1, acc1, SWAP)
 
     if HIDE:
@@ -400,7 +404,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...], bool]:
         OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         WIDE=in_bordered * own >= 2**31 if geometry.wide is None else geometry.wide,
         BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped,
-        FILLED=not tma and in_frame >= tile.positions, TMA=tma,
+        AT_ONCE=rows_at_once(tile), FILLED=not tma and in_frame >= tile.positions, TMA=tma,
         # Triton's interpreter knows no assembly.
         HIDE=isinstance(_conv_kernel, triton.JITFunction),
         num_warps=tile.warps, num_stages=tile.stages,

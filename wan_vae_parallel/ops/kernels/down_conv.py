@@ -37,6 +37,8 @@ from .products import (
     dot,
     frame_of,
     load_weights,
+    rows_at_once,
+    spaced,
     start,
     store,
     use_descriptors,
@@ -49,7 +51,7 @@ from .tiles import Tile
 @triton.jit
 def _load_columns(
     source, row, left, right, c, W,
-    C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, AT_ONCE: tl.constexpr, TMA: tl.constexpr,
 ):
     """A tile ``[BM, BK]``: what the ``right``-th tap of a row reads for the outputs from column ``left`` on."""
     if TMA:
@@ -62,7 +64,7 @@ def _load_columns(
             mask = mask & (c + k < C)[None, :]
         # What changes from step to step is one number for all threads.
         first = source + ((row * (2 * W + 2) + 2 * left + 1 + right).to(tl.int64) * C + c)
-        tile = tl.load(first + (2 * w[:, None] * C + k[None, :]), mask=mask, other=0.0)
+        tile = tl.load(first + (spaced(BM, 2 * C, AT_ONCE)[:, None] + k[None, :]), mask=mask, other=0.0)
     return tile
 
 
@@ -70,7 +72,8 @@ def _load_columns(
 def _down_kernel(
     source, weight0, weight1, slots, bias, out, out_slots, H, W,
     C: tl.constexpr, O: tl.constexpr, OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
+    AT_ONCE: tl.constexpr, TMA: tl.constexpr,
 ):
     PARTS: tl.constexpr = (O + N0 + N1 - 1) // (N0 + N1)
     STEPS: tl.constexpr = (C + BK - 1) // BK
@@ -102,11 +105,11 @@ def _down_kernel(
         # In the picture's own order, also where its columns are the arena's rows: the same sums.
         down = tap % 3 if TRANSPOSED else tap // 3
         right = tap // 3 if TRANSPOSED else tap % 3
-        x = _load_columns(source, row + down, left, right, c, W, C, BM, BK, TMA)
-        w0 = load_weights(weight0, tap, n, c, C, 9 * C, C, O, N0, BK, FULL, TMA)
+        x = _load_columns(source, row + down, left, right, c, W, C, BM, BK, AT_ONCE, TMA)
+        w0 = load_weights(weight0, tap, n, c, C, 9 * C, C, O, N0, BK, AT_ONCE, FULL, TMA)
         acc0 = dot(x, w0, acc0, SWAP)
         if N1 > 0:
-            w1 = load_weights(weight1, tap, n + N0, c, C, 9 * C, C, O, N1, BK, FULL, TMA)
+            w1 = load_weights(weight1, tap, n + N0, c, C, 9 * C, C, O, N1, BK, AT_ONCE, FULL, TMA)
             acc1 = dot(x, w1, acc1, SWAP)
 
     out = frame_of(out, out_slots, t, H, W, O, OUT_PAGED, OUT_BORDER)
@@ -238,7 +241,8 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, int], bool]:
         _down_kernel,
         (-(-columns // tile.positions) * rows * frames * parts,),
         C=channels, O=out_channels, OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
-        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped, TMA=tma,
+        BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped,
+        AT_ONCE=rows_at_once(tile), TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return tile, call, (rows, columns), tma

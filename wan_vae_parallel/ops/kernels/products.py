@@ -27,10 +27,26 @@ except ImportError:  # before Triton 3.4; the kernels then read through pointers
 
 
 @triton.jit
+def spaced(COUNT: tl.constexpr, STRIDE: tl.constexpr, AT_ONCE: tl.constexpr):
+    """``arange(0, COUNT) * STRIDE``, such that a thread's differ by constants, which are part of a copy's instruction.
+
+    As a product of sums the compiler would keep each in a register. ``AT_ONCE`` of them are a program's threads' own;
+    every further one is the same thread's.
+    """
+    if COUNT <= AT_ONCE:
+        return tl.arange(0, COUNT) * STRIDE
+    steps = tl.arange(0, COUNT // AT_ONCE) * (AT_ONCE * STRIDE)
+    places = (steps[:, None] + (tl.arange(0, AT_ONCE) * STRIDE)[None, :]).reshape(COUNT)
+    # Lost on the way, and without it copies are of single values.
+    return tl.multiple_of(places, [STRIDE & -STRIDE])
+
+
+@triton.jit
 def load_weights(
     source, tap, n, c,
     TAP_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr,
-    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
+    C: tl.constexpr, O: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AT_ONCE: tl.constexpr, FULL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """A tile ``[BN, BK]`` of one tap; past the last channel zeros, so that a short tail meets no other tap.
 
@@ -42,7 +58,8 @@ def load_weights(
     else:
         o = tl.arange(0, BN)
         k = tl.arange(0, BK)
-        places = source + (tap * TAP_STRIDE + n * O_STRIDE + c) + (o[:, None] * O_STRIDE + k[None, :])
+        places = source + (tap * TAP_STRIDE + n * O_STRIDE + c)
+        places += spaced(BN, O_STRIDE, AT_ONCE)[:, None] + k[None, :]
         if FULL and C % BK == 0:
             tile = tl.load(places)
         else:
@@ -97,6 +114,11 @@ def frame_of(target, slots, frame, rows, columns, CO: tl.constexpr, PAGED: tl.co
         frame = tl.load(slots + frame)
     return target + frame.to(tl.int64) * (rows + BORDER) * (columns + BORDER) * CO
 # fmt: on
+
+
+def rows_at_once(tile: Tile) -> int:
+    """Rows of a tile of the input or of the weights that a program's threads copy at once, 16 bytes each."""
+    return 32 * tile.warps * 8 // tile.step
 
 
 def use_descriptors(arena: torch.Tensor) -> bool:

@@ -101,14 +101,13 @@ def _settings(channels: int, out_channels: int) -> list[tuple[Tile, float]]:
 # (BENCHMARKS.md). In one accumulator each of 4 warps has a square of 64 x 64 and reads a quarter of a tile's rows and
 # columns. In two, Triton 3.6 gives every warp rows of its own and all columns: of 256 x (64 + 32) 64 x 96.
 _NARROW = (
-    Tile(256, 64, 0, 32, 4, 4),
-    Tile(256, 64, 32, 32, 4, 4),
-    Tile(64, 256, 0, 64, 4, 3),
+    Tile(256, 64, 0, 64, 4, 3),
     Tile(128, 128, 0, 64, 4, 3),
-    Tile(128, 128, 0, 32, 4, 4),
+    Tile(256, 64, 32, 32, 4, 4),
+    Tile(128, 128, 0, 32, 4, 4),  # of which two find room in 100 KB
     Tile(256, 128, 0, 32, 8, 4),
+    Tile(256, 64, 0, 32, 4, 4),
     Tile(128, 64, 32, 32, 4, 4),
-    Tile(256, 64, 32, 16, 4, 4),
     Tile(256, 64, 32, 32, 8, 4),
     Tile(64, 64, 32, 32, 4, 4),
     Tile(128, 128, 32, 64, 8, 3),
@@ -124,13 +123,10 @@ _MOST_WASTE = 0.08
 def _assembles(tile: Tile, device: torch.device) -> bool:
     """Whether the assembler finds registers for a tile's accumulators on GPUs of this kind.
 
-    For sm_80 those of 64 x 96 a warp, in steps of 32, spill whole (2.9 KB) where there is a residual; for sm_120 all
-    that have more than 64 x 64 a warp, and the largest tile, spill 400 bytes and more.
+    For sm_120 those of more than 64 x 64 a warp spill 400 bytes, as the largest tile does.
     """
-    capability, accumulators = gpu(device).capability, tile.positions * (tile.first + tile.second)
-    if capability == (8, 0):
-        return accumulators <= tile.warps * 64 * 64 or tile.step < 32
-    return capability[0] != 12 or accumulators <= min(4, tile.warps) * 64 * 64
+    accumulators = tile.positions * (tile.first + tile.second)
+    return gpu(device).capability[0] != 12 or accumulators <= min(4, tile.warps) * 64 * 64
 
 
 def _narrow(channels: int, out_channels: int, device: torch.device) -> list[Tile]:
