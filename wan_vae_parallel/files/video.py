@@ -70,8 +70,7 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         for file in files:
             check_writable(file)
         if shape[4] > 3 and chosen.of_colours(shape[4]).colours == 3:
-            keep = ", ".join(one.name for one in FORMATS.values() if one.alpha or one.pictures)
-            logger.warning("%s has no alpha: the fourth colour is left out; %s keep it", path, keep)
+            logger.warning("%s has no alpha: the fourth colour is left out; %s keep it", path, _formats_with_alpha())
         return VideoOutput(files, chosen, shape, settings)
     later = []
     # The folder of a sequence is made when it is written; what it would lie in must be there.
@@ -146,6 +145,19 @@ def _fitted(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     rows = torch.arange(height, device=frames.device).clamp_(max=frames.shape[2] - 1)
     columns = torch.arange(width, device=frames.device).clamp_(max=frames.shape[3] - 1)
     return frames[:, :, rows][:, :, :, columns]
+
+
+def check_keeps_alpha(path: Path, settings: OutputSettings) -> None:
+    """Raises `OutputError` if frames at ``path`` would lose their alpha; other kinds of files are for `plan_output`."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        return
+    chosen = choose_format(path, settings.format)
+    if chosen.alpha is None:
+        raise OutputError(about_file(path, f"can't hold alpha as {chosen.title}; choose {_formats_with_alpha()}"))
+
+
+def _formats_with_alpha() -> str:
+    return ", ".join(one.name for one in FORMATS.values() if one.alpha or one.pictures)
 
 
 def output_files(path: str | Path, shape: Sequence[int]) -> list[Path]:
