@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management as model_management
 import folder_paths
 from comfy_api.latest import InputImpl, Types
 
@@ -16,6 +17,8 @@ from ..wan_vae_parallel.errors import OutputError
 from ..wan_vae_parallel.files.video_out import encode_again, tag_as_hvc1
 
 logger = logging.getLogger(__name__)
+
+_check = model_management.throw_exception_if_processing_interrupted
 
 # Where core's VIDEO keeps the name of its file.
 _CORES_FILE = "_VideoFromFile__file"
@@ -65,7 +68,7 @@ class SavedVideo(InputImpl.VideoFromFile):
         # Not by core, whose colours would be those of other tags than it writes.
         with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
             encoded = Path(folder) / "encoded.mp4"
-            encode_again(Path(self.get_stream_source()), encoded)
+            encode_again(Path(self.get_stream_source()), encoded, _check)
             copied = copy.copy(self)
             copied._format = "h264"
             setattr(copied, _CORES_FILE, str(encoded))
@@ -89,12 +92,12 @@ def _tag_as_hvc1(path: Any) -> None:
 
 def _tag(path: Any) -> None:
     if isinstance(path, (str, os.PathLike)):
-        tag_as_hvc1(Path(path))
+        tag_as_hvc1(Path(path), _check)
         return
     with tempfile.TemporaryDirectory(dir=_temporary()) as folder:
         copy_of_it = Path(folder) / "video"
         copy_of_it.write_bytes(path.getvalue())
-        if tag_as_hvc1(copy_of_it):
+        if tag_as_hvc1(copy_of_it, _check):
             path.seek(0)
             path.truncate()
             path.write(copy_of_it.read_bytes())

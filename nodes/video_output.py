@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import comfy.model_management as model_management
 import folder_paths
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -90,7 +91,9 @@ class VideoOutput:
         if self._together is None:
             return SavedVideo(str(self.path), format=self.format)
         try:
-            pictures_as_video(self.path, self._together, settings)
+            pictures_as_video(
+                self.path, self._together, settings, model_management.throw_exception_if_processing_interrupted
+            )
         except OutputError as error:
             logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
             return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")

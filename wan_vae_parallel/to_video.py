@@ -20,7 +20,7 @@ from .errors import ArgumentError, CheckpointError, LatentError, OutputError, ab
 from .files.audio import Audio
 from .files.kinds import user_path
 from .files.latents import check_latents
-from .files.settings import OutputSettings
+from .files.settings import OutputSettings, no_check
 from .files.video import check_keeps_alpha, is_sequence, plan_output
 from .files.waiting_frames import WaitingFrames
 from .files.whole import check_writable, unfinished_folder
@@ -182,7 +182,7 @@ class VideoDecode:
             self._frames = torch.Size((1, len(latents), *self._frames[2:]))
             parts = list(latents.split(images_that_pay(vae.architecture, *latents.shape[3:])))
         writes = vae.group is None or not dist.get_rank(vae.group)
-        self._output = plan_output(path, self._frames, settings) if writes else None
+        self._output = plan_output(path, self._frames, settings, on_wait or no_check) if writes else None
         self._pixels = self._output.pixels if self._output else None
         # Each is checked at the call.
         if vae_alpha is None:
@@ -228,7 +228,7 @@ class VideoDecode:
                         pass
                     return []
                 with at_work():
-                    write = written.enter_context(self._output.open(self._on_wait or _nothing))
+                    write = written.enter_context(self._output.open(self._on_wait or no_check))
                 done, total = 0, self._frames[1]
                 for frames in steps:
                     with at_work():
@@ -319,7 +319,3 @@ def _picture(frame: torch.Tensor, pixels: PixelFormat | None, shape: torch.Size)
         return frame[::step, ::step] if pixels is None else pixels.picture(frame, shape[2], shape[3], step)
 
     return picture
-
-
-def _nothing() -> None:
-    pass

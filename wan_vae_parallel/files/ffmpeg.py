@@ -151,6 +151,46 @@ def complaints(text: str) -> str:
     return "; ".join(dict.fromkeys(causes[:2]))[:_LONGEST]
 
 
+def run(command: Sequence[str], check: Callable[[], None]) -> tuple[int, str]:
+    """Runs a program to its end; its exit code, and what it wrote to its standard error.
+
+    Args:
+        command: the program and its arguments.
+        check: called several times a second; what it raises ends the program, and what that has started.
+
+    Raises:
+        OSError: it does not start.
+    """
+    with tempfile.TemporaryFile() as said:
+        # In a session of its own, as that of `FedProcess`.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(_LOOK_SECONDS)
+                except subprocess.TimeoutExpired:
+                    check()
+                    continue
+                break
+        finally:
+            _kill(process)
+        said.seek(0)
+        return code, said.read().decode(errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads a session, and what it has started: another ffmpeg may be a script."""
+    if process.poll() is None:
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+
+
 class FedProcess:
     """An ffmpeg that reads raw frames from its standard input.
 
@@ -221,13 +261,8 @@ class FedProcess:
         return int(counts[-1]) if counts else 0
 
     def close(self) -> None:
-        """Ends the process, wherever it is, and what it has started: another ffmpeg may be a script."""
-        if self._process.poll() is None:
-            if hasattr(os, "killpg"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
+        """Ends the process, wherever it is, and what it has started."""
+        _kill(self._process)
         # The thread comes to its end, since what it waits for does.
         while self._thread.is_alive():
             try:
@@ -236,7 +271,6 @@ class FedProcess:
                 self._thread.join(_LOOK_SECONDS)
             else:
                 self._thread.join()
-        self._process.wait()
         self._said.close()
         self._progress.close()
 
