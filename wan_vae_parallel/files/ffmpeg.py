@@ -122,14 +122,11 @@ class VideoStream:
 def describe_video(program: str, path: Path) -> VideoStream:
     """What a file's first video is, as far as ffmpeg can tell."""
     try:
-        done = subprocess.run(
-            [program, "-nostdin", "-hide_banner", "-i", f"file:{path}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
+        said = _said(program, "-i", f"file:{path}")
     except OSError:
         return VideoStream()  # whoever reads the file will say it
     # Each stream's line, and those of its metadata behind it.
-    streams = re.split(r"^ *Stream #", done.stderr.decode(errors="replace"), flags=re.MULTILINE)[1:]
+    streams = re.split(r"^ *Stream #", said, flags=re.MULTILINE)[1:]
     for text in streams:
         found = re.search(r" Video: (\w+).*?, (\w+)[(,]", text.partition("\n")[0])
         if found and "(attached pic)" not in text:
@@ -142,6 +139,40 @@ def describe_video(program: str, path: Path) -> VideoStream:
                 hdr=hdr[0] if (hdr := _HDR.search(text.partition("\n")[0])) else None,
             )
     return VideoStream()
+
+
+def layout_channels(program: str, layout: str) -> tuple[str, ...]:
+    """The channels of a layout as ffmpeg names both, such as ``("FL", "FR", "LFE")`` of 2.1; none if it is unknown."""
+    if named := re.search(r"\(([A-Z0-9+]+)\)$", layout):  # of no name: "3 channels (FL+FR+LFE)"
+        return tuple(named[1].split("+"))
+    return _layouts(program).get(layout, ())
+
+
+@functools.lru_cache
+def _layouts(program: str) -> dict[str, tuple[str, ...]]:
+    text = _said(program, "-layouts", standard_output=True).partition("Standard channel layouts:")[2]
+    return {
+        name: tuple(names.split("+")) for name, names in re.findall(r"^(\S+) +([A-Z0-9+]+)\s*$", text, re.MULTILINE)
+    }
+
+
+def sound_channels(program: str, path: Path) -> tuple[str, ...] | None:
+    """The channels of a file's first sound, as `layout_channels` has them; None if there is none that it can tell."""
+    try:
+        said = _said(program, "-i", f"file:{path}")
+    except OSError:
+        return None  # whoever reads the file will say it
+    found = re.search(r"^ *Stream #.* Audio: .*? Hz, ([^,\n]+)", said, re.MULTILINE)
+    return layout_channels(program, found[1].strip()) if found else None
+
+
+def _said(program: str, *arguments: str, standard_output: bool = False) -> str:
+    """What an ffmpeg says of what it is asked."""
+    done = subprocess.run(
+        [program, "-nostdin", "-hide_banner", *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, check=False,
+    )  # fmt: skip
+    return (done.stdout if standard_output else done.stderr).decode(errors="replace")
 
 
 def complaints(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import OutputError, about_file
 from ..ops.pixel_format import PixelFormat
-from .audio import Audio, audio_filter, audio_input, write_samples
+from .audio import Audio, audio_channels, audio_filter, audio_input, encoders_layouts, write_samples
 from .ffmpeg import FedProcess, check_encoder, complaints, describe_video, find_ffmpeg, run
 from .formats import FileFormat
 from .pictures import add_texts
@@ -89,6 +89,8 @@ class VideoOutput:
         check_encoder(self._program, chosen.encoder, self.pixels.name)
         if settings.audio is not None:
             check_encoder(self._program, self._audio_encoder[1])
+            channels = audio_channels(settings.audio, self._program)
+            self._audio_layouts = encoders_layouts(channels, self._audio_encoder[1])
         self._preview = self._planned_preview()
         self._try(check)
 
@@ -234,7 +236,7 @@ class VideoOutput:
         if self.pixels.halved_columns:
             arguments += ["-chroma_sample_location", "left"]
         if self._settings.audio is not None:
-            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds, self._audio_encoder[1]), *self._audio_encoder]
+            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds, self._audio_layouts), *self._audio_encoder]
         return arguments
 
     def _muxed(self, path: Path) -> list[str]:
@@ -272,7 +274,7 @@ class VideoOutput:
             *_TAGS,
         ]
         if self._settings.audio is not None:
-            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds, "aac"), "-c:a", "aac"]
+            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds, "mono|stereo"), "-c:a", "aac"]
         return [*arguments, "-map_metadata", "-1", *_NOTHING_ELSE, "-movflags", "+faststart", "-f", "mp4"]
 
     def _try(self, check: Check) -> None:
@@ -298,7 +300,8 @@ class VideoOutput:
                 about_file(
                     self._path,
                     f"can't be written as {self._format.title}, {self._width}x{self._height}"
-                    f"{' with sound' if audio is not None else ''}; choose another format or ffmpeg",
+                    f"{' with sound' if audio is not None else ''}; choose another format or ffmpeg"
+                    f"{', or mix the sound to 5.1 or stereo' if 'channel layout' in str(reason) else ''}",
                     f"ffmpeg says {reason}",
                 )
             ) from None
@@ -485,7 +488,8 @@ def encode_again(path: Path, into: Path, check: Check = no_check) -> None:
             check=check,
         )
         if said:
-            raise OutputError(about_file(path, f"could not be encoded again as H.264 (ffmpeg: {said}); free some room"))
+            way = "free some room" if _FULL.search(said) else "the file itself is whole: take that"
+            raise OutputError(about_file(path, f"could not be encoded again as H.264; {way}", f"ffmpeg says {said}"))
 
 
 def tag_as_hvc1(path: Path, check: Check = no_check) -> bool:
