@@ -41,16 +41,18 @@ class SavedVideo(InputImpl.VideoFromFile):
     - Streams that MP4 can't hold are encoded again, as H.264; others too where H.264 is asked for and core does it
       badly.
     - H.265 in MP4 keeps the tag hvc1, without which Apple's players refuse it.
+    - That alpha is left out, which MP4 has no place for, is told.
 
     Args:
         file: where it is.
         format: the engine's name of what is in it.
+        alpha: whether there is alpha in it.
         options: core's.
     """
 
-    def __init__(self, file: str, *, format: str, **options: Any) -> None:
+    def __init__(self, file: str, *, format: str, alpha: bool = False, **options: Any) -> None:
         super().__init__(file, **options)
-        self._format = format
+        self._format, self._alpha = format, alpha
 
     def save_to(
         self, path: Any, format: Any = Types.VideoContainer.AUTO, codec: Any = Types.VideoCodec.AUTO, **rest: Any
@@ -59,6 +61,11 @@ class SavedVideo(InputImpl.VideoFromFile):
         named = isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".mp4")
         to_mp4 = named or format == Types.VideoContainer.MP4
         asked = codec == Types.VideoCodec.H264 and self._format != "h264" and not _CORE_ENCODES_STREAMS
+        if to_mp4 and self._alpha:
+            logger.warning(
+                "Wan VAE Parallel: this video has alpha, which MP4 has no place for: it is saved without. With save "
+                "on, Wan VAE Decode to Video (Parallel) keeps its own file, which has it"
+            )
         ours = (self._format not in _IN_MP4 or asked) and codec in (Types.VideoCodec.AUTO, Types.VideoCodec.H264)
         if not to_mp4 or not ours:
             result = super().save_to(path, format=format, codec=codec, **rest)
@@ -70,7 +77,7 @@ class SavedVideo(InputImpl.VideoFromFile):
             encoded = Path(folder) / "encoded.mp4"
             encode_again(Path(self.get_stream_source()), encoded, _check)
             copied = copy.copy(self)
-            copied._format = "h264"
+            copied._format, copied._alpha = "h264", False
             setattr(copied, _CORES_FILE, str(encoded))
             return copied.save_to(path, format=format, codec=codec, **rest)
 
@@ -78,7 +85,7 @@ class SavedVideo(InputImpl.VideoFromFile):
         """As core's, of those versions that trim; a part of the file stays one of ours."""
         trimmed = super().as_trimmed(*args, **options)
         if type(trimmed) is InputImpl.VideoFromFile:
-            trimmed.__class__, trimmed._format = SavedVideo, self._format
+            trimmed.__class__, trimmed._format, trimmed._alpha = SavedVideo, self._format, self._alpha
         return trimmed
 
 

@@ -212,7 +212,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
         shown: list[ui.SavedResult] = []
         for number, (made, settings, decode) in enumerate(planned):
             files = decode_to_file(wan, decode, part=number, parts=len(planned), vae_alpha=alpha)
-            results.append(made.video(settings))
+            results.append(made.video(settings, alpha=decode.alpha))
             shown += made.shown(files)
             frames += decode.shape[0] * wan._engine.architecture.frame_count(decode.shape[2])
         tell_work(frames, size, since, wan._engine.worked_on)

@@ -86,10 +86,15 @@ class VideoOutput:
         previews = [self._previewed] if self.preview.is_file() else []
         return [*previews, self._shown] if self._saved else previews
 
-    def video(self, settings: OutputSettings) -> SavedVideo | ExecutionBlocker:
-        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are."""
+    def video(self, settings: OutputSettings, *, alpha: bool) -> SavedVideo | ExecutionBlocker:
+        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are.
+
+        Args:
+            settings: what it was written with.
+            alpha: whether there is alpha in it.
+        """
         if self._together is None:
-            return SavedVideo(str(self.path), format=self.format)
+            return SavedVideo(str(self.path), format=self.format, alpha=alpha)
         try:
             pictures_as_video(
                 self.path, self._together, settings, model_management.throw_exception_if_processing_interrupted
@@ -97,7 +102,7 @@ class VideoOutput:
         except OutputError as error:
             logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
             return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")
-        return SavedVideo(str(self._together), format=self.format)
+        return SavedVideo(str(self._together), format=self.format, alpha=alpha)
 
 
 def _place(

@@ -145,6 +145,7 @@ class VideoDecode:
     Attributes:
         shape: ``[B, z, T, h, w]`` of the latents.
         files: that it will write; none on a group's other ranks.
+        alpha: whether they will have alpha.
 
     Raises:
         LatentError, ClosedError: as `vae.VAE.decode` does.
@@ -188,19 +189,23 @@ class VideoDecode:
         if vae_alpha is None:
             self._streams = [vae.pixel_stream(part, self._pixels, normalized, on_wait) for part in parts]
             return
-        colours, self._alpha = (
+        colours, self._alpha_pixels = (
             (self._pixels and self._pixels.without_alpha),
             (self._pixels and self._pixels.alpha_alone),
         )
         self._streams = [vae.pixel_stream(part, colours, normalized, on_wait) for part in parts]
-        self._alpha_streams = [vae_alpha.pixel_stream(part, self._alpha, normalized, on_wait) for part in parts]
+        self._alpha_streams = [vae_alpha.pixel_stream(part, self._alpha_pixels, normalized, on_wait) for part in parts]
         if self._output:
-            pixel = self._alpha.sample_bytes if self._alpha else torch.float32.itemsize
+            pixel = self._alpha_pixels.sample_bytes if self._alpha_pixels else torch.float32.itemsize
             check_writable(self._beside / path.name, needed=pixel * self._frames[:4].numel())
 
     @property
     def files(self) -> list[Path]:
         return self._output.files if self._output else []
+
+    @property
+    def alpha(self) -> bool:
+        return (self._pixels.colours if self._pixels else self._frames[4]) == 4
 
     def run(
         self,
@@ -272,12 +277,12 @@ class VideoDecode:
                 file = stack.enter_context((folder / "alpha").open("w+b"))
             alpha = WaitingFrames(file, batch=self._frames[0], total=total)
             for frames in steps:
-                frames = frames if self._alpha else frames[..., :1]
+                frames = frames if self._alpha_pixels else frames[..., :1]
                 with at_work(), self._told():
                     alpha.write(frames)
                 done += frames.shape[1]
                 if on_chunk:
-                    on_chunk(done, 2 * total, _picture(frames[0, -1], self._alpha, self._frames))
+                    on_chunk(done, 2 * total, _picture(frames[0, -1], self._alpha_pixels, self._frames))
         return alpha
 
     def _with_alpha(self, frames: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

@@ -217,6 +217,17 @@ def test_two_vaes_make_a_video_with_alpha(server, send, format, devices, bound):
     assert said.startswith(f"{len(expected)} frames of 48x32")
 
 
+@pytest.mark.parametrize(("format", "told"), [("WebM VP9 8 bit", 1), ("MKV FFV1 lossless 16 bit", 1), (None, 0)])
+def test_alpha_that_an_mp4_loses_is_told(server, send, format, told):
+    graph = alpha_to_video(send, LATENTS[:, :, :2], **({"format": format} if format else {}))
+    if format is None:
+        del graph["video"]["inputs"]["vae_alpha"]
+    graph["mp4"] = node("SaveVideo", video=["video", 0], filename_prefix="told", format="mp4", codec="auto")
+    before = len(server.log())
+    server.run(graph).check()
+    assert server.log()[before:].count("this video has alpha, which MP4 has no place for") == told
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
