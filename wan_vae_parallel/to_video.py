@@ -123,8 +123,8 @@ def check_alike(
     sizes = [one.frame_size(1, 1) for one in (colours, alpha)]
     if (sizes[0], colours.z_dim, colours.temporal_ratio) != (sizes[1], alpha.z_dim, alpha.temporal_ratio):
         raise CheckpointError(
-            f"{names[0]} is a {colours.name} VAE, {colours.z_dim} channels to {sizes[0][0]} pixels a side, and "
-            f"{names[1]} a {alpha.name} one, {alpha.z_dim} to {sizes[1][0]}: they don't make the same frames; take the "
+            f"the two VAEs don't make the same frames: {names[0]} is a {colours.name} VAE, {colours.z_dim} channels to "
+            f"{sizes[0][0]} pixels a side, and {names[1]} a {alpha.name} one, {alpha.z_dim} to {sizes[1][0]}; take the "
             f"two VAEs of Wan-Alpha"
         )
 

@@ -5,7 +5,6 @@ B videos, t frames of a step
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import IO
 
 import numpy
@@ -52,7 +51,7 @@ class WaitingFrames:
             self._file.seek((video * self._total + start) * self._frame_bytes)
             data = bytearray(self._file.read(count * self._frame_bytes))
             if len(data) != count * self._frame_bytes:
-                raise OSError(f"{Path(self._file.name).name} has been cut short")
+                raise OSError("the file of frames that wait has been cut short")
             bytes_of_it = torch.from_numpy(numpy.frombuffer(data, dtype=numpy.uint8))
             videos.append(bytes_of_it.view(self._dtype).view(count, *self._shape))
         return torch.stack(videos)
