@@ -86,6 +86,21 @@ def test_an_ffmpeg_that_lacks_something_is_told_before_the_start(tmp_path):
         plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=broken))
 
 
+@pytest.mark.parametrize("colours", [3, 4])
+def test_the_trial_of_a_large_picture_is_cut_short_and_encodes_the_same_pixels(tmp_path, colours):
+    command = tmp_path / "command"
+    spying = program(
+        tmp_path / "ffmpeg", f'case "$*" in *null*) echo "$*" > {command};; esac; exec {find_ffmpeg()} "$@"'
+    )
+    tried = []
+    for width in (640, 2560):
+        plan_output(tmp_path / "v.webm", (1, 5, 1440, width, colours), OutputSettings(ffmpeg=spying))
+        tried.append(command.read_text())
+    pixels = "yuv420p" if colours == 3 else "yuva420p"
+    assert all(f"-pix_fmt {pixels} " in text for text in tried)
+    assert ["-deadline realtime" in text for text in tried] == [False, True]
+
+
 class Stop(Exception):
     pass
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -99,6 +101,25 @@ def test_what_can_not_work_is_refused_before_the_first_step(vaes, latents, tmp_p
             decode(format="ffv1", vae_alpha=closed)
     assert not steps
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_the_alpha_is_told_before_the_first_step(vaes, latents, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    # Two videos of 13 frames of 32x24 pixels in 16 bits are 39936 bytes.
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=free[0]))
+    free, steps = [39000], []
+
+    def decode():
+        vaes[0].decode_to_video(
+            latents, tmp_path / "v.mkv", format="ffv1", vae_alpha=vaes[1], on_chunk=lambda *_: steps.append(1)
+        )
+
+    with pytest.raises(wvp.OutputError, match="are free there; free some room"):
+        decode()
+    assert not steps
+    free[0] = 40000
+    decode()
+    assert steps
 
 
 # In the middle of the alpha's decode, and of the colours'.
