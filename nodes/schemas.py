@@ -85,9 +85,9 @@ def _chunk_input(tooltip: str) -> io.Input:
     return io.Int.Input("chunk", optional=True, default=0, min=0, max=4096, tooltip=tooltip, **_advanced(io.Int.Input))
 
 
-def _vae_input(name: str, tooltip: str) -> io.Input:
+def _vae_input(name: str, tooltip: str, *, optional: bool = False) -> io.Input:
     """A VAE of ComfyUI's, or WanVideoWrapper's."""
-    return io.MultiType.Input(name, types=[io.Vae, io.Custom("WANVAE")], tooltip=tooltip)
+    return io.MultiType.Input(name, types=[io.Vae, io.Custom("WANVAE")], tooltip=tooltip, optional=optional)
 
 
 class _OnDevices(io.ComfyNode):
@@ -247,7 +247,7 @@ class WanVAEParallelDecodeRGBA(io.ComfyNode):
             description=(
                 "Decodes Wan-Alpha's latents with both of its VAEs, exactly and without tiles, to frames with "
                 "transparency: colours of the one, as alpha the red of the other. Save WEBM and Save Animated WEBP "
-                "take them."
+                "take them; straight to a file goes Wan VAE Decode to Video (Parallel)."
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="Wan-Alpha's latents, as the sampler returns them."),

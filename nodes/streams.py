@@ -54,7 +54,13 @@ def latents_for_file(vae: ParallelVAE, latent: Any, *, normalized: bool) -> tupl
 
 @in_graph_words()
 def plan_file(
-    vae: ParallelVAE, latents: Sequence[torch.Tensor], path: Path, settings: OutputSettings, *, normalized: bool
+    vae: ParallelVAE,
+    latents: Sequence[torch.Tensor],
+    path: Path,
+    settings: OutputSettings,
+    *,
+    normalized: bool,
+    vae_alpha: ParallelVAE | None = None,
 ) -> VideoDecode:
     """A decode of parts of one video to a file, checked and not begun.
 
@@ -64,18 +70,23 @@ def plan_file(
         path: where to.
         settings: how.
         normalized: see `wan_vae_parallel.VAE.decode`.
+        vae_alpha: decodes their alpha; see `wan_vae_parallel.VAE.decode_to_video`.
 
     Raises:
+        CheckpointError: the VAEs don't make the same frames.
         LatentError: they can't be decoded.
         OutputError: they can't be written so.
     """
     engine = vae._current_engine("decoder")
+    alpha = vae_alpha and vae_alpha._current_engine("decoder").vae
     whole = joined(latents, engine.architecture)
-    return VideoDecode(engine.vae, whole, path, settings, normalized, on_wait=_check)
+    return VideoDecode(engine.vae, whole, path, settings, normalized, vae_alpha=alpha, on_wait=_check)
 
 
 @in_graph_words()
-def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: int) -> list[Path]:
+def decode_to_file(
+    vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: int, vae_alpha: ParallelVAE | None = None
+) -> list[Path]:
     """Decodes to a file, or several of pictures, with progress, previews and cancelling; returns these.
 
     Args:
@@ -83,12 +94,18 @@ def decode_to_file(vae: ParallelVAE, decode: VideoDecode, *, part: int, parts: i
         decode: what `plan_file` made.
         part: which of ``parts`` videos it is, for the progress bar.
         parts: how many there are.
+        vae_alpha: what it was planned with.
     """
-    engine = vae._current_engine("decoder")
-    engine.set_chunk(vae._chunk)
     progress = ChunkProgress(parts=parts)
-    engine.make_room("decoder", engine.memory_needed(decode.shape))
-    return decode.run(on_chunk=progress.pictures_of(part, engine.architecture.frame_size(*decode.shape[3:])))
+    size = vae._engine.architecture.frame_size(*decode.shape[3:])
+    used = [one for one in (vae, vae_alpha) if one is not None]
+
+    def before(decoder: Any) -> None:
+        own = next(one for one in used if one._engine.vae is decoder)
+        own._engine.set_chunk(own._chunk)
+        own._engine.make_room("decoder", own._engine.memory_needed(decode.shape))
+
+    return decode.run(on_chunk=progress.pictures_of(part, size), before=before)
 
 
 @in_graph_words()

@@ -20,6 +20,7 @@ import torch
 from ..wan_vae_parallel import VAE, load_vae
 from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError
 from ..wan_vae_parallel.files.checkpoint import read_checkpoint
+from ..wan_vae_parallel.to_video import check_alike as check_same_frames
 from .core_vaes import core_patcher, core_vae, without_model
 from .engines import Engine, Source, shared_engine, source_of_weights
 from .graph_errors import in_graph_words
@@ -307,14 +308,8 @@ def check_alike(latent: Any, rgb: ParallelVAE, alpha: ParallelVAE) -> None:
             "the LATENT has frames that are decoded already (video), and they have no alpha; connect the latents that "
             "Wan-Alpha's sampler made"
         )
-    one, other = (vae._current_engine("decoder").architecture for vae in (rgb, alpha))
-    sizes = [architecture.frame_size(1, 1) for architecture in (one, other)]
-    if sizes[0] != sizes[1] or one.z_dim != other.z_dim or one.temporal_ratio != other.temporal_ratio:
-        raise CheckpointError(
-            f"vae_rgb is a {one.name} VAE, {one.z_dim} channels to {sizes[0][0]} pixels a side, and vae_alpha a "
-            f"{other.name} one, {other.z_dim} to {sizes[1][0]}: they don't make the same frames; connect the two VAEs "
-            f"of Wan-Alpha"
-        )
+    engines = [vae._current_engine("decoder") for vae in (rgb, alpha)]
+    check_same_frames(engines[0].architecture, engines[1].architecture, ("vae_rgb", "vae_alpha"))
 
 
 def _warn_of_rounded_weights(vae: ParallelVAE) -> None:

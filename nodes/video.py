@@ -63,7 +63,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                     tooltip=(
                         "What to write. Colours are BT.709 and tagged so. MKV FFV1 and PNG keep every pixel; ProRes is "
                         "for editing programs. 10 and 16 bits are made from the decoder's floats, not from 8. Of a VAE "
-                        "with alpha VP9, ProRes (then 4444), FFV1 and PNG keep it."
+                        "with alpha, or of two, VP9, ProRes (then 4444), FFV1 and PNG keep it."
                     ),
                 ),
                 io.Combo.Input(
@@ -90,6 +90,12 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 ),
                 io.Audio.Input(
                     "audio", optional=True, tooltip="Sound, which is cut or filled with silence to the video's length."
+                ),
+                _vae_input(
+                    "vae_alpha",
+                    "Of Wan-Alpha: the VAE of the transparency, and vae is the colours'. The format must be one that "
+                    "keeps it: VP9, ProRes, FFV1 or PNG.",
+                    optional=True,
                 ),
                 io.Boolean.Input(
                     "join",
@@ -138,7 +144,11 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             **_given(
-                io.Schema, search_aliases=["vae decode video", "latent to video", "wan save video", "stream decode"]
+                io.Schema,
+                search_aliases=[
+                    *("vae decode video", "latent to video", "wan save video", "stream decode"),
+                    *("wan alpha video", "transparent video"),
+                ],
             ),
         )
 
@@ -153,13 +163,17 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
         filename_prefix: Sequence[str] = ("video/wan",),
         save: Sequence[bool] = (False,),
         audio: Sequence[Any] | None = None,
+        vae_alpha: Sequence[Any] | None = None,
         join: Sequence[bool] = (False,),
         crf: Sequence[int] = (-1,),
         normalized_latents: Sequence[bool] = (False,),
         ffmpeg: Sequence[str] = (_OWN_FFMPEG,),
     ) -> io.NodeOutput:
         wan = _parallel_vae(vae[0])
-        read = [latents_for_file(wan, one, normalized=normalized_latents[0]) for one in samples]
+        alpha = _parallel_vae(vae_alpha[0]) if vae_alpha else None
+        # It is one latent: normalised for both if one of them is WanVideoWrapper's.
+        told = normalized_latents[0] or (alpha is not None and alpha._normalized)
+        read = [latents_for_file(wan, one, normalized=told) for one in samples]
         normalized = [one for latents, one in read for _ in latents]
         parts = [part for latents, _ in read for part in latents.split(1)]
         if join[0] and len(set(normalized)) > 1:
@@ -188,13 +202,17 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
                 ffmpeg=None if ffmpeg[0] == _OWN_FFMPEG else "ffmpeg",
             )
             planned.append(
-                (made, settings, plan_file(wan, latents, made.path, settings, normalized=normalized[number]))
+                (
+                    made,
+                    settings,
+                    plan_file(wan, latents, made.path, settings, normalized=normalized[number], vae_alpha=alpha),
+                )
             )
         results: list[SavedVideo | ExecutionBlocker] = []
         shown: list[ui.SavedResult] = []
         for number, (made, settings, decode) in enumerate(planned):
-            files = decode_to_file(wan, decode, part=number, parts=len(planned))
-            results.append(made.video(settings))
+            files = decode_to_file(wan, decode, part=number, parts=len(planned), vae_alpha=alpha)
+            results.append(made.video(settings, alpha=decode.alpha))
             shown += made.shown(files)
             frames += decode.shape[0] * wan._engine.architecture.frame_count(decode.shape[2])
         tell_work(frames, size, since, wan._engine.worked_on)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import comfy.model_management as model_management
 import folder_paths
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -85,16 +86,23 @@ class VideoOutput:
         previews = [self._previewed] if self.preview.is_file() else []
         return [*previews, self._shown] if self._saved else previews
 
-    def video(self, settings: OutputSettings) -> SavedVideo | ExecutionBlocker:
-        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are."""
+    def video(self, settings: OutputSettings, *, alpha: bool) -> SavedVideo | ExecutionBlocker:
+        """The VIDEO; of pictures a temporary one that holds them as they are, without which they stay what they are.
+
+        Args:
+            settings: what it was written with.
+            alpha: whether there is alpha in it.
+        """
         if self._together is None:
-            return SavedVideo(str(self.path), format=self.format)
+            return SavedVideo(str(self.path), format=self.format, alpha=alpha)
         try:
-            pictures_as_video(self.path, self._together, settings)
+            pictures_as_video(
+                self.path, self._together, settings, model_management.throw_exception_if_processing_interrupted
+            )
         except OutputError as error:
             logger.warning("Wan VAE Parallel: the pictures in %s make no VIDEO: %s", self.path.parent, error)
             return ExecutionBlocker(f"the pictures in {self.path.parent} are whole, but make no VIDEO: {error}")
-        return SavedVideo(str(self._together), format=self.format)
+        return SavedVideo(str(self._together), format=self.format, alpha=alpha)
 
 
 def _place(

@@ -548,6 +548,20 @@ def said_of(path):
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
+def test_decode_with_a_second_vae_for_the_alpha(files, tmp_path):
+    folder, latents, frames = files
+    weights = random_weights(wvp.Architecture.published("wan2.1", width=8), seed=3)
+    save_file(weights, tmp_path / "alpha.safetensors")
+    arguments = ["decode", folder / "video.latent", "--vae", folder / "vae.safetensors", "--devices", "cpu"]
+    arguments += ["--vae-alpha", tmp_path / "alpha.safetensors"]
+    assert main([*map(str, arguments), "-o", str(tmp_path / "v.mkv"), "--format", "ffv1"]) == 0
+    with VideoInput(tmp_path / "v.mkv", colours=4) as video:
+        found = torch.cat(list(video))
+    with wvp.load_vae(tmp_path / "alpha.safetensors", devices="cpu") as vae:
+        alpha = vae.decode(latents)[0, ..., :1]
+    assert (found - torch.cat([frames[0], alpha], dim=-1)).abs().max() < 1e-4
+
+
 def test_decode_joins_latents_in_time(files, tmp_path):
     _, latents, frames = files
     for name, part in (("a", latents[:, :, :1]), ("b", latents[:, :, 1:])):

@@ -132,6 +132,7 @@ class VAE(Session):
         normalized: bool = False,
         on_chunk: OnPicture | None = None,
         on_wait: Callable[[], None] | None = None,
+        vae_alpha: VAE | None = None,
         **options: Any,
     ) -> list[Path]:
         """Decodes latents to a file, of which only a few steps' frames are ever in memory.
@@ -154,6 +155,10 @@ class VAE(Session):
                 frame, every ``step``-th row and column of it, ``[H, W, C]`` in [0, 1]. What it raises ends the decode
                 and reaches the caller.
             on_wait: as `decode`'s, and while the encoder is waited for.
+            vae_alpha: a second VAE, which decodes the same latents to the frames' alpha, as the red of its own:
+                Wan-Alpha's. It decodes before, so that ``done`` and ``total`` count both VAEs' frames, and what it
+                makes waits beside the file on disk, a byte a pixel (two of more than 8 bits). On several devices one
+                set of worker processes does both.
             options: ``metadata``, ``odd``, ``old_pictures``, ``preview`` and ``ffmpeg`` of `files.OutputSettings`.
 
         Returns:
@@ -161,11 +166,13 @@ class VAE(Session):
 
         Raises:
             OutputError: it can't be written so; nothing is left under a final name.
+            CheckpointError: ``vae_alpha`` does not make the same frames.
             LatentError, ClosedError, OutOfMemoryError: as `decode` does.
         """
         settings = output_settings(self.architecture, fps=fps, format=format, quality=quality, audio=audio, **options)
         whole = joined(latents, self.architecture)
-        return VideoDecode(self, whole, path, settings, normalized, on_wait=on_wait).run(on_chunk=on_chunk)
+        decode = VideoDecode(self, whole, path, settings, normalized, vae_alpha=vae_alpha, on_wait=on_wait)
+        return decode.run(on_chunk=on_chunk)
 
     def pixel_stream(
         self,

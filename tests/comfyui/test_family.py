@@ -170,6 +170,82 @@ def test_a_video_of_a_format_with_alpha_keeps_it(server, send):
         close(torch.cat(list(video)).flatten(0, -4), engine_frames("layered.safetensors", latents))
 
 
+def alpha_to_video(send, latents, *, devices="cpu", **inputs):
+    """A graph whose node "video" makes a video of two VAEs'."""
+    return {
+        "latent": send("alpha video", latents),
+        "rgb": loader("rgb.safetensors", devices),
+        "alpha": loader("alpha.safetensors", devices),
+        "video": node(
+            "WanVAEParallelDecodeToVideo", samples=["latent", 0], vae=["rgb", 0], vae_alpha=["alpha", 0], **inputs
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("format", "devices", "bound"),
+    [
+        ("MKV FFV1 lossless 16 bit", "cpu", 1e-4),
+        ("MKV FFV1 lossless 16 bit", "cpu,cpu", 1e-4),
+        ("PNG pictures 8 bit", "cpu", 0.5 / 255 + 1e-4),
+        ("MOV ProRes 422 HQ 10 bit", "cpu", 0.01),
+        ("WebM VP9 8 bit", "cpu", 0.1),
+    ],
+)
+def test_two_vaes_make_a_video_with_alpha(server, send, format, devices, bound):
+    latents = LATENTS[:, :, :2]
+    prefix = f"two/{format.split()[1]}{len(devices)}"
+    graph = alpha_to_video(
+        send, latents, devices=devices, format=format, quality="best", filename_prefix=prefix, save=True
+    )
+    graph |= {"taken": node("GetVideoComponents", video=["video", 0]), "saved": save("taken", "components")}
+    run = server.run(graph).check()
+    files = sorted(file for file in server.output.glob(f"{prefix}*/*.png")) or list(server.output.glob(f"{prefix}*"))
+    found = []
+    for file in files:
+        with VideoInput(file, colours=4) as video:
+            found += list(video)
+    expected = engine_frames("alpha.safetensors", latents)[..., 0]
+    difference = (torch.cat(found)[..., 3] - expected).abs()
+    # Noise is what VP9 is worst at; a wrong plane would be off by a third in the mean.
+    assert (difference.mean() if "VP9" in format else difference.max()) < bound
+    if "FFV1" in format:
+        close(torch.cat(found)[..., :3], engine_frames("rgb.safetensors", latents))
+    frames = 2 * len(expected)
+    assert run.progress("video")[-1] == (frames, frames)
+    (said,) = [text for name, text in run.texts if name == "video"]
+    assert said.startswith(f"{len(expected)} frames of 48x32")
+
+
+@pytest.mark.parametrize(("format", "told"), [("WebM VP9 8 bit", 1), ("MKV FFV1 lossless 16 bit", 1), (None, 0)])
+def test_alpha_that_an_mp4_loses_is_told(server, send, format, told):
+    graph = alpha_to_video(send, LATENTS[:, :, :2], **({"format": format} if format else {}))
+    if format is None:
+        del graph["video"]["inputs"]["vae_alpha"]
+    graph["mp4"] = node("SaveVideo", video=["video", 0], filename_prefix="told", format="mp4", codec="auto")
+    before = len(server.log())
+    server.run(graph).check()
+    assert server.log()[before:].count("this video has alpha, which MP4 has no place for") == told
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"format": "MP4 H.264 8 bit"}, "can't hold alpha as H.264"),
+        ({"format": "WebM VP9 8 bit", "vae_alpha": ["upscale", 0]}, "don't make the same frames"),
+    ],
+)
+def test_a_video_of_two_vaes_that_can_not_be_is_refused_before_a_decode(server, send, inputs, words):
+    graph = alpha_to_video(send, LATENTS[:, :, :2], filename_prefix="refused", save=True)
+    graph["video"]["inputs"] |= inputs
+    graph["upscale"] = loader("upscale2x.safetensors", "cpu")
+    run = server.run(graph)
+    assert run.ended == "execution_error"
+    assert words in run.detail["exception_message"]
+    assert not run.progress("video")
+    assert not list(server.output.glob("refused*"))
+
+
 def test_layered_images_decode_and_encode_as_cores(server, send, received):
     pixels = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(2))
     graph = {

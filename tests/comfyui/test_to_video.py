@@ -400,6 +400,44 @@ def test_an_interrupt_leaves_no_file_and_the_next_decode_works(server, send):
     server.run(to_video(send("l.safetensors", latents()), filename_prefix="next")).check()
 
 
+def ffmpegs(server):
+    """Command lines of the server's."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as file:
+            command = file.read()
+            with open(f"/proc/{entry}/stat") as state:
+                parent = int(state.read().rpartition(")")[2].split()[1])
+            if b"ffmpeg" in command and parent == server.process.pid:
+                found.append(command)
+    return found
+
+
+def test_an_interrupt_ends_what_ffmpeg_tries_before_the_decode(server, send):
+    # 10000x12000 in VP9, of which it tries one frame for many seconds.
+    source = send("large.safetensors", torch.zeros(1, 16, 1, 1250, 1500))
+    times = []
+
+    def interrupt():
+        # Once it is at it.
+        deadline = time.monotonic() + patience(60)
+        while not ffmpegs(server) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        times.append(time.monotonic())
+        server.post("/interrupt")
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    run = server.run(to_video(source, format="WebM VP9 8 bit", filename_prefix="tried", save=True))
+    times.append(time.monotonic())
+    thread.join()
+    assert run.ended == "execution_interrupted"
+    assert times[1] - times[0] < patience(1)
+    assert not ffmpegs(server)
+    assert not list(server.output.rglob("tried*"))
+    assert not leftovers(server)
+
+
 def test_an_ffmpeg_that_is_killed_is_an_error_that_says_so(server, send):
     source = send("long.safetensors", latents(frames=60, rows=8, columns=8, seed=2))
 

@@ -160,3 +160,21 @@ def test_resizing_is_pillows_bicubic():
     assert resized(FRAMES, (24, 16)) is FRAMES
     batch = FRAMES.view(2, 6, 16, 24, 3).half()
     assert torch.equal(resized(batch, (8, 8)).flatten(0, 1), resized(batch.flatten(0, 1), (8, 8)))
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.png", "v.safetensors"])
+def test_what_aria2_has_not_finished_is_not_read(tmp_path, name):
+    path = tmp_path / name
+    if name == "v.mkv":
+        with open_output(path, shape=(1, *FRAMES.shape), fps=16, format="ffv1") as write:
+            write(FRAMES[None])
+    elif name == "v.png":
+        to_picture(FRAMES[0]).save(path)
+    else:
+        save_file({"frames": FRAMES}, path)
+    (tmp_path / f"{name}.aria2").touch()
+
+    with pytest.raises(FrameError, match=rf"not downloaded in full, as {name}\.aria2 is beside it"):
+        read_frames(path, colours=3) if is_tensor(path) else read(path)
+    (tmp_path / f"{name}.aria2").unlink()
+    assert len(read_frames(path, colours=3) if is_tensor(path) else read(path))

@@ -119,6 +119,37 @@ def test_hdr_is_taken_as_it_is_and_told(tmp_path, caplog, transfer):
     assert (f"v.mkv is HDR ({transfer})" in caplog.text) == (transfer != "bt709")
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [("ts", "libx264"), ("h264", "libx264"), ("webm", "libvpx-vp9")])
+def test_a_size_that_changes_is_an_error_behind_the_frames_of_the_first(tmp_path, suffix, codec):
+    program, parts = imageio_ffmpeg.get_ffmpeg_exe(), []
+    for number, size in enumerate(("64x48", "96x32", "64x48")):
+        parts.append(tmp_path / f"{number}.{suffix}")
+        source = ["-f", "lavfi", "-i", f"testsrc=s={size}:r=25:d=0.12", "-pix_fmt", "yuv420p", "-c:v", codec]
+        # Without frames in another order, which would be waited for at the end of each part.
+        subprocess.run([program, "-v", "error", *source, "-bf", "0", str(parts[-1])], check=True)
+    path = tmp_path / f"v.{suffix}"
+    if suffix == "webm":
+        (tmp_path / "list").write_text("".join(f"file '{part}'\n" for part in parts))
+        command = [program, "-v", "error", "-f", "concat", "-safe", "0", "-i", str(tmp_path / "list"), "-c", "copy"]
+        subprocess.run([*command, str(path)], check=True)
+    else:
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    before, frames = children(), []
+    words = r"changes its size: 3 frames have 64x48 pixels, and frame 4 96x32; .* take the first 3 frames alone"
+    with VideoInput(path, colours=3) as video, pytest.raises(FrameError, match=words):
+        frames.extend(video)
+    assert len(frames) == 3
+    assert children() == before
+    # The way out that it names.
+    assert torch.equal(read(path, most=3), torch.cat(frames))
+
+
+def test_a_video_that_lies_on_its_side_has_one_size(folder, tmp_path):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i", str(folder / "v.mp4")]
+    subprocess.run([*command, "-c", "copy", str(tmp_path / "v.mp4")], check=True)
+    assert read(tmp_path / "v.mp4").shape == (17, 48, 32, 3)
+
+
 def test_without_a_folder_for_temporary_files_the_error_says_so(folder, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "gone"))
     with pytest.raises(FrameError, match="folder for temporary files"):

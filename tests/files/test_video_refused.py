@@ -1,5 +1,6 @@
 """What can't be written is refused before the start, and what only failed once is not."""
 
+import subprocess
 import tempfile
 import time
 from fractions import Fraction
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 from tests.files.clips import FRAMES, SHAPE, by_ffmpeg, program, write
+from tests.processes import patience
 from wan_vae_parallel import OutputError
 from wan_vae_parallel.files.audio import Audio
 from wan_vae_parallel.files.ffmpeg import find_ffmpeg
 from wan_vae_parallel.files.settings import OutputSettings
 from wan_vae_parallel.files.video import plan_output
+from wan_vae_parallel.files.video_out import encode_again, pictures_as_video, tag_as_hvc1
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,59 @@ def test_an_ffmpeg_that_lacks_something_is_told_before_the_start(tmp_path):
     broken = program(tmp_path / "broken", f'case "$*" in *-f*null*) exit 3;; *) exec {real} "$@";; esac')
     with pytest.raises(OutputError, match="ended with code 3"):
         plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(ffmpeg=broken))
+
+
+@pytest.mark.parametrize("colours", [3, 4])
+def test_the_trial_of_a_large_picture_is_cut_short_and_encodes_the_same_pixels(tmp_path, colours):
+    command = tmp_path / "command"
+    spying = program(
+        tmp_path / "ffmpeg", f'case "$*" in *null*) echo "$*" > {command};; esac; exec {find_ffmpeg()} "$@"'
+    )
+    tried = []
+    for width in (640, 2560):
+        plan_output(tmp_path / "v.webm", (1, 5, 1440, width, colours), OutputSettings(ffmpeg=spying))
+        tried.append(command.read_text())
+    pixels = "yuv420p" if colours == 3 else "yuva420p"
+    assert all(f"-pix_fmt {pixels} " in text for text in tried)
+    assert ["-deadline realtime" in text for text in tried] == [False, True]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop():
+    raise Stop
+
+
+def test_the_trial_of_a_large_picture_can_be_cancelled(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(Stop):
+        plan_output(tmp_path / "v.webm", (1, 5, 10000, 12000, 3), OutputSettings(), stop)
+    assert time.monotonic() - began < patience(1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["again", "together", "tag"])
+def test_what_ffmpeg_does_with_a_whole_file_can_be_cancelled(tmp_path, monkeypatch, name):
+    write(tmp_path / "%d.png")
+    write(tmp_path / "v.mp4", format="h265")
+    # As core's copies of it are.
+    copied = ["-c", "copy", "-tag:v", "hev1", str(tmp_path / "hev1.mp4")]
+    subprocess.run([find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.mp4"), *copied], check=True)
+    before = sorted(tmp_path.iterdir())
+    slow = program(tmp_path / "slow", f'case "$*" in *partial*) sleep 60;; esac; exec {find_ffmpeg()} "$@"')
+    monkeypatch.setattr("wan_vae_parallel.files.video_out.find_ffmpeg", lambda *_: str(slow))
+    began = time.monotonic()
+    does = {
+        "again": lambda: encode_again(tmp_path / "v.mp4", tmp_path / "again.mp4", stop),
+        "together": lambda: pictures_as_video(tmp_path / "%d.png", tmp_path / "t.mkv", OutputSettings(), stop),
+        "tag": lambda: tag_as_hvc1(tmp_path / "hev1.mp4", stop),
+    }
+    with pytest.raises(Stop):
+        does[name]()
+    assert time.monotonic() - began < patience(2)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, slow])
 
 
 def test_what_failed_once_is_tried_again(tmp_path):

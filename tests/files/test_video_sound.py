@@ -60,6 +60,8 @@ def test_sound_is_cut_or_filled_to_the_videos_length(tmp_path, name, file, codec
         ("h264", "v.mp4", 6, [0, 1, 2, 3, 4, 5]),
         ("prores", "v.mov", 8, [0, 1, 2, 3, 4, 5, 6, 7]),
         ("vp9", "v.webm", 1, [0]),
+        ("vp9", "v.webm", 2, [0, 1]),
+        ("vp9", "v.webm", 3, [0, 1, 3]),
         ("vp9", "v.webm", 4, [0, 1, 2, 3]),
         ("vp9", "v.webm", 5, [0, 1, 2, 4, 5]),
         ("vp9", "v.webm", 6, [0, 1, 2, 3, 4, 5]),
@@ -77,19 +79,77 @@ def test_every_channel_stays_where_it_is(tmp_path, name, file, channels, found):
         command = [find_ffmpeg(), "-i", str(tmp_path / file), "-map", "0:a", "-f", "f32le", "-"]
         done = subprocess.run(command, capture_output=True, check=True)
         kind = re.search(r"Audio: .* Hz, ([^,]+),", done.stderr.decode())[1]
-        count = {"mono": 1, "quad": 4, "5.0": 5, "5.1": 6, "7.1": 8}[kind]
+        count = {"mono": 1, "stereo": 2, "quad": 4, "5.0": 5, "5.1": 6, "7.1": 8}[kind]
         samples = numpy.frombuffer(done.stdout, dtype="<f4").reshape(-1, count)
         places.append(int(abs(samples[5000:15000]).max(axis=0).argmax()))
     assert places == found
 
 
-@pytest.mark.parametrize("kind", ["2.1", "4.0", "5.0(side)", "5.1(side)", "7.1(wide)", "hexagonal"])
-def test_opus_takes_every_kind_of_channels(tmp_path, kind):
-    source = ["-f", "lavfi", "-i", f"sine=d=1,aformat=channel_layouts={kind}", str(tmp_path / "sound.wav")]
-    subprocess.run([find_ffmpeg(), "-v", "error", *source], check=True)
-    write(tmp_path / "v.webm", audio=tmp_path / "sound.wav")
-    said = subprocess.run([find_ffmpeg(), "-i", str(tmp_path / "v.webm")], capture_output=True, text=True, check=False)
-    assert "Audio: opus" in said.stderr
+def known_layouts():
+    """Channels by the name of their layout, as ffmpeg knows them."""
+    said = subprocess.run([find_ffmpeg(), "-v", "error", "-layouts"], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\S+) +((?:[A-Z0-9]+\+)*[A-Z0-9]+)$", said.partition("DECOMPOSITION")[2], re.MULTILINE)
+    return {name: channels.split("+") for name, channels in found}
+
+
+def file_with_tones(folder, layout, frequencies):
+    """A file with sound of a layout, in whose channels are tones; None if no container says such a layout."""
+    samples = torch.arange(48000) / 48000
+    tones = torch.stack([torch.sin(2 * torch.pi * one * samples) / 4 for one in frequencies])
+    (folder / "tones").write_bytes(tones.t().contiguous().numpy().tobytes())
+    for suffix in (".wav", ".caf"):
+        source = ["-f", "f32le", "-ar", "48000", "-ch_layout", layout, "-i", str(folder / "tones")]
+        path = folder / f"sound{suffix}"
+        subprocess.run([find_ffmpeg(), "-y", "-v", "quiet", *source, "-c:a", "pcm_f32le", str(path)], check=False)
+        said = subprocess.run([find_ffmpeg(), "-i", str(path)], capture_output=True, text=True, check=False).stderr
+        if f" Hz, {layout}, " in said:
+            return path
+    return None
+
+
+def heard(path, frequencies):
+    """How loud each tone is in a video's sound, where it is loudest; of all of it 1."""
+    command = [find_ffmpeg(), "-i", str(path), "-map", "0:a", "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    data = subprocess.run(command, capture_output=True, check=True).stdout
+    channels = int.from_bytes(data[22:24], "little")
+    samples = numpy.frombuffer(data[data.index(b"data") + 8 :], dtype="<f4")
+    samples = samples[: len(samples) // channels * channels].reshape(-1, channels)[4000:44000]
+    window = numpy.hanning(len(samples))
+    waves = numpy.exp(-2j * numpy.pi * numpy.outer(frequencies, numpy.arange(len(samples)) / 48000))
+    return abs((waves * window) @ samples).max(axis=1) / window.sum() * 2 / 0.25
+
+
+@pytest.mark.parametrize(("name", "file"), [("h264", "v.mp4"), ("vp9", "v.webm"), ("ffv1", "v.mkv")])
+def test_of_every_layout_each_channel_is_heard_or_it_is_refused(tmp_path, name, file):
+    refused, kept = {}, set()
+    for layout, channels in known_layouts().items():
+        # The deepest for subwoofers, of which codecs keep no others.
+        order = sorted(range(len(channels)), key=lambda i: not channels[i].startswith("LFE"))
+        frequencies = [40 + 8 * order.index(i) for i in range(len(channels))]
+        sound = file_with_tones(tmp_path, layout, frequencies)
+        if sound is None:
+            continue
+        try:
+            write(tmp_path / file, FRAMES[:, :4], fps=4, format=name, audio=sound)
+        except OutputError as error:
+            refused[layout] = str(error)
+            continue
+        kept.add(layout)
+        loud = heard(tmp_path / file, frequencies)
+        assert loud.min() > 0.15, (layout, dict(zip(channels, loud, strict=True)))
+        (tmp_path / file).unlink()
+    assert {"mono", "stereo", "2.1", "3.0", "3.1", "quad", "5.0", "5.1", "5.1(side)", "6.1", "7.1", "7.1(wide)"} <= kept
+    assert bool(refused) == (name != "ffv1")
+    assert all(re.search(r"mix (it|the sound) to", error) for error in refused.values()), refused
+    assert not (tmp_path / file).exists()
+
+
+def test_sound_whose_channels_opus_has_no_place_for_is_refused_with_the_way_out(tmp_path):
+    sound = file_with_tones(tmp_path, "5.1.4", [50] * 10)
+    with pytest.raises(OutputError, match=r"the channels TFL TFR TBL TBR, which Opus has no place for; mix it to 7\.1"):
+        plan_output(tmp_path / "v.webm", SHAPE, OutputSettings(audio=sound))
+    with pytest.raises(OutputError, match=r"or mix the sound to 5\.1 or stereo .*channel layout"):
+        plan_output(tmp_path / "v.mp4", SHAPE, OutputSettings(audio=sound))
 
 
 def test_sound_may_come_from_a_file(tmp_path):

@@ -336,6 +336,30 @@ def test_what_is_no_path_is_told(path, words):
 
 KINDS = {
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "is a GGUF file, .*; take the same VAE as .safetensors"),
+    "ggml": (b"lmgg" + bytes(64), "is a GGML file, .*; take the same VAE as .safetensors"),
+    "ggjt": (b"tjgg\x03\x00\x00\x00" + bytes(64), "is a GGML file, .*; take the same VAE as .safetensors"),
+    # By its manual, of a download by HTTP and of a torrent's.
+    "aria2": (
+        b"\0\1" + bytes(8) + b"\0\x10\0\0" + b"\0\0\0\0\x1e\x4c\x1a\x2b" + bytes(8) + b"\0\0\0\x3d" + b"\xff" * 61,
+        "is aria2's control file, .*; let aria2 finish it .* and name the file itself",
+    ),
+    "aria2 of a torrent": (
+        b"\0\1\0\0\0\1\0\0\0\x14" + bytes(range(20)) + b"\0\x10\0\0" + bytes(20),
+        "is aria2's control file",
+    ),
+    "torrent": (b"d8:announce35:udp://tracker.example", "is a torrent, and not the file that it leads to"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3", "is a PDF; take the same VAE as .safetensors"),
+    "text in UTF-16": ("Entry not found\r\n".encode("utf-16"), 'is a text, "Entry not found", .* the file itself'),
+    "text in UTF-16 the other way": (
+        b"\xfe\xff" + "Entry not found".encode("utf-16-be"),
+        'is a text, "Entry not found"',
+    ),
+    "text in UTF-16 without a mark": ("Entry not found".encode("utf-16-le"), 'is a text, "Entry not found"'),
+    "text in UTF-32": ("Entry not found".encode("utf-32"), 'is a text, "Entry not found"'),
+    "text of an older encoding": ("Zugriff verweigert für wan".encode("cp1252"), 'is a text, "Zugriff verweigert für'),
+    "page in UTF-16": ("<!DOCTYPE html><html></html>".encode("utf-16"), "is a web page that was saved .*itself"),
+    "lfs in UTF-16": ("version https://git-lfs.github.com/spec/v1\n".encode("utf-16"), "is a Git LFS pointer"),
+    "json in UTF-16": ('{"_class_name": "AutoencoderKLWan"}'.encode("utf-16"), "is JSON, and holds no tensors"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a Git LFS pointer, .*lfs pull"),
     "page": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "is a web page that was saved .*itself"),
     "page without a doctype": (b"\n <html lang='en'>", "is a web page that was saved under the file's name"),
@@ -370,6 +394,30 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path, content, words)
     assert "damaged" not in str(error.value)
     with pytest.raises(LatentError, match=words.replace("same VAE", "same latents")):
         read_latents(path)
+
+
+def test_a_file_that_aria2_has_not_finished_is_not_read(original, tmp_path):
+    # It has its size from the start, so that what is not there yet would be weights of zeros.
+    path = tmp_path / "vae.safetensors"
+    save_file(original, path)
+    control = tmp_path / "vae.safetensors.aria2"
+    control.write_bytes(KINDS["aria2"][0])
+    words = r"is not downloaded in full, as vae\.safetensors\.aria2 is beside it, .*; run the same download again"
+    for read_it in (read_checkpoint, describe_checkpoint):
+        with pytest.raises(CheckpointError, match=words):
+            read_it(path)
+    with pytest.raises(CheckpointError, match=r"is aria2's control file"):
+        read_checkpoint(control)
+    control.unlink()
+    assert_same(read_checkpoint(path), original)
+
+
+@pytest.mark.parametrize("suffix", [".part", ".crdownload", ".incomplete"])
+def test_a_name_of_what_is_being_downloaded_is_told(tmp_path, suffix):
+    path = tmp_path / f"vae.safetensors{suffix}"
+    path.write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(CheckpointError, match=rf"is not downloaded in full, as its name ends in \{suffix}; download"):
+        read_checkpoint(path)
 
 
 def test_random_bytes_are_damaged(tmp_path):

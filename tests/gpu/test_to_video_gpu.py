@@ -8,7 +8,7 @@ import torch
 import wan_vae_parallel as wvp
 from tests.gpu.device import CUDA
 from tests.oracle import load, random_latents
-from wan_vae_parallel.ops.pixel_format import GBR_16, RGB_8, RGB_16, YUV420, YUV420_10, YUV422_10
+from wan_vae_parallel.ops.pixel_format import GBR_16, RGB_8, RGB_16, YUV420, YUV420_10, YUV422_10, YUVA420
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not COUNT, reason="no CUDA dev
 several = [pytest.mark.multigpu, pytest.mark.skipif(COUNT < 2, reason=f"needs two CUDA devices, there are {COUNT}")]
 
 FORMATS = pytest.mark.parametrize(
-    "pixels", [YUV420, YUV420_10, YUV422_10, GBR_16, RGB_8, RGB_16], ids=lambda pixels: pixels.name
+    "pixels",
+    # The last two are those of Wan-Alpha's second VAE.
+    [YUV420, YUV420_10, YUV422_10, GBR_16, RGB_8, RGB_16, YUVA420.alpha_alone, RGB_16.alpha_alone],
+    ids=lambda pixels: pixels.name,
 )
 
 

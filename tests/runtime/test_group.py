@@ -23,6 +23,7 @@ from tests.processes import gone, patience, wait_until
 from wan_vae_parallel.cli import main
 from wan_vae_parallel.files.latents import read_latents, save_latents
 from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel.files.video_in import VideoInput
 from wan_vae_parallel.ops.kernels import tiles
 from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 from wan_vae_parallel.parallel.coordination import Coordinator
@@ -69,6 +70,27 @@ def test_the_first_rank_gets_the_frames_of_one_device(ranks, path, rows, columns
     torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
     assert all(theirs.shape == (1, 0, *frames.shape[2:]) for theirs, _ in others)
     assert names == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
+
+
+def _decode_to_files_with_alpha(_rank, _world, path, latents, folder):
+    with wvp.load_vae(path, chunk=1, group=launch.group()) as vae, wvp.load_vae(path, group=launch.group()) as alpha:
+        for name in ("v.mkv", "v.safetensors"):
+            format = "ffv1" if name == "v.mkv" else None
+            files = vae.decode_to_video(latents, folder / name, format=format, vae_alpha=alpha)
+        return files
+
+
+def test_the_first_rank_writes_what_two_vaes_make(ranks, path, tmp_path):
+    latents = latents_of(3, 2)
+    written, *others = ranks.run(_decode_to_files_with_alpha, path, latents, tmp_path)
+    assert written == [tmp_path / "v.safetensors"]
+    assert others == [[]] * 3
+    frames = alone(path, latents)
+    expected = torch.cat([frames, frames[..., :1]], dim=-1)
+    torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["frames"], expected, **CLOSE)
+    with VideoInput(tmp_path / "v.mkv", colours=4) as video:
+        torch.testing.assert_close(torch.cat(list(video)), expected[0], atol=2e-5, rtol=0)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def _encode(_rank, _world, path, video):

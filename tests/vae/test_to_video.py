@@ -228,7 +228,15 @@ def out(vae, latents, frames, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "when"), [("v.mp4", "chunk"), ("v.mp4", "wait"), ("p_%d.png", "chunk"), ("v.safetensors", "chunk")]
+    ("name", "when"),
+    [
+        ("v.mp4", "chunk"),
+        ("v.mp4", "wait"),
+        ("v.mp4", "trial"),
+        ("p_%d.png", "chunk"),
+        ("p_%d.png", "trial"),
+        ("v.safetensors", "chunk"),
+    ],
 )
 def test_cancelled(vae, latents, out, name, when):
     class Stop(Exception):
@@ -240,8 +248,13 @@ def test_cancelled(vae, latents, out, name, when):
     options = {"on_chunk": stop} if when == "chunk" else {"on_wait": stop}
     if when == "wait":
         options["ffmpeg"] = script(out.parent, 'case "$*" in *pipe:0*) sleep 60;; esac')
+    if when == "trial":
+        # What ffmpeg starts goes with it.
+        options["ffmpeg"] = script(out.parent, f'case "$*" in *null*) sleep 61; touch "{out / "went on"}";; esac')
+    began = time.monotonic()
     with pytest.raises(Stop):
         vae.decode_to_video(latents, out / name, **options)
+    assert when != "trial" or time.monotonic() - began < patience(1)
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "p_%d.png"])

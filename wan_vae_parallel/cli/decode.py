@@ -29,6 +29,9 @@ def add_parser(commands: Any) -> None:
     )
     decode.add_argument("--vae", type=Path, required=True, help="the Wan VAE's safetensors file")
     decode.add_argument(
+        "--vae-alpha", type=Path, help="a second VAE, which decodes the frames' alpha: Wan-Alpha's alpha_channel"
+    )
+    decode.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -61,9 +64,10 @@ def _run(options: argparse.Namespace) -> None:
         first = group is None or dist.get_rank(group) == 0
         if not first:
             logging.getLogger().setLevel(logging.WARNING)
-        with load_vae(
-            options.vae, devices=options.devices, dtype=options.dtype, chunk=options.chunk, group=group
-        ) as vae:
+        engine = {"devices": options.devices, "dtype": options.dtype, "chunk": options.chunk, "group": group}
+        with contextlib.ExitStack() as stack:
+            vae = stack.enter_context(load_vae(options.vae, **engine))
+            alpha = stack.enter_context(load_vae(options.vae_alpha, **engine)) if options.vae_alpha else None
             latents = joined(parts, vae.architecture)
             settings = output_settings(
                 vae.architecture,
@@ -76,7 +80,13 @@ def _run(options: argparse.Namespace) -> None:
             )
             bar = Progress(shown=first)
             decode = VideoDecode(
-                vae, latents, options.output, settings, options.normalized, on_wait=signals.end_if_stopped
+                vae,
+                latents,
+                options.output,
+                settings,
+                options.normalized,
+                vae_alpha=alpha,
+                on_wait=signals.end_if_stopped,
             )
             files = decode.run(on_chunk=lambda done, total, _: bar.show(done, total), at_work=signals.held)
             bar.close()

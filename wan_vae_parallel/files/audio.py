@@ -14,14 +14,20 @@ from pathlib import Path
 import torch
 
 from ..errors import OutputError
+from .ffmpeg import layout_channels, sound_channels
 
 _MOST_CHANNELS = 8
 _RATES = (1000, 384000)
 # What so many channels usually are, as WAV files order them.
 _LAYOUTS = ("mono", "stereo", "2.1", "quad", "5.0", "5.1", "6.1", "7.1")
-# What an encoder gets, where it does not take all: others are mixed to the nearest. Of Opus' own (RFC 7845, 5.1.1.2)
-# 5.0 and 6.1 are left out, whose channels ffmpeg's libopus takes one for another; within 5.1 and 7.1 they are right.
-_TAKEN = {"libopus": "mono|stereo|3.0|quad|5.1|7.1"}
+# What Opus gets: others are mixed to the nearest. Of its own (RFC 7845, 5.1.1.2) 5.0 and 6.1 are left out, whose
+# channels ffmpeg's libopus takes one for another; within 5.1 and 7.1 they are right. Of a subwoofer a mix leaves
+# nothing, so that it must have its place; and pairs for headphones would become one.
+_OPUS, _OPUS_WITH_SUBWOOFER, _OPUS_PAIR = "mono|stereo|3.0|quad|5.1|7.1", "5.1|7.1", "stereo"
+_SUBWOOFER = "LFE"
+_PAIRS = ({"DL", "DR"}, {"BIL", "BIR"})
+# What any ffmpeg mixes into others where they have no place of their own; of the rest it leaves out some or all.
+_MIXED = {"FL", "FR", "FC", "LFE", "BL", "BR", "FLC", "FRC", "BC", "SL", "SR"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +75,33 @@ def audio_input(audio: Audio | Path, samples: str) -> list[str]:
     return ["-f", "f32le", "-sample_rate", str(audio.sample_rate), "-ch_layout", layout, "-i", f"file:{samples}"]
 
 
-def audio_filter(seconds: Fraction, encoder: str) -> str:
-    """Ffmpeg's filter that cuts the sound to so many seconds, or adds silence, in channels that ``encoder`` takes."""
-    channels = f"aformat=channel_layouts={_TAKEN[encoder]}," if encoder in _TAKEN else ""
+def audio_channels(audio: Audio | Path, program: str) -> tuple[str, ...] | None:
+    """The channels of ``audio`` as ffmpeg names them; none of places that nobody knows, None of no sound."""
+    if isinstance(audio, Path):
+        return sound_channels(program, audio)
+    return layout_channels(program, _LAYOUTS[audio.waveform.shape[0] - 1])
+
+
+def encoders_layouts(channels: tuple[str, ...] | None, encoder: str) -> str | None:
+    """Layouts, as ffmpeg's filter takes them, one of which ``encoder`` is to get; None for what comes.
+
+    Raises:
+        OutputError: channels would be left out in any.
+    """
+    if encoder != "libopus" or channels is None:
+        return None
+    if set(channels) in _PAIRS:
+        return _OPUS_PAIR
+    if not channels or (lost := [name for name in channels if name not in _MIXED]):
+        which = f"the channels {' '.join(lost)}" if channels else "channels of unknown places"
+        raise OutputError(
+            f"the sound has {which}, which Opus has no place for; mix it to 7.1 or fewer, or choose a format whose "
+            f"sound is not compressed (ffv1, prores)"
+        )
+    return _OPUS_WITH_SUBWOOFER if _SUBWOOFER in channels else _OPUS
+
+
+def audio_filter(seconds: Fraction, layouts: str | None = None) -> str:
+    """Ffmpeg's filter that cuts the sound to so many seconds, or adds silence, in one of ``layouts``."""
+    channels = f"aformat=channel_layouts={layouts}," if layouts else ""
     return f"{channels}apad,atrim=end={float(seconds):.6f}"

@@ -122,14 +122,11 @@ class VideoStream:
 def describe_video(program: str, path: Path) -> VideoStream:
     """What a file's first video is, as far as ffmpeg can tell."""
     try:
-        done = subprocess.run(
-            [program, "-nostdin", "-hide_banner", "-i", f"file:{path}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
+        said = _said(program, "-i", f"file:{path}")
     except OSError:
         return VideoStream()  # whoever reads the file will say it
     # Each stream's line, and those of its metadata behind it.
-    streams = re.split(r"^ *Stream #", done.stderr.decode(errors="replace"), flags=re.MULTILINE)[1:]
+    streams = re.split(r"^ *Stream #", said, flags=re.MULTILINE)[1:]
     for text in streams:
         found = re.search(r" Video: (\w+).*?, (\w+)[(,]", text.partition("\n")[0])
         if found and "(attached pic)" not in text:
@@ -144,11 +141,85 @@ def describe_video(program: str, path: Path) -> VideoStream:
     return VideoStream()
 
 
+def layout_channels(program: str, layout: str) -> tuple[str, ...]:
+    """The channels of a layout as ffmpeg names both, such as ``("FL", "FR", "LFE")`` of 2.1; none if it is unknown."""
+    if named := re.search(r"\(([A-Z0-9+]+)\)$", layout):  # of no name: "3 channels (FL+FR+LFE)"
+        return tuple(named[1].split("+"))
+    return _layouts(program).get(layout, ())
+
+
+@functools.lru_cache
+def _layouts(program: str) -> dict[str, tuple[str, ...]]:
+    text = _said(program, "-layouts", standard_output=True).partition("Standard channel layouts:")[2]
+    return {
+        name: tuple(names.split("+")) for name, names in re.findall(r"^(\S+) +([A-Z0-9+]+)\s*$", text, re.MULTILINE)
+    }
+
+
+def sound_channels(program: str, path: Path) -> tuple[str, ...] | None:
+    """The channels of a file's first sound, as `layout_channels` has them; None if there is none that it can tell."""
+    try:
+        said = _said(program, "-i", f"file:{path}")
+    except OSError:
+        return None  # whoever reads the file will say it
+    found = re.search(r"^ *Stream #.* Audio: .*? Hz, ([^,\n]+)", said, re.MULTILINE)
+    return layout_channels(program, found[1].strip()) if found else None
+
+
+def _said(program: str, *arguments: str, standard_output: bool = False) -> str:
+    """What an ffmpeg says of what it is asked."""
+    done = subprocess.run(
+        [program, "-nostdin", "-hide_banner", *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, check=False,
+    )  # fmt: skip
+    return (done.stdout if standard_output else done.stderr).decode(errors="replace")
+
+
 def complaints(text: str) -> str:
     """What an ffmpeg that was run with ``-v level+error`` (or more) complains of, in a line; empty if it does not."""
     grave = [found[1].strip() for line in text.splitlines() if (found := _GRAVE.match(line))]
     causes = [line for line in grave if not _CONSEQUENCES.search(line)] or grave
     return "; ".join(dict.fromkeys(causes[:2]))[:_LONGEST]
+
+
+def run(command: Sequence[str], check: Callable[[], None]) -> tuple[int, str]:
+    """Runs a program to its end; its exit code, and what it wrote to its standard error.
+
+    Args:
+        command: the program and its arguments.
+        check: called several times a second; what it raises ends the program, and what that has started.
+
+    Raises:
+        OSError: it does not start.
+    """
+    with tempfile.TemporaryFile() as said:
+        # In a session of its own, as that of `FedProcess`.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(_LOOK_SECONDS)
+                except subprocess.TimeoutExpired:
+                    check()
+                    continue
+                break
+        finally:
+            _kill(process)
+        said.seek(0)
+        return code, said.read().decode(errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads a session, and what it has started: another ffmpeg may be a script."""
+    if process.poll() is None:
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
 
 
 class FedProcess:
@@ -221,13 +292,8 @@ class FedProcess:
         return int(counts[-1]) if counts else 0
 
     def close(self) -> None:
-        """Ends the process, wherever it is, and what it has started: another ffmpeg may be a script."""
-        if self._process.poll() is None:
-            if hasattr(os, "killpg"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
+        """Ends the process, wherever it is, and what it has started."""
+        _kill(self._process)
         # The thread comes to its end, since what it waits for does.
         while self._thread.is_alive():
             try:
@@ -236,7 +302,6 @@ class FedProcess:
                 self._thread.join(_LOOK_SECONDS)
             else:
                 self._thread.join()
-        self._process.wait()
         self._said.close()
         self._progress.close()
 

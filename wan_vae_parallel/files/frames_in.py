@@ -22,6 +22,7 @@ from ..errors import FrameError, OutOfMemoryError, about_file
 from ..frames import check_values
 from ..memory import free_memory, gibibytes
 from ..ops.dispatch import say_once
+from .kinds import unfinished_download
 from .tensor_file import TensorFile
 from .video_in import VideoInput
 
@@ -293,6 +294,8 @@ def _check_file(path: Path) -> None:
     if not path.is_file():  # a pipe would have opening it wait
         raise FrameError(about_file(path, f"{'is no file' if path.exists() else 'does not exist'}; {_NAME_ANOTHER}"))
     path.open("rb").close()
+    if unfinished := unfinished_download(path):
+        raise FrameError(about_file(path, unfinished))
 
 
 def _refuse_latents(path: Path) -> None:

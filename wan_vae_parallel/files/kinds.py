@@ -22,11 +22,20 @@ _ARCHIVES = {
     b"\xfd7zXZ": "an xz archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
 }
+# GGUF and what was before it: ggml, ggmf, ggjt and ggla, whose letters are a number's bytes.
+_GGML = re.compile(rb"GGUF|lmgg|fmgg|tjgg|algg")
+# Of aria2's control file (its manual, "Control file format"): version 1, no extension or that of torrents, a hash of 20
+# bytes or none, and a length of pieces.
+_ARIA2 = re.compile(rb"\x00\x01\x00\x00\x00[\x00\x01]\x00\x00\x00(\x14.{20}|\x00)(?!\x00{4})", re.DOTALL)
+_ARIA2_SUFFIX = ".aria2"
+# Names that browsers and others give a file until all of it is there.
+_UNFINISHED_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".incomplete", ".opdownload", ".tmp")
 # By their first bytes, or those behind a length.
 _OTHERS = (
     (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "a picture"),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video"),
     (rb"\x89HDF", "an HDF5 file"),
+    (rb"%PDF", "a PDF"),
 )
 # PyTorch's archives, protocols from 2 on, and those before of a dictionary, a list or a class.
 _PICKLED = re.compile(rb"PK\x03\x04|\x80[\x00-\x05]|\([dl](p\d+)?\n|[}\]]q\x00|c[\w.]+\n\w+\n")
@@ -70,10 +79,40 @@ def _text(head: bytes) -> str:
     """``head`` as one line, if it is text; empty if not."""
     try:
         # The last character may not be whole.
-        words = " ".join(codecs.getincrementaldecoder("utf-8")().decode(head).split())
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
-        return ""
+        # Of an older system's encoding, whose letters beyond ASCII are few.
+        text = head.decode("latin-1") if sum(byte < 128 for byte in head) > 0.8 * len(head) else "\0"
+    words = " ".join(text.split())
     return words if len(head) >= _SHORTEST_TEXT and words.isprintable() else ""
+
+
+def _in_utf8(head: bytes) -> bytes:
+    """``head`` as UTF-8, if it is text in UTF-16 or UTF-32, as PowerShell and Notepad write it; else as it is."""
+    marks = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+    encoding = next((name for mark, name in marks if head.startswith(mark)), None)
+    if encoding is None and len(head) >= _SHORTEST_TEXT:  # without a mark: every other byte of ASCII's letters is 0
+        first, second = head[::2], head[1::2]
+        encoding = (
+            "utf-16-le" if not any(second) and all(first) else "utf-16-be" if not any(first) and all(second) else None
+        )
+    if encoding is None:
+        return head
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(head).encode()
+    except UnicodeError:
+        return head
+
+
+def unfinished_download(path: Path) -> str:
+    """What tells that ``path`` has not been downloaded in full, and the way out; empty if nothing does."""
+    control = path.with_name(path.name + _ARIA2_SUFFIX)
+    if control.is_file():
+        return (
+            f"is not downloaded in full, as {control.name} is beside it, which aria2 removes at the end; run the same "
+            f"download again, which goes on, or remove {control.name} if you know that the file is whole"
+        )
+    return ""
 
 
 def other_kind(head: bytes, path: Path, *, holds: str) -> str:
@@ -87,8 +126,19 @@ def other_kind(head: bytes, path: Path, *, holds: str) -> str:
     if begins_as_safetensors(head):
         return ""
     same = f"take the same {holds} as .safetensors"
-    if head.startswith(b"GGUF"):
-        return f"is a GGUF file, in which weights are quantised in blocks for programs of their own; {same}"
+    if _GGML.match(head):
+        kind = "GGUF" if head.startswith(b"GGUF") else "GGML"
+        return f"is a {kind} file, in which weights are quantised in blocks for programs of their own; {same}"
+    if path.suffix.lower() == _ARIA2_SUFFIX or _ARIA2.match(head):
+        return (
+            "is aria2's control file, which it keeps of a download until that is done; let aria2 finish it (run the "
+            "same download again), and name the file itself"
+        )
+    if path.suffix.lower() in _UNFINISHED_SUFFIXES:
+        return f"is not downloaded in full, as its name ends in {path.suffix}; download it again"
+    if re.match(rb"d\d+:(announce|comment|created by|creation date|info)", head):
+        return "is a torrent, and not the file that it leads to; download that"
+    head = _in_utf8(head)
     if head.startswith(b"version https://git-lfs"):
         return (
             "is a Git LFS pointer, a few lines of text in the place of the file; run `git lfs pull` in its repository, "

@@ -21,6 +21,10 @@ _MOST_DENOMINATOR = 1_000_000
 Check = Callable[[], None]
 
 
+def no_check() -> None:
+    """For who does not cancel."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
     """How frames are written.

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from ..anonymous import anonymous_file
 from ..cancel import LOOK_SECONDS, check_cancelled
 from ..errors import OutOfMemoryError, WanVAEError, about_file, is_out_of_memory
-from .kinds import HEAD_BYTES, other_kind
+from .kinds import HEAD_BYTES, other_kind, unfinished_download
 
 # The library refuses longer headers.
 _LONGEST_HEADER = 100_000_000
@@ -89,7 +89,7 @@ class TensorFile:
         with self._closing_after_errors(), self._told():
             self.version = FileVersion.of(os.fstat(self._file.fileno()))
             self._head = self._file.read(HEAD_BYTES) or b""
-            if kind := other_kind(self._head, path, holds=holds):
+            if kind := unfinished_download(path) or other_kind(self._head, path, holds=holds):
                 raise error_class(about_file(path, kind))
 
     def __enter__(self) -> TensorFile:

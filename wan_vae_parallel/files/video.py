@@ -20,7 +20,7 @@ from ..errors import OutOfMemoryError, OutputError, about_file
 from ..memory import free_memory, gibibytes
 from .formats import FORMATS, VIDEO_SUFFIXES, choose_format
 from .kinds import user_path
-from .settings import Check, OutputSettings
+from .settings import Check, OutputSettings, no_check
 from .video_out import PictureOutput, VideoOutput, Write
 from .whole import check_writable, replacing
 
@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 _NUMBER = re.compile(r"([^%]*)%(0?\d*)d([^%]*)")
 
 
-def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings | None = None) -> Output:
+def plan_output(
+    path: str | Path, shape: Sequence[int], settings: OutputSettings | None = None, check: Check = no_check
+) -> Output:
     """Makes sure that frames can be written to ``path``, before any is decoded.
 
     - ``.mp4``, ``.mkv``, ``.mov``, ``.webm``: a video, see `formats.FORMATS`, with alpha in VP9, ProRes (4444) and
@@ -41,6 +43,7 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         path: where to.
         shape: ``[B, T, H, W, C]`` of all frames.
         settings: how.
+        check: called several times a second while ffmpeg tries it out; what it raises ends that.
 
     Raises:
         OutputError: an unknown kind of file, a folder that is missing or read-only, a full disk, or something that the
@@ -70,9 +73,8 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
         for file in files:
             check_writable(file)
         if shape[4] > 3 and chosen.of_colours(shape[4]).colours == 3:
-            keep = ", ".join(one.name for one in FORMATS.values() if one.alpha or one.pictures)
-            logger.warning("%s has no alpha: the fourth colour is left out; %s keep it", path, keep)
-        return VideoOutput(files, chosen, shape, settings)
+            logger.warning("%s has no alpha: the fourth colour is left out; %s keep it", path, _formats_with_alpha())
+        return VideoOutput(files, chosen, shape, settings, check)
     later = []
     # The folder of a sequence is made when it is written; what it would lie in must be there.
     if os.path.isdir(path.parent):  # of a name that is too long, pathlib's raises until Python 3.14
@@ -89,7 +91,7 @@ def plan_output(path: str | Path, shape: Sequence[int], settings: OutputSettings
             )
     else:
         check_writable(path.parent)
-    return PictureOutput(files, chosen, shape, settings, later)
+    return PictureOutput(files, chosen, shape, settings, later, check)
 
 
 @contextlib.contextmanager
@@ -113,7 +115,7 @@ def open_output(path: str | Path, *, shape: Sequence[int], fps: float, **options
     settings = OutputSettings(fps=fps, **options)
     height, width = fitted_size(path, shape[2], shape[3], settings)
     output = plan_output(path, (*shape[:2], height, width, shape[4]), settings)
-    with output.open(lambda: None) as write:
+    with output.open(no_check) as write:
 
         def write_frames(frames: torch.Tensor) -> None:
             if output.pixels is not None:
@@ -146,6 +148,19 @@ def _fitted(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     rows = torch.arange(height, device=frames.device).clamp_(max=frames.shape[2] - 1)
     columns = torch.arange(width, device=frames.device).clamp_(max=frames.shape[3] - 1)
     return frames[:, :, rows][:, :, :, columns]
+
+
+def check_keeps_alpha(path: Path, settings: OutputSettings) -> None:
+    """Raises `OutputError` if frames at ``path`` would lose their alpha; other kinds of files are for `plan_output`."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        return
+    chosen = choose_format(path, settings.format)
+    if chosen.alpha is None:
+        raise OutputError(about_file(path, f"can't hold alpha as {chosen.title}; choose {_formats_with_alpha()}"))
+
+
+def _formats_with_alpha() -> str:
+    return ", ".join(one.name for one in FORMATS.values() if one.alpha or one.pictures)
 
 
 def output_files(path: str | Path, shape: Sequence[int]) -> list[Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -26,6 +27,8 @@ from .ffmpeg import complaints, describe_video
 _FORMATS = {3: "rgb24", 4: "rgba"}
 _WIDE_FORMATS = {3: "rgb48be", 4: "rgba64be"}
 _NO_VIDEO = "matches no streams"
+# What its filter showinfo says of each frame as it was decoded, before that is stretched to the first one's size.
+_DECODED = re.compile(rb"^\[Parsed_showinfo[^\n]*\] n: *\d+ pts:[^\n]* s:(\d+)x(\d+) ", re.MULTILINE)
 
 
 class VideoInput:
@@ -52,6 +55,13 @@ class VideoInput:
         self._path = path
         self._colours = colours
         self._most = most
+        self._expected: int | None = None
+        # Of what ffmpeg has said, how much was looked through; width and height of the first frame, how many frames
+        # had these, and those of the one behind them if it has others.
+        self._looked_through = 0
+        self._size: tuple[int, int] | None = None
+        self._alike = 0
+        self._other_size: tuple[int, int] | None = None
         try:
             self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         except OSError as error:
@@ -88,6 +98,8 @@ class VideoInput:
     @property
     def expected(self) -> int | None:
         """How many frames there will be, by what the file tells of its length; None if it does not."""
+        if self._expected is not None:
+            return self._expected
         text = self._text()
         length = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", text)
         rate = re.search(r" Video: .*?([\d.]+) fps", text)
@@ -95,13 +107,14 @@ class VideoInput:
             return self._most
         hours, minutes, seconds = map(float, length.groups())
         frames = max(1, round((3600 * hours + 60 * minutes + seconds) * float(rate[1])))
-        return min(frames, self._most or frames)
+        self._expected = min(frames, self._most or frames)
+        return self._expected
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields ``[1, H, W, C]``, float32.
 
         Raises:
-            FrameError: there is no video in the file, it is damaged or cut short.
+            FrameError: there is no video in the file, it is damaged or cut short, or its frames change their size.
         """
         done = 0
         while (self._most is None or done < self._most) and (frame := self._next(done)) is not None:
@@ -133,6 +146,7 @@ class VideoInput:
             # Whatever the name looks like, it is a file's; "V": no cover pictures.
             "-i", f"file:{self._path}", "-map", "0:V:0", "-fps_mode", "passthrough",
             *(["-frames:v", str(self._most)] if self._most else []),
+            "-vf", "showinfo=checksum=0",
             # Pictures that tell their own size.
             *(["-sws_flags", "accurate_rnd+full_chroma_int"] if stream.wide else []),
             "-c:v", "pam", "-pix_fmt", pixels, "-f", "image2pipe", "-",
@@ -163,6 +177,7 @@ class VideoInput:
             header[name] = value
         if not header:
             return None
+        self._check_size(done)
         try:
             shape = 1, int(header["HEIGHT"]), int(header["WIDTH"]), self._colours
             most = int(header["MAXVAL"])
@@ -175,10 +190,38 @@ class VideoInput:
         whole = numpy.frombuffer(values, dtype=numpy.uint8 if most < 256 else ">u2").astype(numpy.float32)
         return torch.from_numpy(whole).view(shape).div_(most)
 
+    def _check_size(self, done: int) -> None:
+        """Raises `FrameError` if the frame behind ``done`` others was stretched to their size."""
+        new = self._bytes_said(self._looked_through)
+        new = new[: new.rfind(b"\n") + 1]
+        self._looked_through += len(new)
+        for width, height in _DECODED.findall(new):
+            size = int(width), int(height)
+            self._size = self._size or size
+            if self._other_size is None and size == self._size:
+                self._alike += 1
+            elif self._other_size is None:
+                self._other_size = size
+        if self._other_size is not None and self._size is not None and done >= self._alike:
+            (width, height), (other_width, other_height) = self._size, self._other_size
+            raise FrameError(
+                about_file(
+                    self._path,
+                    f"changes its size: {done} frames have {width}x{height} pixels, and frame {done + 1} "
+                    f"{other_width}x{other_height}; export it in one size, or take the first {done} frames alone",
+                )
+            )
+
     def _text(self) -> str:
         """What ffmpeg has said so far."""
-        self._said.seek(0)
-        return self._said.read().decode(errors="replace")
+        return self._bytes_said(0).decode(errors="replace")
+
+    def _bytes_said(self, start: int) -> bytes:
+        size = os.fstat(self._said.fileno()).st_size
+        if hasattr(os, "pread"):  # leaves alone where ffmpeg writes next, which is a place that both share
+            return os.pread(self._said.fileno(), size - start, start)
+        self._said.seek(start)
+        return self._said.read()
 
     def _reason(self) -> str:
         """What ffmpeg complains of, in a line; empty if it does not."""

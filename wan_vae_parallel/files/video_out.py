@@ -6,13 +6,11 @@ B videos, T frames, H x W pixels; frames come as bytes [B, t, n] in the format's
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import re
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,11 +18,11 @@ import torch
 
 from ..errors import OutputError, about_file
 from ..ops.pixel_format import PixelFormat
-from .audio import Audio, audio_filter, audio_input, write_samples
-from .ffmpeg import FedProcess, check_encoder, complaints, describe_video, find_ffmpeg
+from .audio import Audio, audio_channels, audio_filter, audio_input, encoders_layouts, write_samples
+from .ffmpeg import FedProcess, check_encoder, complaints, describe_video, find_ffmpeg, run
 from .formats import FileFormat
 from .pictures import add_texts
-from .settings import Check, OutputSettings
+from .settings import Check, OutputSettings, no_check
 from .whole import check_writable, readable_as_usual, replacing, unfinished_folder
 
 logger = logging.getLogger(__name__)
@@ -58,6 +56,7 @@ class VideoOutput:
         chosen: the format.
         shape: ``[B, T, H, W, C]`` of all frames.
         settings: the rest.
+        check: called several times a second while ffmpeg tries it out; what it raises ends that.
 
     Attributes:
         pixels: what frames come as.
@@ -67,7 +66,14 @@ class VideoOutput:
         OutputError: it can't be written so.
     """
 
-    def __init__(self, files: Sequence[Path], chosen: FileFormat, shape: Sequence[int], settings: OutputSettings):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        chosen: FileFormat,
+        shape: Sequence[int],
+        settings: OutputSettings,
+        check: Check = no_check,
+    ):
         self.files = list(files)
         self._format = chosen
         self._settings = settings
@@ -83,8 +89,10 @@ class VideoOutput:
         check_encoder(self._program, chosen.encoder, self.pixels.name)
         if settings.audio is not None:
             check_encoder(self._program, self._audio_encoder[1])
+            channels = audio_channels(settings.audio, self._program)
+            self._audio_layouts = encoders_layouts(channels, self._audio_encoder[1])
         self._preview = self._planned_preview()
-        self._try()
+        self._try(check)
 
     @contextlib.contextmanager
     def open(self, check: Check) -> Iterator[Write]:
@@ -228,7 +236,7 @@ class VideoOutput:
         if self.pixels.halved_columns:
             arguments += ["-chroma_sample_location", "left"]
         if self._settings.audio is not None:
-            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds, self._audio_encoder[1]), *self._audio_encoder]
+            arguments += ["-map", "1:a:0", "-af", audio_filter(seconds, self._audio_layouts), *self._audio_encoder]
         return arguments
 
     def _muxed(self, path: Path) -> list[str]:
@@ -266,10 +274,10 @@ class VideoOutput:
             *_TAGS,
         ]
         if self._settings.audio is not None:
-            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds, "aac"), "-c:a", "aac"]
+            arguments += ["-map", "1:a:0", "-af", audio_filter(self._seconds, "mono|stereo"), "-c:a", "aac"]
         return [*arguments, "-map_metadata", "-1", *_NOTHING_ELSE, "-movflags", "+faststart", "-f", "mp4"]
 
-    def _try(self) -> None:
+    def _try(self, check: Check) -> None:
         """Has ffmpeg encode one black frame to nowhere: what it can't do is known before a decode."""
         audio, one = self._settings.audio, 1 / self._settings.rate
         # Of zeros: the frame, and a sample of each channel.
@@ -278,17 +286,22 @@ class VideoOutput:
             sizes["samples"] = 4 * audio.waveform.shape[0]
         sound = [] if audio is None else audio_input(audio, "@/samples")
         changed = audio.stat().st_mtime_ns if isinstance(audio, Path) else 0
-        command = (*self._source("file:@/frame"), *sound, *self._encoded(one))
+        large = self._width * self._height > _LARGE_PIXELS
+        command = (
+            *(*self._source("file:@/frame"), *sound, *self._encoded(one)),
+            *(self._format.trial_arguments if large else ()),
+        )
         try:
-            _try_once(command, tuple(sizes.items()), changed)
+            _try_once(command, tuple(sizes.items()), changed, check)
         except _CanNotEncode as reason:
             if isinstance(audio, Path):
-                self._try_sound(audio)
+                self._try_sound(audio, check)
             raise OutputError(
                 about_file(
                     self._path,
                     f"can't be written as {self._format.title}, {self._width}x{self._height}"
-                    f"{' with sound' if audio is not None else ''}; choose another format or ffmpeg",
+                    f"{' with sound' if audio is not None else ''}; choose another format or ffmpeg"
+                    f"{', or mix the sound to 5.1 or stereo' if 'channel layout' in str(reason) else ''}",
                     f"ffmpeg says {reason}",
                 )
             ) from None
@@ -298,10 +311,10 @@ class VideoOutput:
                 f"room there, or name another by TMPDIR"
             ) from error
 
-    def _try_sound(self, audio: Path) -> None:
+    def _try_sound(self, audio: Path, check: Check) -> None:
         """Raises `OutputError` if it is the file with sound that ffmpeg can't read."""
         read = ("-i", f"file:{audio}", "-map", "0:a:0", "-t", "0.1", "-f", "null", "-")
-        if said := _run(self._program, *read):
+        if said := _run(self._program, *read, check=check):
             raise OutputError(
                 about_file(
                     audio,
@@ -374,8 +387,9 @@ class PictureOutput(VideoOutput):
         shape: Sequence[int],
         settings: OutputSettings,
         later: Sequence[Path],
+        check: Check = no_check,
     ):
-        super().__init__(files, chosen, shape, settings)
+        super().__init__(files, chosen, shape, settings, check)
         self._later = later
         self._order: list[int] = []
 
@@ -426,8 +440,10 @@ class PictureOutput(VideoOutput):
                 parent.rmdir()
 
 
-def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> None:
+def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings, check: Check = no_check) -> None:
     """Puts numbered PNG pictures into a Matroska video as they are: the same bytes, with a rate.
+
+    What ``check``, called several times a second, raises ends it.
 
     Raises:
         OutputError: it can't be written.
@@ -445,6 +461,7 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
                 "matroska",
             ),
             f"file:{temporary}",
+            check=check,
         )
         if said:
             raise OutputError(
@@ -452,8 +469,10 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings) -> No
             )
 
 
-def encode_again(path: Path, into: Path) -> None:
+def encode_again(path: Path, into: Path, check: Check = no_check) -> None:
     """Encodes a video of any format as H.264 in MP4, with BT.709's colours and its tags; sound becomes AAC.
+
+    What ``check``, called several times a second, raises ends it.
 
     Raises:
         OutputError: it can't be read or written.
@@ -466,15 +485,18 @@ def encode_again(path: Path, into: Path) -> None:
             *("-vf", f"scale={_TO_BT709}", *_TAGS),
             *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
             *("-f", "mp4", f"file:{temporary}"),
+            check=check,
         )
         if said:
-            raise OutputError(about_file(path, f"could not be encoded again as H.264 (ffmpeg: {said}); free some room"))
+            way = "free some room" if _FULL.search(said) else "the file itself is whole: take that"
+            raise OutputError(about_file(path, f"could not be encoded again as H.264; {way}", f"ffmpeg says {said}"))
 
 
-def tag_as_hvc1(path: Path) -> bool:
+def tag_as_hvc1(path: Path, check: Check = no_check) -> bool:
     """Gives H.265 in an MP4 or MOV file that is tagged hev1 the tag hvc1, as our own files have; whether it was hev1.
 
-    The streams stay what they are: their parameters lie in the file's header, as those of copies of our files do.
+    The streams stay what they are: their parameters lie in the file's header, as those of copies of our files do. What
+    ``check``, called several times a second, raises ends it.
 
     Raises:
         OutputError: it can't be written; the file is as it was.
@@ -489,39 +511,46 @@ def tag_as_hvc1(path: Path) -> bool:
             *_NOT_TEXTS,
             *("-tag:v", "hvc1", "-movflags", "+faststart+use_metadata_tags"),
             *("-f", "mov" if path.suffix.lower() == ".mov" else "mp4", f"file:{temporary}"),
+            check=check,
         )
         if said:
             raise OutputError(about_file(path, f"could not be tagged as hvc1 (ffmpeg: {said}); free some room"))
     return True
 
 
-def _run(program: str, *arguments: str) -> str:
+def _run(program: str, *arguments: str, check: Check) -> str:
     """Runs an ffmpeg; if it failed, what it complains of."""
-    done = subprocess.run(
-        [program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-    )  # fmt: skip
-    if not done.returncode:
-        return ""
-    return complaints(done.stderr.decode(errors="replace")) or f"nothing, and ended with code {done.returncode}"
+    code, said = run([program, "-y", "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", *arguments], check)
+    return (complaints(said) or f"nothing, and ended with code {code}") if code else ""
 
 
 class _CanNotEncode(Exception):
     """What ffmpeg complains of."""
 
 
-@functools.lru_cache(maxsize=64)
-def _try_once(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], _: int) -> None:
+# What ffmpeg has encoded, by `_try_once`'s arguments.
+_worked: dict[Hashable, None] = {}
+_MOST_WORKED = 64
+
+
+def _try_once(command: tuple[str, ...], sizes: tuple[tuple[str, int], ...], changed: int, check: Check) -> None:
     """Has ffmpeg encode a frame of zeros to nowhere; what worked is not tried again, what did not is.
 
     Args:
         command: without an output; ``file:@/name`` stands for a file of zeros.
         sizes: of these files, by name.
+        changed: when a file that it reads was.
+        check: called several times a second; what it raises ends it.
     """
+    if (tried := (command, sizes, changed)) in _worked:
+        return
     with tempfile.TemporaryDirectory(prefix="wan-vae-parallel-") as folder:
         for name, size in sizes:
             with (Path(folder) / name).open("wb") as file:
                 file.truncate(size)
         (program, *arguments) = (word.replace("file:@/", f"file:{folder}/") for word in command)
-        if said := _run(program, *arguments, "-f", "null", "-"):
+        if said := _run(program, *arguments, "-f", "null", "-", check=check):
             raise _CanNotEncode(said)
+    for oldest in list(_worked)[: len(_worked) + 1 - _MOST_WORKED]:
+        _worked.pop(oldest, None)
+    _worked[tried] = None

@@ -11,7 +11,7 @@ that has half the rows in the middle of each pair: what H.264, H.265 and VP9 pla
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -76,6 +76,38 @@ class PixelFormat:
             runs.append((at + before * width, at + (before + own) * width))
             at += height * width
         return runs
+
+    @property
+    def without_alpha(self) -> PixelFormat:
+        """The same of three colours."""
+        return replace(self, name=f"{self.name} without alpha", colours=3)
+
+    @property
+    def alpha_alone(self) -> PixelFormat:
+        """The alpha of such pixels, whose values are the first colour of frames."""
+        order = ("be" if self.big_endian else "le") if self.bits > 8 else ""
+        return PixelFormat(
+            name=f"gray{self.bits if order else ''}{order}",
+            kind="packed",
+            bits=self.bits,
+            big_endian=self.big_endian,
+            colours=1,
+        )
+
+    def with_alpha(self, frames: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """The bytes of frames whose colours and whose alpha were made apart.
+
+        Args:
+            frames: ``[B, t, n]`` of `without_alpha`.
+            alpha: ``[B, t, m]`` of `alpha_alone`.
+
+        Returns:
+            ``[B, t, n + m]``, uint8.
+        """
+        if self.kind != "packed":
+            return torch.cat([frames, alpha], dim=-1)  # a plane more
+        pixels = [part.unflatten(-1, (-1, colours * self.sample_bytes)) for part, colours in ((frames, 3), (alpha, 1))]
+        return torch.cat(pixels, dim=-1).flatten(-2)
 
     def convert(self, frames: torch.Tensor) -> torch.Tensor:
         """The bytes of frames.

@@ -13,7 +13,8 @@ import wan_vae_parallel as wvp
 from tests.processes import shared_bytes
 from tests.workers.pool.common import at, pids
 from wan_vae_parallel.files.ffmpeg import FedProcess
-from wan_vae_parallel.ops.pixel_format import GBR_16, RGB_16, YUV420
+from wan_vae_parallel.files.video_in import VideoInput
+from wan_vae_parallel.ops.pixel_format import GBR_16, RGB_16, YUV420, YUVA420
 
 # The fixture's latents are 4 x 3: two workers split rows there, and columns of what has more of them.
 
@@ -24,7 +25,7 @@ def stream(vae, latents, pixels):
 
 @pytest.mark.parametrize(
     ("pixels", "transposed"),
-    [(YUV420, False), (YUV420, True), (RGB_16, False)],
+    [(YUV420, False), (YUV420, True), (RGB_16, False), (YUVA420.alpha_alone, False)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_each_worker_writes_its_rows_of_every_plane(warm, latents, pixels, transposed):
@@ -41,6 +42,20 @@ def test_each_worker_writes_its_rows_of_every_plane(warm, latents, pixels, trans
         for one, other in zip(together[0], expected[0], strict=True)
     )
     assert worst < 0.02
+
+
+def test_two_vaes_make_colours_and_alpha_with_the_same_workers(vae, path, latents, tmp_path):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=2) as alpha:
+        before = pids(vae)
+        for name in ("one.mkv", "other.mkv"):
+            vae.decode_to_video(latents, tmp_path / name, format="ffv1", vae_alpha=alpha)
+            assert pids(vae) == before
+            assert pids(alpha) == []
+    with VideoInput(tmp_path / "other.mkv", colours=4) as video:
+        found = torch.cat(list(video))
+    # Both have the same weights here.
+    assert (found[..., 3] - found[..., 0]).abs().max() < 1e-4
+    assert (found[..., :3] - vae.decode(latents)[0]).abs().max() < 1e-4
 
 
 def test_a_long_video_takes_no_more_shared_memory_than_a_short_one(warm):
