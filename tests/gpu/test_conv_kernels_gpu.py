@@ -281,7 +281,7 @@ def tiles_of_every_shape():
         kind = LayerKind("conv", channels, out_channels, (3, 3, 3))
         shipped = [tile for tile, _ in tiles._settings(channels, out_channels)]
         # Other GPUs' too: they run here as well.
-        for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(channels, out_channels, DEVICE)):
+        for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(kind, DEVICE)):
             found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
     assert len(found) >= 25
     assert {tile.step for tile in found.values()} == {16, 32, 64}
@@ -347,7 +347,7 @@ def test_every_width_has_tiles_that_fit_registers_and_shared_memory(monkeypatch,
             assert tile.positions * columns / (32 * tile.warps) <= 192  # of a thread's registers, accumulators
             assert tiles.fit(tile, DEVICE) == tile
         monkeypatch.setattr(tiles, "gpu", lambda _: GPUS["sm_89"])
-        for tile in tiles._narrow(channels, out_channels, DEVICE):
+        for tile in tiles._narrow(LayerKind("conv", channels, out_channels, (3, 3, 3)), DEVICE):
             columns = tile.first + tile.second
             assert tile.positions * columns / (32 * tile.warps) <= 192
             small = tiles.fit(tile, DEVICE)

@@ -25,9 +25,9 @@ if can_compile():
 CPU = torch.device("cpu")
 # Bytes of a thread's stack that kernels may spill to. Those of Hopper, and of Blackwell in the data centre, are a
 # residual's that starts accumulators of 384 channels, in passing (Hopper: 176 with Triton 3.6, 288 with 3.9). Those of
-# the others are of warps with 64 x 96 accumulators, which are the fastest all the same; 8 to 16 on Blackwell the
-# compiler's own.
-SPILLS = {"sm_80": 16, "sm_86": 64, "sm_89": 64, "sm_90": 288, "sm_100": 64, "sm_120": 128}
+# the others are of warps with 64 x 96 accumulators, or copies of 64 channels at once, which are the fastest all the
+# same; 8 to 16 on Blackwell the compiler's own.
+SPILLS = {"sm_80": 96, "sm_86": 96, "sm_89": 96, "sm_90": 288, "sm_100": 64, "sm_120": 128}
 # One pass of 384 channels.
 ATTENTION_SPILLS = {"sm_80": 96}
 

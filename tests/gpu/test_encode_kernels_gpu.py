@@ -201,7 +201,7 @@ def test_down_conv_has_the_same_bits_with_every_tile_and_without_descriptors():
         kind = LayerKind("down_conv", width, width, (1, 3, 3))
         # Other GPUs' too: they run here as well.
         shipped = [tile for tile, _ in tiles._settings(width, width)]
-        for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(width, width, DEVICE)):
+        for tile in (*shipped, *tiles.candidates(kind, DEVICE), *tiles._narrow(kind, DEVICE)):
             found.setdefault((tile.positions, tile.first, tile.second, tile.warps, tile.swapped), tile)
     assert {tile.step for tile in found.values()} == {32, 64}
     assert {tile.swapped for tile in found.values()} == {False, True}

@@ -34,11 +34,13 @@ def spaced(COUNT: tl.constexpr, STRIDE: tl.constexpr, AT_ONCE: tl.constexpr):
     every further one is the same thread's.
     """
     if COUNT <= AT_ONCE:
-        return tl.arange(0, COUNT) * STRIDE
-    steps = tl.arange(0, COUNT // AT_ONCE) * (AT_ONCE * STRIDE)
-    places = (steps[:, None] + (tl.arange(0, AT_ONCE) * STRIDE)[None, :]).reshape(COUNT)
-    # Lost on the way, and without it copies are of single values.
-    return tl.multiple_of(places, [STRIDE & -STRIDE])
+        places = tl.arange(0, COUNT) * STRIDE
+    else:
+        steps = tl.arange(0, COUNT // AT_ONCE) * (AT_ONCE * STRIDE)
+        places = (steps[:, None] + (tl.arange(0, AT_ONCE) * STRIDE)[None, :]).reshape(COUNT)
+        # Lost on the way, and without it copies are of single values.
+        places = tl.multiple_of(places, [STRIDE & -STRIDE])
+    return places
 
 
 @triton.jit

@@ -120,42 +120,42 @@ _MOST_NARROW = 5
 _MOST_WASTE = 0.08
 
 
-def _assembles(tile: Tile, device: torch.device) -> bool:
-    """Whether the assembler finds registers for a tile's accumulators on GPUs of this kind.
+def _assembles(tile: Tile, kind: LayerKind, device: torch.device) -> bool:
+    """Whether the assembler finds registers for a tile's accumulators.
 
-    For sm_120 those of more than 64 x 64 a warp spill 400 bytes, as the largest tile does.
+    Of 64 x 96 a warp in few kernels alone: in others, as 3x1x1 or of 32 channels, whose loops are unrolled, it spills
+    400 bytes, or all of them, as it does for sm_120, there with the largest tile too.
     """
     accumulators = tile.positions * (tile.first + tile.second)
-    return gpu(device).capability[0] != 12 or accumulators <= min(4, tile.warps) * 64 * 64
+    if gpu(device).capability[0] == 12:
+        return accumulators <= min(4, tile.warps) * 64 * 64
+    steps_are_many = kind.op != "down_conv" and kind.kernel[1] == 3 and kind.channels > 32
+    return steps_are_many or accumulators <= tile.warps * 64 * 64
 
 
-def _narrow(channels: int, out_channels: int, device: torch.device) -> list[Tile]:
+def _narrow(kind: LayerKind, device: torch.device) -> list[Tile]:
     """Settings for GPUs whose products take their operands from registers, those that promise most first."""
-    step = _step(channels)
-    if sum(_split(out_channels)) <= 64:
-        first, second = _split(out_channels)
+    own, step = kind.out_channels // kind.halves, _step(kind.channels)
+    if sum(_split(own)) <= 64:
+        first, second = _split(own)
         shapes = [
             Tile(256, first, second, 32, 8, 4),
             Tile(128, first, second, 32, 4, 4),
             Tile(64, first, second, 32, 4, 4),
         ]
     else:
-        possible = [tile for tile in _NARROW if _assembles(tile, device)]
-        if channels <= 32:  # steps so few that they are unrolled, which takes registers
-            possible = [
-                tile for tile in possible if tile.positions * (tile.first + tile.second) <= tile.warps * 64 * 64
-            ]
-        padded = {tile: -(-out_channels // width) * width for tile in possible if (width := tile.first + tile.second)}
-        most = max(min(padded.values()), (1 + _MOST_WASTE) * out_channels)
+        possible = [tile for tile in _NARROW if _assembles(tile, kind, device)]
+        padded = {tile: -(-own // width) * width for tile in possible if (width := tile.first + tile.second)}
+        most = max(min(padded.values()), (1 + _MOST_WASTE) * own)
         shapes = [tile for tile, columns in padded.items() if columns <= most][:_MOST_NARROW]
     return list(dict.fromkeys(dataclasses.replace(tile, step=min(step, tile.step)) for tile in shapes))
 
 
-def _unmeasured(channels: int, out_channels: int, device: torch.device) -> list[tuple[Tile, float]]:
+def _unmeasured(kind: LayerKind, device: torch.device) -> list[tuple[Tile, float]]:
     """Settings for a GPU that nothing is known of; narrow ones are taken for alike."""
     if wide_products(device):
-        return _settings(channels, out_channels)
-    return [(tile, 1.0) for tile in _narrow(channels, out_channels, device)]
+        return _settings(kind.channels, kind.out_channels // kind.halves)
+    return [(tile, 1.0) for tile in _narrow(kind, device)]
 
 
 def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
@@ -164,7 +164,7 @@ def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
     if kind.op == "head_conv":
         return [head_tile(64, 512, channels, device=device)]
     if not wide_products(device):
-        found = _narrow(channels, own, device)
+        found = _narrow(kind, device)
         if gpu(device).has_tma and DESCRIPTORS:
             # There addresses take fewer registers, and waiting more instructions.
             found = [tile for one in found[:3] for tile in (one, dataclasses.replace(one, descriptors=False))]
@@ -220,7 +220,7 @@ def choose_tile(
     # Images' layers are as videos', with a third of the products for each position.
     alike = kind._replace(kernel=(3, *kind.kernel[1:])) if kind.op == "conv" and kind.kernel[0] == 1 else kind
     measured = _measured.get((device, dtype, kind)) or _measured.get((device, dtype, alike))
-    settings = measured or _unmeasured(kind.channels, own, device)
+    settings = measured or _unmeasured(kind, device)
     return fit(min(settings, key=cost)[0], device)
 
 
