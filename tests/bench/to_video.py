@@ -10,10 +10,11 @@
 | ours | Wan VAE Decode (Parallel), Create Video, Save Video |
 | core | VAE Decode of core's VAE, Create Video, Save Video |
 
-Seconds are from the decode node's start to the end of the last node, by the server's clock; the first of each way and
-length is left out. Memory is what all of the server's processes hold, workers and ffmpeg too, shared pages counted once
-(proportional set size, looked at 20 times a second), above what they hold before the prompt. Weights are random, of
-Wan 2.1 at the published width, in bf16.
+Seconds are from the decode node's start to the end of the last node, by the server's clock. Memory is what all of the
+server's processes hold, workers and ffmpeg too, shared pages counted once (proportional set size, looked at 20 times a
+second), above what they hold before the prompt; with it, what each kind of process held when it was most. Of each way
+and length the first, in which workers start, has columns of its own. Weights are random, of Wan 2.1 at the published
+width, in bf16.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,25 +43,27 @@ WAYS = ("video", "ours", "core")
 _LOOK_SECONDS = 0.05
 
 
-def held(mark: str) -> int:
-    """Bytes that processes with ``mark`` in their environment hold, what they share counted once."""
-    total = 0
+def held(mark: str) -> Counter[str]:
+    """Bytes that processes with ``mark`` in their environment hold by kind of process, what they share counted once."""
+    found: Counter[str] = Counter()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                program = (entry / "cmdline").read_bytes()
+                kind = "ffmpeg" if b"ffmpeg" in program else "server" if b"main.py" in program else "workers"
                 lines = (entry / "smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+                found[kind] += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return found
 
 
 @contextlib.contextmanager
-def peak_of(mark: str) -> Iterator[list[int]]:
-    """Within it, memory is looked at; the list has the most that was seen when it ends."""
-    most, over = [0], threading.Event()
+def peak_of(mark: str) -> Iterator[list[Counter[str]]]:
+    """Within it, memory is looked at; the list has what was held when it was most."""
+    most, over = [Counter[str]()], threading.Event()
 
     def look() -> None:
         while not over.wait(_LOOK_SECONDS):
-            most[0] = max(most[0], held(mark))
+            most[0] = max(most[0], held(mark), key=Counter.total)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -109,9 +113,15 @@ def measure(options: argparse.Namespace, server: Bench, way: str, frames: int) -
         mine = [one for one in map(json.loads, lines) if one["prompt"] == run.prompt_id]
         begun = next(one["started"] for one in mine if one["node"] == "decode")
         seconds.append(max(one["ended"] for one in mine) - begun)
-        memory.append(most[0] - before)
+        memory.append({kind: most[0][kind] - before[kind] for kind in most[0] | before})
     warm = seconds[1:] or seconds
     return {"way": way, "frames": frames, "seconds": seconds, "median": statistics.median(warm), "bytes": memory}
+
+
+def told(memory: dict[str, int]) -> str:
+    """The sum, and of what."""
+    parts = ", ".join(f"{kind} {count / 2**30:.2f}" for kind, count in sorted(memory.items()))
+    return f"{sum(memory.values()) / 2**30:.2f} GiB ({parts})"
 
 
 def main() -> None:
@@ -147,16 +157,17 @@ def main() -> None:
         options.frames = lengths[0]
         title = machine(options)
         print(f"{title}; {options.size}, ours on {options.devices} devices, quality {options.quality}", flush=True)
-        print("| way | frames | seconds, first | median of later | peak above idle |")
-        print("| --- | --- | --- | --- | --- |")
+        print("| way | frames | first | its peak above idle | median of later | the largest of their peaks |")
+        print("| --- | --- | --- | --- | --- | --- |")
         with bench(options, Contender(options.devices)) as server:
             for frames in lengths:
                 for way in ways:
                     row = measure(options, server, way, frames)
                     rows.append(row)
                     print(
-                        f"| {way} | {frames} | {row['seconds'][0]:.2f} s | {row['median']:.2f} s | "
-                        f"{max(row['bytes']) / 2**30:.2f} GiB |",
+                        f"| {way} | {frames} | {row['seconds'][0]:.2f} s | {told(row['bytes'][0])} | "
+                        f"{row['median']:.2f} s | "
+                        f"{told(max(row['bytes'][1:] or row['bytes'], key=lambda one: sum(one.values())))} |",
                         flush=True,
                     )
                     if options.json:
