@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.forking import helpers
 from wan_vae_parallel.workers.pool import _pools
 from wan_vae_parallel.workers.process import WorkerProcess
 
@@ -36,7 +37,7 @@ def gone(pid: int) -> bool:
 
 
 def children() -> dict[int, str]:
-    """Command lines of this process's children by pid, without multiprocessing's own helper."""
+    """Command lines of this process's children by pid, without multiprocessing's own helper and the tests'."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -44,7 +45,7 @@ def children() -> dict[int, str]:
         with contextlib.suppress(OSError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if parent == os.getpid() and "resource_tracker" not in command:
+            if parent == os.getpid() and "resource_tracker" not in command and int(entry.name) not in helpers:
                 found[int(entry.name)] = command
     return found
 

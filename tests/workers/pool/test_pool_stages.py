@@ -129,6 +129,7 @@ def fresh(path):
         yield vae
 
 
+@pytest.mark.usefixtures("real_starts")
 def test_loading_a_vae_prepares_workers_that_wait_quietly(fresh, latents, expected):
     assert stage(fresh) == "prepared"
     assert not fresh.loaded
@@ -329,6 +330,7 @@ def test_weights_that_come_slowly_can_be_cancelled(fresh, latents, expected, mon
     torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
 
 
+@pytest.mark.usefixtures("real_starts")
 def test_a_program_with_many_open_files_has_workers_that_hear_it(path, expected, latents):
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit[1] < 2000:
@@ -348,6 +350,7 @@ def test_a_program_with_many_open_files_has_workers_that_hear_it(path, expected,
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
+@pytest.mark.usefixtures("real_starts")
 def test_a_process_forked_while_workers_start_does_not_hold_up_their_end(path):
     forked = []
     with pytest.MonkeyPatch.context() as patch:
@@ -379,6 +382,7 @@ def test_a_process_forked_while_workers_start_does_not_hold_up_their_end(path):
             os.waitpid(pid, 0)
 
 
+@pytest.mark.usefixtures("real_starts")
 @pytest.mark.parametrize("when", [pytest.param("prepared", marks=pytest.mark.slow), "loading"])
 def test_closing_during_a_start_takes_effect_within_a_second(path, latents, when):
     vae = wvp.load_vae(path, devices="cpu,cpu", chunk=1)
