@@ -79,6 +79,8 @@ class Server:
             stdin=subprocess.DEVNULL,
         )
         self._wait_until_up()
+        # What it had said and started by then.
+        self.first_words, self.first_children = self.log(), self.children()
 
     def _wait_until_up(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds

@@ -21,13 +21,19 @@ whatever_it_keeps = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def kept(request, comfyui, tmp_path_factory):
-    """A server of its own."""
+    """A server of that option, which has no workers yet."""
+    if not request.param:
+        server = request.getfixturevalue("server")
+        free(server)
+        server.option = ""
+        yield server
+        return
     folder = tmp_path_factory.mktemp("kept")
     (folder / "models" / "vae").mkdir(parents=True)
     random_checkpoint(folder / "models" / "vae" / "wan21.safetensors")
     random_checkpoint(folder / "models" / "vae" / "wan22.safetensors", family="wan2.2")
     packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui" / "pack"}
-    running = Server(*comfyui, folder, "--cpu", *filter(None, [request.param]), packs=packs)
+    running = Server(*comfyui, folder, "--cpu", request.param, packs=packs)
     running.option = request.param
     yield running
     running.stop()
@@ -152,7 +158,7 @@ def test_an_interrupt_while_workers_start_takes_effect_within_a_second(kept):
         "latent": latents(kept, "interrupted", 15),
         "vae": loader(),
         "decode": node("VAEDecode", samples=["latent", 0], vae=["vae", 0]),
-        "save": node("ProbeSaveTensor", name="interrupted", image=["decode", 0]),
+        "save": node("ProbeSaveTensor", name="interrupted start", image=["decode", 0]),
     }
     run = kept.run(graph, on_message=on_message)
     assert run.ended == "execution_interrupted"
