@@ -79,9 +79,18 @@ def promoted_twice(devices):
     return workflow
 
 
+def rows():
+    """What a workflow says, and where it says it. A quick run has each of these; a slow run, all together."""
+    once = {"auto": on_a_node, "cuda:1": promoted, "CUDA:0": on_a_node}
+    for devices in ("auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"):
+        for where in (on_a_node, promoted, promoted_twice):
+            shown = once.get(devices, where) is where
+            name = f"{devices}-{where.__name__}"
+            yield pytest.param(devices, where, id=name, marks=[] if shown else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize("renderer", RENDERERS)
-@pytest.mark.parametrize("where", [on_a_node, promoted, promoted_twice])
-@pytest.mark.parametrize("devices", ["auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"])
+@pytest.mark.parametrize(("devices", "where"), list(rows()))
 def test_the_list_names_gpus_and_keeps_what_a_workflow_says(editor, devices, where, renderer):
     draw_by(editor, renderer)
     load_workflow(editor, where(devices))

@@ -34,6 +34,19 @@ def devices(request):
     return request.param
 
 
+# Our decoder on workers and core's on one device; the other way round is for slow runs.
+each_of_both = pytest.mark.parametrize(
+    ("devices", "decoder"),
+    [
+        ("cpu,cpu", "WanVAEParallelDecode"),
+        ("cpu", "VAEDecode"),
+        pytest.param("cpu", "WanVAEParallelDecode", marks=pytest.mark.slow),
+        pytest.param("cpu,cpu", "VAEDecode", marks=pytest.mark.slow),
+    ],
+    indirect=["devices"],
+)
+
+
 def parallel_loader(name="wan21.safetensors", devices=None, dtype="auto", chunk=0):
     return node("WanVAEParallelLoader", vae_name=name, devices=devices or Devices.asked, dtype=dtype, chunk=chunk)
 
@@ -153,7 +166,7 @@ def test_a_pruned_wan22_that_core_has_no_model_for_decodes(server, send, receive
     assert torch.equal(received("pruned1"), received("pruned2"))
 
 
-@pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
+@each_of_both
 def test_progress_and_previews_come_with_each_chunk(server, send, decoder):
     latents = LATENTS + (0.1 if decoder == "VAEDecode" else 0)  # no cached result
     inputs = {"samples": ["latent", 0], "vae": ["vae", 0]}
@@ -196,7 +209,7 @@ def test_nodes_say_how_many_frames_they_made_in_what_time_and_where(server, send
         assert 0 < float(told[1]) < 100
 
 
-@pytest.mark.parametrize("decoder", ["WanVAEParallelDecode", "VAEDecode"])
+@each_of_both
 def test_interrupt_ends_within_one_chunk_and_the_next_prompt_works(server, send, received, decoder):
     big = torch.randn(1, 16, 21, 14, 20, generator=torch.Generator().manual_seed(5))
     asked_at, seen_after = [], []

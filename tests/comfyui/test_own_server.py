@@ -1,4 +1,4 @@
-"""What needs a ComfyUI server of its own: another option of it, an ffmpeg that fails, its end. The last test kills it."""
+"""What needs a ComfyUI server of its own: another option, an ffmpeg that fails, its end. The last test kills it."""
 
 import os
 import re
