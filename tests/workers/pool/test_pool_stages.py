@@ -201,7 +201,7 @@ def test_a_start_that_is_cancelled_ends_within_a_second_and_goes_on_for_the_next
     frames = fresh.decode(latents, on_wait=lambda: called.append(time.monotonic()))
     torch.testing.assert_close(frames, expected, **CLOSE)
     assert pids(fresh) == before
-    assert max(later - sooner for sooner, later in itertools.pairwise(called)) < 1
+    assert max(later - sooner for sooner, later in itertools.pairwise(called)) < patience(1)
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def cancelled_in_a_long_step(vae):
 
 def test_a_cancelled_decode_does_not_wait_for_steps_that_take_long(vae, expected, latents):
     before = pids(vae)
-    assert cancelled_in_a_long_step(vae) < 1
+    assert cancelled_in_a_long_step(vae) < patience(1)
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
     assert pids(vae) == before
 
@@ -325,7 +325,7 @@ def test_weights_that_come_slowly_can_be_cancelled(fresh, latents, expected, mon
         patch.setattr(os, "preadv", slow)
         with pytest.raises(Interrupt):
             fresh.decode(latents, on_wait=cancel)
-    assert time.monotonic() - called[-1] < 1
+    assert time.monotonic() - called[-1] < patience(1)
     assert len(reads) < 6
     torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
 
@@ -403,7 +403,7 @@ def test_closing_during_a_start_takes_effect_within_a_second(path, latents, when
     closed = time.monotonic()
     vae.close()
     thread.join(30)
-    assert ended[0] - closed < 1
+    assert ended[0] - closed < patience(1)
     assert len(errors) == 1
     assert all(map(gone, before))
 
