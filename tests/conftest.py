@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 import wan_vae_parallel as wvp
+from tests import forking
 from tests.gpu.posing.pose import POSES, begin
 from tests.processes import MARK, children, listening, shared_files, shared_names, strays, wait_until
 
@@ -49,6 +50,23 @@ def _nothing_left_of_the_suite():
     assert shared_names() - names == set()
     assert shared_files() == 0
     assert sorted(listening()) == sorted(ports)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks(_nothing_left_of_the_suite):
+    """Workers that tests start in this process are forked, see `tests.forking`."""
+    if not hasattr(os, "memfd_create"):
+        yield None
+        return
+    with forking.workers() as forks:
+        yield forks
+
+
+@pytest.fixture
+def real_starts(_forks, monkeypatch):
+    """Workers start as everybody's do."""
+    if _forks:
+        monkeypatch.setattr(_forks, "enabled", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

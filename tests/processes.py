@@ -6,8 +6,10 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
+from tests.forking import helpers
 from wan_vae_parallel.workers.pool import _pools
 from wan_vae_parallel.workers.process import WorkerProcess
 
@@ -36,7 +38,7 @@ def gone(pid: int) -> bool:
 
 
 def children() -> dict[int, str]:
-    """Command lines of this process's children by pid, without multiprocessing's own helper."""
+    """Command lines of this process's children by pid, without multiprocessing's own helpers and the tests'."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -44,7 +46,7 @@ def children() -> dict[int, str]:
         with contextlib.suppress(OSError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if parent == os.getpid() and "resource_tracker" not in command:
+            if parent == os.getpid() and not _is_helper(int(entry.name), command):
                 found[int(entry.name)] = command
     return found
 
@@ -61,9 +63,14 @@ def strays(mark: str) -> dict[int, str]:
                 continue
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             pid = int(entry.name)
-            if pid != os.getpid() and not gone(pid) and "resource_tracker" not in command:
+            if pid != os.getpid() and not gone(pid) and not _is_helper(pid, command):
                 found[pid] = command
     return found
+
+
+def _is_helper(pid: int, command: str) -> bool:
+    """Whether others are started, or looked after, by the process; it stays as long as this one."""
+    return "resource_tracker" in command or pid in (*helpers, forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
 
 def open_files(pid: int | str = "self") -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.comfyui.editor import chromium, find_frontend
-from tests.comfyui.server import Server, find_comfyui
+from tests.comfyui.server import REPOSITORY, Server, find_comfyui
 from wan_vae_parallel import save_demo_checkpoint
 
 
@@ -45,12 +45,16 @@ def comfyui():
 
 @pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
+    """One for all tests that it fits, since ComfyUI takes long to start: with the editor, if that is installed."""
     folder = tmp_path_factory.mktemp("comfyui")
     models = folder / "models" / "vae"
     models.mkdir(parents=True)
     random_checkpoint(models / "wan21.safetensors")
     random_checkpoint(models / "wan22.safetensors", family="wan2.2")
-    running = Server(*comfyui, folder, "--cpu")
+    packs = {"bench": REPOSITORY / "tests" / "bench" / "comfyui" / "pack"}
+    found = find_frontend(comfyui[1])
+    editor = ["--front-end-root", found[0]] if found else []
+    running = Server(*comfyui, folder, "--cpu", *editor, packs=packs)
     yield running
     running.stop()
 

@@ -79,6 +79,8 @@ class Server:
             stdin=subprocess.DEVNULL,
         )
         self._wait_until_up()
+        # What it had said and started by then.
+        self.first_words, self.first_children = self.log(), self.children()
 
     def _wait_until_up(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
@@ -104,7 +106,8 @@ class Server:
     def free(self, freed: Callable[[], bool], *, memory: bool = True, seconds: float = 30) -> None:
         """Asks ComfyUI to unload models until ``freed()``: it misses what is asked just when a prompt ends."""
         deadline = time.monotonic() + patience(seconds)
-        while True:
+        # With nothing to free it might act on what is asked only after the next prompt.
+        while not freed():
             self.post("/free", {"unload_models": True, "free_memory": memory})
             asked = time.monotonic()
             while time.monotonic() < asked + 3:

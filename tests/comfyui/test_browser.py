@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.comfyui.editor import RENDERERS, draw_by, load_workflow, open_editor
 from tests.comfyui.editor_graphs import TITLE
-from tests.comfyui.server import REPOSITORY, Server
+from tests.comfyui.server import REPOSITORY
 from tests.processes import patience
 from tools.templates import TEMPLATES
 from wan_vae_parallel import demo_latents, save_demo_checkpoint
@@ -36,12 +36,9 @@ FIRST = 6
 
 
 @pytest.fixture(scope="module")
-def editor(browser, frontend, comfyui, tmp_path_factory):
+def editor(browser, frontend, comfyui, server):  # noqa: ARG001 (the server has the frontend)
     """A page with the editor, of a server that has the demo's files."""
-    folder = tmp_path_factory.mktemp("editor")
-    (folder / "models" / "vae").mkdir(parents=True)
-    described = save_demo_checkpoint(folder / "models" / "vae" / "demo_vae.safetensors", "wan2.1", 8)
-    server = Server(*comfyui, folder, "--cpu", "--front-end-root", frontend[0])
+    described = save_demo_checkpoint(server.folder / "models" / "vae" / "demo_vae.safetensors", "wan2.1", 8)
     save_latents(server.input / "demo.latent", demo_latents(described, frames=4, rows=12, columns=20))
     shutil.copy(comfyui[0] / "input" / "example.png", server.input)
     page = browser.new_page(viewport={"width": 1600, "height": 900})
@@ -49,7 +46,6 @@ def editor(browser, frontend, comfyui, tmp_path_factory):
     open_editor(page, server)
     yield page
     page.close()
-    server.stop()
 
 
 @pytest.fixture

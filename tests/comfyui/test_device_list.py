@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from tests.comfyui.conftest import random_checkpoint
 from tests.comfyui.editor import RENDERERS, draw_by, load_workflow, open_editor
-from tests.comfyui.server import REPOSITORY, Server
+from tests.comfyui.server import REPOSITORY
 from tests.processes import patience
 
 # As a machine with two GPUs describes its nodes.
@@ -22,12 +21,8 @@ WIDGETS = """() => app.graph._nodes.flatMap((node) => node.widgets ?? [])
 
 
 @pytest.fixture(scope="module")
-def editor(browser, frontend, comfyui, tmp_path_factory):
+def editor(browser, frontend, server):  # noqa: ARG001 (the server has the frontend)
     """The editor in a browser, with nodes as on a machine with two GPUs."""
-    folder = tmp_path_factory.mktemp("editor")
-    (folder / "models" / "vae").mkdir(parents=True)
-    random_checkpoint(folder / "models" / "vae" / "wan_2.1_vae.safetensors", width=8)
-    server = Server(*comfyui, folder, "--cpu", "--front-end-root", frontend[0])
 
     def with_gpus(route):
         response = route.fetch()
@@ -42,7 +37,6 @@ def editor(browser, frontend, comfyui, tmp_path_factory):
     open_editor(page, server)
     yield page
     page.close()
-    server.stop()
 
 
 def on_a_node(devices):
@@ -85,9 +79,18 @@ def promoted_twice(devices):
     return workflow
 
 
+def rows():
+    """What a workflow says, and where it says it. A quick run has each of these; a slow run, all together."""
+    once = {"auto": on_a_node, "cuda:1": promoted, "CUDA:0": on_a_node}
+    for devices in ("auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"):
+        for where in (on_a_node, promoted, promoted_twice):
+            shown = once.get(devices, where) is where
+            name = f"{devices}-{where.__name__}"
+            yield pytest.param(devices, where, id=name, marks=[] if shown else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize("renderer", RENDERERS)
-@pytest.mark.parametrize("where", [on_a_node, promoted, promoted_twice])
-@pytest.mark.parametrize("devices", ["auto", "cuda:1", "cuda:0,cuda:3", "CUDA:0"])
+@pytest.mark.parametrize(("devices", "where"), list(rows()))
 def test_the_list_names_gpus_and_keeps_what_a_workflow_says(editor, devices, where, renderer):
     draw_by(editor, renderer)
     load_workflow(editor, where(devices))

@@ -288,7 +288,7 @@ def test_progress_comes_with_each_chunk_and_no_previews(server, send, encoder):
 
 
 def test_interrupt_ends_an_encode_within_seconds_and_the_next_one_works(server, send, received):
-    (server.output / "interrupted").unlink(missing_ok=True)
+    (server.output / "interrupted encode").unlink(missing_ok=True)
     asked_at = []
 
     def interrupt(message):
@@ -299,16 +299,16 @@ def test_interrupt_ends_an_encode_within_seconds_and_the_next_one_works(server, 
     graph = {
         "pixels": send("long", pictures(81, 96, 128, 3)),
         "vae": load(chunk=1),
-        **encoded("interrupted", "pixels", "vae"),
+        **encoded("interrupted encode", "pixels", "vae"),
     }
     run = server.run(graph, on_message=interrupt)
     assert run.ended == "execution_interrupted"
     assert time.monotonic() - asked_at[0] < patience(5)
-    assert len(run.progress("encode interrupted")) <= 4
-    assert not (server.output / "interrupted").exists()
+    assert len(run.progress("encode interrupted encode")) <= 4
+    assert not (server.output / "interrupted encode").exists()
     graph |= {"pixels": send("short after long", pictures(5, 32, 48, 3))}
     server.run(graph).check()
-    assert received("interrupted").shape == (1, 16, 2, 4, 6)
+    assert received("interrupted encode").shape == (1, 16, 2, 4, 6)
 
 
 @two_devices

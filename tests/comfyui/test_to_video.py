@@ -1,6 +1,5 @@
 """Latents to a video file and back in a real ComfyUI server, by POST /prompt."""
 
-import contextlib
 import os
 import re
 import signal
@@ -11,10 +10,8 @@ import urllib.request
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.comfyui.conftest import random_checkpoint
-from tests.comfyui.server import Server, node
+from tests.comfyui.server import node
 from tests.processes import patience
 from wan_vae_parallel.files.ffmpeg import find_ffmpeg
 from wan_vae_parallel.files.frames_in import open_frames
@@ -198,46 +195,6 @@ def test_what_was_saved_is_named_in_the_history_beside_what_browsers_play(server
     for file in shown["images"]:
         query = "&".join(f"{key}={value}" for key, value in file.items())
         urllib.request.urlopen(f"http://127.0.0.1:{server.port}/view?{query}", timeout=30).close()
-
-
-@contextlib.contextmanager
-def failing_ffmpeg(tmp_path, comfyui, fault):
-    """A server whose ffmpeg of the PATH fails where the shell's ``case`` pattern fits."""
-    path = tmp_path / "bin" / "ffmpeg"
-    path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\ncase "$*" in {fault}) exit 3;; esac\nexec {find_ffmpeg()} "$@"\n')
-    path.chmod(0o755)
-    folder = tmp_path / "comfyui"
-    (folder / "models" / "vae").mkdir(parents=True)
-    random_checkpoint(folder / "models" / "vae" / "wan21.safetensors")
-    environment = {"PATH": f"{path.parent}:{os.environ['PATH']}"}
-    running = Server(*comfyui, folder, "--cpu", environment=environment)
-    try:
-        yield running
-    finally:
-        running.stop()
-
-
-def test_a_saved_file_stays_whatever_becomes_of_its_preview_and_its_video(comfyui, tmp_path):
-    with failing_ffmpeg(tmp_path, comfyui, "*veryfast*|*matroska*") as server:
-        save_file({"tensor": latents()}, server.input / "l.safetensors")
-        source = node("ProbeLoadTensor", name="l.safetensors")
-        options = {"save": True, "ffmpeg": "of the PATH"}
-        run = server.run(to_video(source, format="MOV ProRes 422 HQ 10 bit", filename_prefix="a", **options)).check()
-        assert [file["filename"] for file in run.outputs("v")["images"]] == ["a_00001_.mov"]
-        assert (server.output / "a_00001_.mov").is_file()
-        graph = to_video(source, format="PNG pictures 8 bit", filename_prefix="p", **options)
-        run = server.run(graph).check()
-        assert len(run.outputs("v")["images"]) == 9
-        assert len(list(server.output.glob("p_00001_/*.png"))) == 9
-        log = server.log()
-        assert re.search(r"preview .*mp4 could not be made", log)
-        assert re.search(r"pictures in .*p_00001_ make no VIDEO", log)
-        # Who takes the VIDEO hears why there is none.
-        graph["save"] = node("SaveVideo", video=["v", 0], filename_prefix="s", format="auto", codec="auto")
-        messages = []
-        server.run(graph, on_message=messages.append)
-        assert any("make no VIDEO" in str(message) for message in messages if message["type"] == "execution_error")
 
 
 @pytest.mark.parametrize("join", [True, False])

@@ -13,6 +13,7 @@ sys.path = [entry for entry in sys.path if entry != __file__.rpartition("/")[0]]
 
 import contextlib  # noqa: E402
 import ctypes  # noqa: E402
+import gc  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -58,6 +59,8 @@ def run(options: dict[str, Any]) -> None:
     loaded: list[Any] = []
 
     def load() -> None:
+        # What loading makes stays; looking through it for garbage took 0.23 of its 2.45 s.
+        gc.disable()
         load_package()
         loaded.append(importlib.import_module(PACKAGE + ".workers.worker"))
 
@@ -67,6 +70,8 @@ def run(options: dict[str, Any]) -> None:
     _in_background(load).join()
     if not loaded:
         os._exit(1)  # the thread has printed why
+    gc.freeze()
+    gc.enable()
     if gpu:
         # What the worker needs a moment later; whoever wants it sooner waits for it.
         _in_background(loaded[0].load_kernels)

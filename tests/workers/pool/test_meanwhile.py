@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
+from tests.forking import Gate
 from tests.oracle import decode_at_once
 from tests.processes import gone, patience, shared_bytes, wait_until
 from tests.workers.pool.common import CLOSE, FRAMES, at, pids
@@ -28,6 +29,7 @@ from wan_vae_parallel.ops.pixel_format import YUV420
 from wan_vae_parallel.runtime.engine import LocalEngine
 from wan_vae_parallel.runtime.local import LocalDecoder
 from wan_vae_parallel.workers.meanwhile import MeanwhileRun
+from wan_vae_parallel.workers.pool import WorkerPool
 
 ALONE = "on cpu alone, while the workers start"
 
@@ -44,19 +46,36 @@ def _begins_here(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
 
 
+@pytest.fixture(autouse=True)
+def gate(_forks):
+    """Workers begin to load when a test waits for them, or a decode does that can't go on without them."""
+    shut, start = Gate(_forks), WorkerPool.start
+
+    def start_and_open(pool, part):
+        shut.open()
+        start(pool, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerPool, "start", start_and_open)
+        yield shut
+    shut.open()
+
+
 @pytest.fixture
 def fresh(path):
     with wvp.load_vae(path, devices="cpu,cpu", chunk=1) as vae:
         yield vae
 
 
-def come(vae):
+def come(vae, gate):
     """Waits, within a decode, until the workers are ready."""
+    gate.open()
     assert wait_until(lambda: vae._engine.advance("decoder"), 120)
 
 
-def come_idle(vae):
+def come_idle(vae, gate):
     """Waits, between decodes, until the workers are ready."""
+    gate.open()
 
     def ready():
         vae._engine.settle()
@@ -70,7 +89,9 @@ def held_here(vae):
     return vae._engine._local.running
 
 
-def test_a_decode_ends_here_before_the_workers_are_there_and_the_next_one_is_theirs(fresh, latents, expected, caplog):
+def test_a_decode_ends_here_before_the_workers_are_there_and_the_next_one_is_theirs(
+    fresh, latents, expected, caplog, gate
+):
     before, held = pids(fresh), []
     frames = fresh.decode(latents, on_chunk=at(5, lambda: held.append((fresh.loaded, fresh.loaded_parts))))
     assert torch.equal(frames, expected)
@@ -81,7 +102,7 @@ def test_a_decode_ends_here_before_the_workers_are_there_and_the_next_one_is_the
     assert fresh.worked_on == fresh.devices[:1]
     # They have been told to load, and are not waited for.
     assert fresh._engine.stage == "loading"
-    come_idle(fresh)
+    come_idle(fresh, gate)
     caplog.clear()
     torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
     assert "on cpu: rows 0-1, cpu: rows 2-3" in caplog.text
@@ -89,25 +110,26 @@ def test_a_decode_ends_here_before_the_workers_are_there_and_the_next_one_is_the
     assert pids(fresh) == before
 
 
-def test_decodes_begin_here_until_the_workers_have_their_modules(fresh, latents, expected, caplog):
+def test_decodes_begin_here_until_the_workers_have_their_modules(fresh, latents, expected, caplog, gate):
     before = pids(fresh)
     for _ in range(2):
         torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
         assert ALONE in caplog.text
         caplog.clear()
+    gate.open()
     assert wait_until(lambda: fresh._engine.listen() or all(one.prepared for one in fresh._engine.workers), 120)
     torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
     assert ALONE not in caplog.text
     assert pids(fresh) == before
 
 
-def test_workers_that_are_sooner_go_on_from_there(fresh, latents, expected, caplog):
+def test_workers_that_are_sooner_go_on_from_there(fresh, latents, expected, caplog, gate):
     before, parts, after = pids(fresh), [], []
 
     def on_chunk(done, total, newest):
         parts.append(newest.clone())
         if len(parts) == 2:
-            come(fresh)
+            come(fresh, gate)
         if len(parts) == 3:
             after.append((held_here(fresh), fresh._engine.stage, fresh.worked_on))
         assert done == sum(part.shape[1] for part in parts)
@@ -124,15 +146,15 @@ def test_workers_that_are_sooner_go_on_from_there(fresh, latents, expected, capl
 
 
 @pytest.mark.slow
-def test_workers_that_would_end_later_do_not(fresh, latents, expected, caplog):
+def test_workers_that_would_end_later_do_not(fresh, latents, expected, caplog, gate):
     # Four frames are left, and they would begin with the first of 21.
-    frames = fresh.decode(latents, on_chunk=at(17, lambda: come(fresh)))
+    frames = fresh.decode(latents, on_chunk=at(17, lambda: come(fresh, gate)))
     assert torch.equal(frames, expected)
     assert ALONE in caplog.text
     assert fresh._engine.stage == "ready"
 
 
-def test_a_stream_goes_over_and_keeps_no_frames_that_were_taken(path, fresh):
+def test_a_stream_goes_over_and_keeps_no_frames_that_were_taken(path, fresh, gate):
     wide = torch.randn((1, 16, 6, 4, 40), generator=torch.Generator().manual_seed(1))
     with wvp.load_vae(path, devices="cpu", chunk=1) as alone:
         expected = alone.decode(wide)
@@ -140,7 +162,7 @@ def test_a_stream_goes_over_and_keeps_no_frames_that_were_taken(path, fresh):
     for frames in fresh.decode_stream(wide):
         parts.append(frames)
         if len(parts) == 2:
-            come(fresh)
+            come(fresh, gate)
         most = max(most, shared_bytes())
     whole = torch.cat(parts, dim=1)
     torch.testing.assert_close(whole, expected, **CLOSE)
@@ -148,14 +170,14 @@ def test_a_stream_goes_over_and_keeps_no_frames_that_were_taken(path, fresh):
     assert 0 < most < 0.6 * whole.nbytes
 
 
-def test_pixels_of_a_file_go_over(path, fresh, latents):
+def test_pixels_of_a_file_go_over(path, fresh, latents, gate):
     with wvp.load_vae(path, devices="cpu", chunk=1) as alone:
         expected = torch.cat([part.clone() for part in alone.pixel_stream(latents, YUV420)], dim=1)
     parts = []
     for pixels in fresh.pixel_stream(latents, YUV420):
         parts.append(pixels.clone())
         if len(parts) == 2:
-            come(fresh)
+            come(fresh, gate)
     assert fresh.worked_on == fresh.devices
     together = torch.cat(parts, dim=1)
     assert together.shape == expected.shape
@@ -240,17 +262,19 @@ def test_where_a_decode_may_begin_here(fresh, monkeypatch):
     assert possible(forked=True) == [False, False]
 
 
-def test_what_workers_hold_that_were_not_waited_for_is_told(fresh, latents):
+def test_what_workers_hold_that_were_not_waited_for_is_told(fresh, latents, gate):
     fresh.decode(latents)
     assert fresh.memory_held == fresh.weights_size
     assert fresh.memory_to_start > 0
+    gate.open()
     assert wait_until(lambda: fresh.memory_to_start == 0, 120)
     assert fresh._engine.stage == "ready"
 
 
-def test_workers_that_were_not_waited_for_can_be_parked(fresh, latents, expected):
+def test_workers_that_were_not_waited_for_can_be_parked(fresh, latents, expected, gate):
     before, pool = pids(fresh), fresh._engine
     fresh.decode(latents)
+    gate.open()
     assert wait_until(lambda: pool.listen() or len(pool._early.get("ready", {})) == 2, 120)
     assert pool.stage == "loading"
     assert fresh.park()
@@ -293,9 +317,10 @@ def test_workers_that_can_not_begin_fail_no_decode(path, latents, expected, capl
     assert "workers can't start" in caplog.text
 
 
-def test_a_worker_that_fell_before_costs_no_wait(fresh, latents, expected, caplog):
+def test_a_worker_that_fell_before_costs_no_wait(fresh, latents, expected, caplog, gate):
     fresh.decode(latents)
-    come_idle(fresh)
+    come_idle(fresh, gate)
+    gate.shut()
     before = pids(fresh)
     os.kill(before[1], signal.SIGKILL)
     assert wait_until(lambda: not fresh._engine.workers[1].alive, 5)
@@ -407,7 +432,7 @@ def in_a_thread(work):
     thread.join(60)
 
 
-def test_a_stream_that_is_dropped_leaves_no_memory_here_and_the_workers(fresh, latents, expected):
+def test_a_stream_that_is_dropped_leaves_no_memory_here_and_the_workers(fresh, latents, expected, gate):
     before = pids(fresh)
     stream = fresh.decode_stream(latents)
     for _ in range(3):
@@ -416,7 +441,7 @@ def test_a_stream_that_is_dropped_leaves_no_memory_here_and_the_workers(fresh, l
     assert not fresh.park()
     del stream
     assert not held_here(fresh)
-    come_idle(fresh)
+    come_idle(fresh, gate)
     torch.testing.assert_close(fresh.decode(latents), expected, **CLOSE)
     assert pids(fresh) == before
 
@@ -452,7 +477,7 @@ def test_a_fork_of_this_process_leaves_decode_and_workers_alone(fresh, latents, 
     assert pids(fresh) == before
 
 
-def test_a_vae_takes_over_workers_that_still_load(path, fresh, latents, expected, tmp_path):
+def test_a_vae_takes_over_workers_that_still_load(path, fresh, latents, expected, tmp_path, gate):
     weights = load_file(path)
     weights["decoder.conv1.weight"] = weights["decoder.conv1.weight"] * 0.5
     save_file(weights, tmp_path / "other.safetensors")
@@ -466,7 +491,7 @@ def test_a_vae_takes_over_workers_that_still_load(path, fresh, latents, expected
         assert pids(other) == before
         assert all(map(gone, own))
         assert (fresh.loaded, other.loaded_parts) == (False, frozenset())
-        come_idle(other)
+        come_idle(other, gate)
         torch.testing.assert_close(other.decode(latents), alone.decode(latents), **CLOSE)
         assert other.loaded_parts == {"decoder"}
         # Which have both weights.
