@@ -1,5 +1,6 @@
 """Latents to a video file and back in a real ComfyUI server, by POST /prompt."""
 
+import contextlib
 import os
 import re
 import signal
