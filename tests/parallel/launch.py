@@ -1,6 +1,6 @@
 """The launcher of multi-rank tests: plain functions ``(rank, world_size, *args)``, run in processes of a group.
 
-Processes start once and run many functions, since importing torch takes longer than a test, and where no GPU is wanted
+Processes start once and run many functions, since importing torch takes longer than a test, and where there is no GPU
 they fork from one that has imported it. Functions and arguments must pickle by name or value; what a rank returns or
 raises comes back. Nothing here hangs: what takes longer than its time-out is killed, and the next call starts anew.
 """
@@ -134,7 +134,7 @@ class Ranks:
         if self._processes:
             return
         store = tempfile.mktemp(dir=self.folder, prefix="store-")
-        context = multiprocessing.get_context("spawn" if self.backend == "nccl" else "forkserver")
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(["torch"])
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
