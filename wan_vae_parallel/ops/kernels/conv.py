@@ -36,6 +36,7 @@ from .products import (
     dot,
     frame_of,
     load_weights,
+    may_assemble,
     rows_at_once,
     spaced,
     start,
@@ -152,11 +153,11 @@ def _conv_kernel(
         residual = frame_of(residual, slots, frame, H * SCALE, W * SCALE, CO, False, 0)
     n0 = n + tl.arange(0, N0)
     acc0 = tl.zeros((N0, BM) if SWAP else (BM, N0), tl.float32)
-    acc0 = start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+    acc0 = start(acc0, n0, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP, HIDE and not TMA)
     if N1 > 0:
         n1 = n + N0 + tl.arange(0, N1)
         acc1 = tl.zeros((N1, BM) if SWAP else (BM, N1), tl.float32)
-        acc1 = start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP)
+        acc1 = start(acc1, n1, first_channel, bias, residual, place, stored, CO, HAS_RESIDUAL, SWAP, HIDE and not TMA)
 
     for k in range(TAPS * STEPS):
         tap = k // STEPS
@@ -405,8 +406,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, ...], bool]:
         WIDE=in_bordered * own >= 2**31 if geometry.wide is None else geometry.wide,
         BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped,
         AT_ONCE=rows_at_once(tile), FILLED=not tma and in_frame >= tile.positions, TMA=tma,
-        # Triton's interpreter knows no assembly.
-        HIDE=isinstance(_conv_kernel, triton.JITFunction),
+        HIDE=may_assemble(_conv_kernel),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return tile, call, (rows, columns), tma

@@ -37,6 +37,7 @@ from .products import (
     dot,
     frame_of,
     load_weights,
+    may_assemble,
     rows_at_once,
     spaced,
     start,
@@ -73,7 +74,7 @@ def _down_kernel(
     source, weight0, weight1, slots, bias, out, out_slots, H, W,
     C: tl.constexpr, O: tl.constexpr, OUT_PAGED: tl.constexpr, OUT_BORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
-    AT_ONCE: tl.constexpr, TMA: tl.constexpr,
+    AT_ONCE: tl.constexpr, TMA: tl.constexpr, HIDE: tl.constexpr,
 ):
     PARTS: tl.constexpr = (O + N0 + N1 - 1) // (N0 + N1)
     STEPS: tl.constexpr = (C + BK - 1) // BK
@@ -93,11 +94,11 @@ def _down_kernel(
     stored = w < W
     n0 = n + tl.arange(0, N0)
     acc0 = tl.zeros((N0, BM) if SWAP else (BM, N0), tl.float32)
-    acc0 = start(acc0, n0, 0, bias, bias, w, stored, O, False, SWAP)
+    acc0 = start(acc0, n0, 0, bias, bias, w, stored, O, False, SWAP, HIDE and not TMA)
     if N1 > 0:
         n1 = n + N0 + tl.arange(0, N1)
         acc1 = tl.zeros((N1, BM) if SWAP else (BM, N1), tl.float32)
-        acc1 = start(acc1, n1, 0, bias, bias, w, stored, O, False, SWAP)
+        acc1 = start(acc1, n1, 0, bias, bias, w, stored, O, False, SWAP, HIDE and not TMA)
 
     for k in range(9 * STEPS):
         tap = k // STEPS
@@ -243,6 +244,7 @@ def _plan(geometry: _Geometry) -> tuple[Tile, Call, tuple[int, int], bool]:
         C=channels, O=out_channels, OUT_PAGED=paged, OUT_BORDER=out_border, TRANSPOSED=geometry.transposed,
         BM=tile.positions, N0=tile.first, N1=tile.second, BK=tile.step, SWAP=tile.swapped,
         AT_ONCE=rows_at_once(tile), TMA=tma,
+        HIDE=may_assemble(_down_kernel),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return tile, call, (rows, columns), tma

@@ -123,14 +123,13 @@ _MOST_WASTE = 0.08
 def _assembles(tile: Tile, kind: LayerKind, device: torch.device) -> bool:
     """Whether the assembler finds registers for a tile's accumulators.
 
-    Of 64 x 96 a warp in few kernels alone: in others, as 3x1x1 or of 32 channels, whose loops are unrolled, it spills
-    400 bytes, or all of them, as it does for sm_120, there with the largest tile too.
+    Those of more than 64 x 64 a warp spill over 300 bytes where steps are so few that they are unrolled, and for
+    sm_120, as the largest tile does there.
     """
     accumulators = tile.positions * (tile.first + tile.second)
     if gpu(device).capability[0] == 12:
         return accumulators <= min(4, tile.warps) * 64 * 64
-    steps_are_many = kind.op != "down_conv" and kind.kernel[1] == 3 and kind.channels > 32
-    return steps_are_many or accumulators <= tile.warps * 64 * 64
+    return kind.channels > 32 or accumulators <= tile.warps * 64 * 64
 
 
 def _narrow(kind: LayerKind, device: torch.device) -> list[Tile]:
