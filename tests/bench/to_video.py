@@ -14,7 +14,7 @@ Seconds are from the decode node's start to the end of the last node, by the ser
 server's processes hold, workers and ffmpeg too, shared pages counted once (proportional set size, looked at 20 times a
 second), above what they hold before the prompt; with it, what each kind of process held when it was most. Of each way
 and length the first, in which workers start, has columns of its own. Weights are random, of Wan 2.1 at the published
-width, in bf16.
+width, in bf16; latents change slowly over space and time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as functional
 from safetensors.torch import load_file, save_file
 
 from tests.bench.comfyui.bench import Bench, bench, machine
@@ -94,6 +95,13 @@ def graph(options: argparse.Namespace, contender: Contender, way: str, name: str
     }
 
 
+def latents(frames: int, rows: int, columns: int, *, seed: int) -> torch.Tensor:
+    """``[1, 16, T, h, w]``, as smooth as a video's: encoders take several times as long for noise."""
+    coarse = torch.Size((2 + frames // 4, 2 + rows // 8, 2 + columns // 8))
+    noise = torch.randn(1, 16, *coarse, generator=torch.Generator().manual_seed(seed))
+    return functional.interpolate(noise, (frames, rows, columns), mode="trilinear") * 1.5
+
+
 def measure(options: argparse.Namespace, server: Bench, way: str, frames: int) -> dict:
     """Seconds of each repeat, and the most memory above what was there before."""
     contender = Contender(0 if way == "core" else options.devices)
@@ -101,10 +109,7 @@ def measure(options: argparse.Namespace, server: Bench, way: str, frames: int) -
     seconds, memory = [], []
     for repeat in range(options.repeats + 1):
         name = f"latent_{way}_{frames}_{repeat}.safetensors"
-        shape = (1, 16, (frames - 1) // 4 + 1, rows, columns)
-        save_file(
-            {"tensor": torch.randn(shape, generator=torch.Generator().manual_seed(repeat))}, server.server.input / name
-        )
+        save_file({"tensor": latents((frames - 1) // 4 + 1, rows, columns, seed=repeat)}, server.server.input / name)
         time.sleep(options.pause)
         before = held(server.mark)
         with peak_of(server.mark) as most:

@@ -24,7 +24,7 @@ from ..parallel.coordination import WORK_SECONDS, Coordinator
 logger = logging.getLogger(__name__)
 
 # Counts changes to kernels, candidates or the way of measuring that make old figures wrong.
-_FORMAT = "3"
+_FORMAT = "4"
 
 _Key = dict[str, str]
 
