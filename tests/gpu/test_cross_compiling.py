@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 # the others are of warps with 64 x 96 accumulators, or copies of 64 channels at once, which are the fastest all the
 # same; 8 to 16 on Blackwell the compiler's own.
 SPILLS = {"sm_80": 96, "sm_86": 96, "sm_89": 96, "sm_90": 288, "sm_100": 64, "sm_120": 128}
+# More with Triton 3.5, which has 3.6's warps of 64 x 96 but not its registers for them.
+OLDER_SPILLS = 330
 # One pass of 384 channels.
 ATTENTION_SPILLS = {"sm_80": 96}
 
@@ -44,7 +46,8 @@ def check(run, name, spills=None):
     assert found
     for one in found:
         assert one.shared <= gpu.shared, one
-        assert one.stack <= (SPILLS[name] if spills is None else spills), one
+        more = OLDER_SPILLS if VERSION[:2] == (3, 5) else 0
+        assert one.stack <= (SPILLS[name] if spills is None else spills) + more, one
         if name in ("sm_80", "sm_86", "sm_89"):
             assert one.bulk_copies == one.group_products == 0, one
     return found
