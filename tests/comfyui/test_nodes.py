@@ -361,15 +361,15 @@ def test_loaders_of_one_file_share_workers_and_a_new_file_of_its_name_takes_them
     graph = {"latent": send("shared", LATENTS)}
     for name, chunk in (("one", 1), ("two", 2)):
         graph |= {name: parallel_loader(path.name, chunk=chunk), f"{name} decode": decode(vae=name)}
-        graph[f"{name} save"] = save(name, f"{name} decode")
+        graph[f"{name} save"] = save(f"shared {name}", f"{name} decode")
     server.run(graph).check()
-    first, warm = received("one"), workers(server)
-    assert (received("two") - first).abs().max() < 1e-5
+    first, warm = received("shared one"), workers(server)
+    assert (received("shared two") - first).abs().max() < 1e-5
     assert len(warm) == 2
 
     random_checkpoint(path, width=8, seed=1)
     server.run(graph).check()
-    assert (received("one") - first).abs().max() > 0.01
+    assert (received("shared one") - first).abs().max() > 0.01
     assert workers(server) == warm
 
 
@@ -420,9 +420,10 @@ def test_nodes_describe_themselves(server):
         assert described["description"]
         assert described["category"] == "Wan VAE Parallel"
         inputs = {**described["input"].get("required", {}), **described["input"].get("optional", {})}
-        # What has a default may be missing; so may sound.
+        # What has a default may be missing; so may sound, and a second VAE.
         optional = described["input"].get("optional", {})
-        assert all(("default" in value[1]) == (key in optional) for key, value in inputs.items() if key != "audio")
+        wired = ("audio", "vae_alpha")
+        assert all(("default" in value[1]) == (key in optional) for key, value in inputs.items() if key not in wired)
         for key, value in inputs.items():
             assert value[1]["tooltip"], f"{name}.{key} has no tooltip"
         assert all(described["output_tooltips"])

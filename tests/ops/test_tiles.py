@@ -58,14 +58,13 @@ def test_candidates_are_few_and_fit_the_gpu(monkeypatch, kind, gpu, descriptors)
     found = tiles.candidates(kind, CPU)
     assert 1 <= len(found) <= 6
     assert len(set(found)) == len(found)
-    wide = gpu in ("H200", "B200") and descriptors
     for tile in found:
         assert tiles.fit(tile, CPU) == tile
         # Where products come from registers a pipeline of n stages has room for n - 1.
         stages = tile.stages - (gpu not in ("H200", "B200"))
         assert (tile.positions + tile.first + tile.second) * tile.step * 2 * stages <= GPUS[gpu].shared
         # Of a thread's 255 registers; other GPUs' products take their operands from there, too.
-        assert tile.positions * (tile.first + tile.second) / (32 * tile.warps) <= (192 if wide else 128)
+        assert tile.positions * (tile.first + tile.second) / (32 * tile.warps) <= 192
     # Only where there is a choice.
     assert {tile.descriptors for tile in found} == ({True, False} if _has_choice(kind, gpu, descriptors) else {True})
 

@@ -260,7 +260,7 @@ def test_nor_does_who_wants_the_memory(vae, expected, latents):
     assert vae.park()
     assert time.monotonic() - started < patience(2)
     assert not vae.loaded
-    assert stage(vae) == "prepared"
+    assert stage(vae) in ("prepared", "parked")  # the latter where the step is over soon
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
