@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing.connection
@@ -93,7 +94,14 @@ class WorkerProcess:
                 os.close(self._sentinel)
                 self._sentinel = process
         self._reader = threading.Thread(target=self._read_log, args=(log,), daemon=True)
-        self._reader.start()
+        try:
+            self._reader.start()
+        except BaseException as error:
+            os.close(log)
+            end_all([self], grace=0.0)
+            if isinstance(error, RuntimeError):  # as Python says that the system has no more threads
+                raise OSError(errno.EAGAIN, str(error)) from error
+            raise
 
     def __str__(self) -> str:
         return f"worker {self.rank} on {self.device}"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
-from tests.processes import gone, patience, wait_until
+from tests.processes import children, gone, open_files, patience, wait_until
 from tests.workers.pool.common import CLOSE, FRAMES, at, pids
 from wan_vae_parallel.workers import pool, process
 from wan_vae_parallel.workers.pool import WorkerPool
@@ -513,6 +513,24 @@ def test_processes_that_can_not_be_made_are_told_of_when_they_are_wanted(path, l
         vae = wvp.load_vae(path, devices="cpu,cpu", chunk=1)
         with pytest.raises(wvp.WorkerError, match=r"workers can't start .*temporarily unavailable.*ulimit"):
             vae.decode(latents)
+    with vae:
+        assert vae.decode(latents).shape[1] == FRAMES
+
+
+@pytest.mark.usefixtures("real_starts")
+def test_threads_that_can_not_be_made_are_told_of_and_leave_no_process(path, latents, monkeypatch):
+    # Of a limit on processes threads take their part: there may be room for a process and not for its reader.
+    def refused(_thread):
+        raise RuntimeError("can't start new thread")
+
+    before, files = set(children()), len(open_files())
+    with monkeypatch.context() as patch:
+        patch.setattr(process.threading.Thread, "start", refused)
+        vae = wvp.load_vae(path, devices="cpu,cpu", chunk=1)
+        with pytest.raises(wvp.WorkerError, match=r"workers can't start .*new thread.*ulimit"):
+            vae.decode(latents)
+    assert set(children()) == before
+    assert len(open_files()) == files
     with vae:
         assert vae.decode(latents).shape[1] == FRAMES
 
