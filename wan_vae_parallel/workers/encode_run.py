@@ -23,6 +23,7 @@ from ..runtime.source import Source
 from .failures import StepOutOfMemory
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory, populating
+from .turn import Holder
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class PoolEncodeRun:
         source: of the videos.
         chunk: frames at once; 0 for as many as pay and fit.
     """
+
+    # What the pool is entered with.
+    turn: Holder
 
     def __init__(self, pool: Workers, source: Source, chunk: int) -> None:
         self._pool = pool
@@ -93,7 +97,7 @@ class PoolEncodeRun:
         finally:
             if sum(ring.size for ring in pool.rings) > _KEPT_BYTES:
                 pool.rings = []
-            pool.leave()
+            pool.leave(self.turn)
 
     def _video(self, video: int) -> Iterator[torch.Tensor]:
         chunk, sent = self._chunk, 0

@@ -26,6 +26,7 @@ from ..runtime.engine import LocalEngine, LocalRun
 from ..runtime.local import LocalDecoder
 from .protocol import WORKER_BYTES, Workers
 from .run import PoolRun
+from .turn import Holder
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class MeanwhileRun:
 
     # No memory of its own for the whole video: frames are handed out step by step.
     video: torch.Tensor | None = None
+    # What the pool is entered with.
+    turn: Holder
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class MeanwhileRun:
             if self._run is not None:
                 self._run.close()
             elif pool.ours:
-                pool.leave()
+                pool.leave(self.turn)
 
     def _alone(self) -> Iterator[torch.Tensor]:
         """Frames that this process decodes, until they are all or the workers are to go on."""
@@ -214,7 +217,9 @@ class MeanwhileRun:
         return self._run is not None
 
     def _begin_run(self) -> PoolRun:
-        return PoolRun(self._pool, self._latents, self._video_shape, self._chunk, self._pixels, self._sent)
+        run = PoolRun(self._pool, self._latents, self._video_shape, self._chunk, self._pixels, self._sent)
+        run.turn = self.turn
+        return run
 
     @contextlib.contextmanager
     def _dispensable(self) -> Iterator[None]:

@@ -47,6 +47,7 @@ from .process import WorkerProcess, end_all
 from .run import PoolRun
 from .shared_memory import SharedMemory
 from .shared_weights import Part, share_weights
+from .turn import Holder, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,8 @@ class WorkerPool(Crew):
         # Counts how often the workers were ended, which may happen while they start.
         self._ended = 0
         self._changing = threading.RLock()
-        self._decoding = threading.Lock()
+        # Of whoever decodes or encodes, and for moments of whoever looks after idle workers.
+        self._turn = Turn()
         self._decoder_thread: threading.Thread | None = None
         self._idle_timer: threading.Timer | None = None
         _pools.add(self)
@@ -157,10 +159,14 @@ class WorkerPool(Crew):
             chunk: latent frames at once; 0 for as many as pay and fit.
             pixels: what the workers make of the frames; by default nothing.
         """
-        with self._entering():
+        with self._entering() as turn:
+            run: MeanwhileRun | PoolRun
             if self._far_from_ready() and MeanwhileRun.possible(self.devices, self.dtype):
-                return MeanwhileRun(self, self._local, latents, video_shape, chunk, pixels)
-            return PoolRun(self, latents, video_shape, chunk, pixels)
+                run = MeanwhileRun(self, self._local, latents, video_shape, chunk, pixels)
+            else:
+                run = PoolRun(self, latents, video_shape, chunk, pixels)
+            run.turn = turn
+            return run
 
     def encode(self, source: Source, chunk: int) -> PoolEncodeRun:
         """Begins an encode; other threads' decodes and encodes wait for its end.
@@ -169,8 +175,10 @@ class WorkerPool(Crew):
             source: of the videos.
             chunk: frames at once; 0 for as many as pay and fit.
         """
-        with self._entering():
-            return PoolEncodeRun(self, source, chunk)
+        with self._entering() as turn:
+            run = PoolEncodeRun(self, source, chunk)
+            run.turn = turn
+            return run
 
     def close(self) -> None:
         """Ends the workers; a decode that they do ends with an error."""
@@ -179,40 +187,53 @@ class WorkerPool(Crew):
             self._local.close()
 
     @contextlib.contextmanager
-    def _entering(self) -> Iterator[None]:
-        """Takes the pool for a decode of this thread, when those of others are over; it is its own until `leave`."""
+    def _entering(self) -> Iterator[Holder]:
+        """Takes the pool for a decode of this thread, when those of others are over.
+
+        It is its own until `leave`, and no longer than the run keeps what this gives it.
+        """
         if not self.ours:
             raise WanVAEError("this process was forked from the one that loaded the VAE; load it here, too")
-        if self._decoder_thread is threading.current_thread():
+        if self._open_here():
             gc.collect()  # of one that was dropped the collector may not have heard
-        if self._decoder_thread is threading.current_thread():
+        if self._open_here():
             raise WanVAEError(
                 "another decode or encode of this VAE is open in this very thread; finish or close its stream first"
             )
         said, since = False, time.monotonic()
-        while not self._decoding.acquire(timeout=LOOK_SECONDS):
-            check_cancelled()
-            if not said and time.monotonic() > since + _WAIT_WORD_SECONDS:
-                logger.info("waiting for the end of another thread's work with this VAE")
-                said = True
+        turn = Holder()
         try:
+            while not self._turn.take(turn, LOOK_SECONDS):
+                check_cancelled()
+                if not said and time.monotonic() > since + _WAIT_WORD_SECONDS:
+                    logger.info("waiting for the end of another thread's work with this VAE")
+                    said = True
+                    gc.collect()  # as above
             self.belongs_here()
+            if self._opened:
+                self.stop(grace=0.0)  # who had them was interrupted before it could end its decode
             if self._idle_timer:
                 self._idle_timer.cancel()
             self.worked_on = self.devices
-            yield
+            yield turn
         except BaseException:
-            self.leave()
+            self.leave(turn)
             raise
+
+    def _open_here(self) -> bool:
+        """Whether this thread has a decode or an encode open."""
+        return self._turn.held and self._decoder_thread is threading.current_thread()
 
     def belongs_here(self) -> None:
         """Notes that this thread goes on with the decode: a stream may be handed from one to another."""
         self._decoder_thread = threading.current_thread()
 
-    def leave(self) -> None:
-        """Ends a decode or an encode; from now on the workers are idle."""
+    def leave(self, turn: Holder) -> None:
+        """Ends a decode or an encode, if it is its turn; from now on the workers are idle."""
+        if not self._turn.held_by(turn):
+            return
         self._decoder_thread = None
-        self._decoding.release()
+        self._turn.give_back(turn)
         if sys.is_finalizing():
             self.stop(grace=0.0)  # nothing can wait any more
         else:
@@ -263,9 +284,11 @@ class WorkerPool(Crew):
             other: has them.
             keep: they keep ``other``'s weights beside this pool's, for when it takes them back.
         """
-        if self.workers or other.devices != self.devices or not other._decoding.acquire(blocking=False):
+        if self.workers or other.devices != self.devices:
             return
-        try:
+        with other._turn.at_once() as free:
+            if not free:
+                return
             if keep and other.stage == "ready":
                 other._await_finish(_FINISH_SECONDS)
             if not keep or other.stage not in ("ready", "loading") or other._finishing:
@@ -282,8 +305,6 @@ class WorkerPool(Crew):
                 other._parts, other._given, other._early = set(), None, {}
             if other._idle_timer:
                 other._idle_timer.cancel()
-        finally:
-            other._decoding.release()
         self._end_when_idle()
 
     def _far_from_ready(self) -> bool:
@@ -338,18 +359,19 @@ class WorkerPool(Crew):
 
     def settle(self) -> None:
         """Finds out whether idle workers that were loading are ready by now, so that `stage` and `held` tell it."""
-        if self.stage != "loading" or not self.ours or not self._decoding.acquire(blocking=False):
+        if self.stage != "loading" or not self.ours:
             return
-        try:
-            self._catch_up()
-        except WanVAEError as error:
-            logger.warning("%s", str(error))
-            self.stop(grace=0.0)
-        except BaseException:
-            self.stop(grace=0.0)  # interrupted here, what one has said is lost
-            raise
-        finally:
-            self._decoding.release()
+        with self._turn.at_once() as free:
+            if not free:
+                return
+            try:
+                self._catch_up()
+            except WanVAEError as error:
+                logger.warning("%s", str(error))
+                self.stop(grace=0.0)
+            except BaseException:
+                self.stop(grace=0.0)  # interrupted here, what one has said is lost
+                raise
 
     def _catch_up(self) -> None:
         """Takes what workers have said by now, without waiting; raises if one has ended or is stopped."""
@@ -384,13 +406,12 @@ class WorkerPool(Crew):
         Returns:
             Whether they hold none now; not if a decode is under way.
         """
-        if not self.ours or not self._decoding.acquire(blocking=False):
+        if not self.ours:
             return False
-        try:
-            self._park()
-        finally:
-            self._decoding.release()
-        return True
+        with self._turn.at_once() as free:
+            if free:
+                self._park()
+            return free
 
     def _park(self) -> None:
         """`park` for whoever has the pool."""
@@ -520,13 +541,15 @@ class WorkerPool(Crew):
 
         def end() -> None:
             pool = weak()
-            if pool and pool._idle_timer is timer and pool._decoding.acquire(blocking=False):
-                try:
+            if pool is None or pool._idle_timer is not timer:
+                return
+            with pool._turn.at_once() as free:
+                if free:
                     if pool.workers:
                         logger.info("workers idle for %.0f s: ending them", seconds)
                     pool.stop()
-                finally:
-                    pool._decoding.release()
+                else:  # not a decode, perhaps, but somebody who only looks after them
+                    pool._end_when_idle(seconds)
 
         timer = threading.Timer(seconds, end)
         timer.daemon = True

@@ -8,6 +8,7 @@ import torch
 
 from .shared_memory import SharedMemory
 from .shared_weights import Part
+from .turn import Holder
 
 # What a worker takes on a GPU besides a decode's own memory: the driver's context, kernels, boxes for the neighbours.
 WORKER_BYTES = 3 * 2**28
@@ -38,8 +39,8 @@ class Workers(Protocol):
         """Notes that this thread goes on."""
         ...
 
-    def leave(self) -> None:
-        """Gives them back."""
+    def leave(self, turn: Holder) -> None:
+        """Gives them back, if it is ``turn`` that they were entered with."""
         ...
 
     def begin(self) -> None:

@@ -16,6 +16,7 @@ from ..parallel.plan import describe_plan, plan_shards
 from .failures import StepOutOfMemory
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory
+from .turn import Holder
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class PoolRun:
         pixels: what the workers make of the frames; by default nothing.
         sent: frames that the caller has already.
     """
+
+    # What the pool is entered with.
+    turn: Holder
 
     def __init__(
         self,
@@ -190,4 +194,4 @@ class PoolRun:
         finally:
             self._latents_memory.close()
             self._video_memory.close()
-            pool.leave()
+            pool.leave(self.turn)

@@ -28,8 +28,9 @@ class SharedMemory:
     closed with `close`.
     """
 
+    descriptor = -1
+
     def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor = -1
         self.size = size
         self._map = mmap.mmap(descriptor, size)
         self.descriptor = descriptor  # this one's to close from here on

@@ -163,6 +163,42 @@ def test_an_interrupt_while_a_decode_is_being_ended_leaves_no_half_ended_workers
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("encoding", [False, True], ids=["decode", "encode"])
+@pytest.mark.parametrize("when", ["it has its turn", "its run is not kept yet", "it gives its turn back"])
+def test_an_interrupt_at_any_moment_leaves_the_turn_to_the_next(vae, latents, expected, when, encoding):
+    pool = vae._engine
+    begin = "encode" if encoding else "run"
+    taken, begun = pool._turn.take, getattr(pool, begin)
+
+    def interrupted(real=lambda *_: None):
+        def call(*arguments):
+            result = real(*arguments)  # noqa: F841 (the caller never gets it)
+            raise KeyboardInterrupt
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        if when == "it has its turn":
+            patch.setattr(pool._turn, "take", interrupted(taken))
+        elif when == "its run is not kept yet":
+            patch.setattr(pool, begin, interrupted(begun))
+        else:
+            patch.setattr(pool, "leave", interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            vae.encode(expected) if encoding else vae.decode(latents)
+    before, ends = time.monotonic(), []
+
+    def give_up():
+        if time.monotonic() > before + patience(20):
+            raise TimeoutError("nobody has the turn, and it is waited for")
+
+    thread = threading.Thread(target=lambda: ends.append(vae.decode(latents, on_wait=give_up)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(ends[0], expected, **CLOSE)
+    assert not pool._turn.held
+
+
 def test_a_worker_killed_between_decodes_costs_at_most_one_error(vae, latents, expected):
     before = pids(vae)
     os.kill(before[1], signal.SIGKILL)

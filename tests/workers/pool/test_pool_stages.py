@@ -484,6 +484,17 @@ def test_parked_workers_end_when_idle(path, latents):
         assert pids(vae) == []
 
 
+def test_idle_workers_end_though_somebody_looks_after_them_at_that_moment(path):
+    with wvp.load_vae(path, devices="cpu,cpu", chunk=1, idle_seconds=0.5) as vae:
+        with vae._engine._turn.at_once() as free:
+            assert free
+            vae._engine._end_when_idle()
+            before = pids(vae)
+            time.sleep(1)
+            assert pids(vae) == before
+        assert wait_until(lambda: all(map(gone, before)), 10)
+
+
 def test_a_successor_takes_over_the_processes_and_decodes_with_its_own_weights(path, latents, expected):
     weights = {key: tensor * 1.01 for key, tensor in load_file(path).items()}
     with wvp.vae_from_state_dict(weights, devices="cpu", chunk=1) as alone:
