@@ -305,7 +305,7 @@ class WorkerPool(Crew):
                 other._parts, other._given, other._early = set(), None, {}
             if other._idle_timer:
                 other._idle_timer.cancel()
-        self._end_when_idle()
+        self._end_when_idle(max(self._idle_seconds, _PREPARED_SECONDS) if self.stage == "prepared" else None)
 
     def _far_from_ready(self) -> bool:
         """Whether no decode can begin on the workers soon: there are none, or they load their modules."""

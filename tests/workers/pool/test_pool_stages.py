@@ -495,6 +495,19 @@ def test_idle_workers_end_though_somebody_looks_after_them_at_that_moment(path):
         assert wait_until(lambda: all(map(gone, before)), 10)
 
 
+def test_prepared_workers_that_were_taken_over_wait_as_long_for_their_first_decode(path):
+    first = wvp.load_vae(path, devices="cpu,cpu", idle_seconds=0.5)
+    before = pids(first)
+    with wvp.VAE(
+        first._weights, devices="cpu,cpu", dtype="auto", chunk="auto", idle_seconds=0.5, predecessor=first
+    ) as vae:
+        assert pids(vae) == before
+        assert stage(vae) == "prepared"
+        time.sleep(1.5)
+        assert pids(vae) == before
+    first.close()
+
+
 def test_a_successor_takes_over_the_processes_and_decodes_with_its_own_weights(path, latents, expected):
     weights = {key: tensor * 1.01 for key, tensor in load_file(path).items()}
     with wvp.vae_from_state_dict(weights, devices="cpu", chunk=1) as alone:
