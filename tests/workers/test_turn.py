@@ -64,3 +64,12 @@ def test_of_many_threads_only_one_is_within():
         thread.join(60)
     assert len(ends) == 4
     assert max(most) == 1
+
+
+def test_a_word_that_comes_late_keeps_nobody_busy():
+    turn, holder = Turn(), Holder()
+    assert turn.take(holder)
+    turn._free.set()  # of the one before, who was held up between its two steps
+    began, worked = time.monotonic(), time.thread_time()
+    assert not turn.take(Holder(), 0.3)
+    assert time.thread_time() - worked < 0.5 * (time.monotonic() - began)

@@ -41,8 +41,8 @@ class Turn:
         deadline = time.monotonic() + seconds
         while True:
             with self._changing:
+                self._free.clear()  # also what was set late, when another had it already
                 if not self.held:
-                    self._free.clear()
                     self._holder = weakref.ref(holder)
                     return True
             left = deadline - time.monotonic()
