@@ -10,6 +10,7 @@ import torch
 from wan_vae_parallel import memory
 from wan_vae_parallel.architecture import Architecture
 from wan_vae_parallel.memory import (
+    chunk_to_hand_on,
     decode_memory,
     encode_memory,
     free_memory,
@@ -134,6 +135,21 @@ def test_largest_chunk_shrinks_with_free_memory_and_never_below_one(architecture
     for chunk, bytes_free in zip(chunks, free, strict=True):
         if chunk > 1:  # it was promised to fit
             assert decode_memory(architecture, shape, chunk=chunk, **BF16).total <= bytes_free
+
+
+@pytest.mark.parametrize(
+    ("frames", "chunk", "most"),
+    [
+        ((1, 81, 720, 1280, 3), 15, 2),
+        ((2, 81, 720, 1280, 3), 15, 1),
+        ((1, 81, 480, 832, 3), 15, 5),
+        ((1, 81, 480, 832, 3), 3, 3),
+        ((1, 81, 2160, 3840, 3), 1, 1),
+        ((8, 1, 720, 1280, 3), 4, 2),
+    ],
+)
+def test_chunks_are_smaller_where_an_encoder_takes_the_frames(frames, chunk, most):
+    assert chunk_to_hand_on(chunk, frames) == most
 
 
 def test_largest_chunk_is_no_more_than_follows_the_first_frame():

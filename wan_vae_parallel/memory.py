@@ -31,6 +31,9 @@ from .ops.pixels import tap_channels
 # Pixels of a step beyond which larger chunks stop paying: four frames of 720p. There a step keeps an H200 busy,
 # and more frames would only cost memory.
 _ENOUGH_PIXELS = 4 * 720 * 1280
+# Half as many where an encoder takes the frames, which is slower than the devices: five steps' frames wait for it on
+# the host, and it can begin the sooner. Of the whole frame, however many devices share it.
+_HANDED_ON_PIXELS = 2 * 720 * 1280
 # Of an encode, whose finest stage takes as many frames as its coarsest: so many of its positions at once. Of Wan 2.2,
 # where a position is four pixels, no more than twice as many pixels: eight frames of 704x1280 take 2.5 GiB more than
 # four; to the host they took no less time, measured once, beside other programs.
@@ -254,6 +257,18 @@ def largest_chunk(
         return fits(architecture, shape, chunk=chunk, dtype=dtype, free=free, kernels=kernels)
 
     return _largest(max(1, min(round(enough), most_at_once(batch, latent_frames))), chunk_fits)
+
+
+def chunk_to_hand_on(chunk: int, frames: Sequence[int]) -> int:
+    """``chunk``, or a smaller one that keeps little in memory on the way to an encoder.
+
+    Args:
+        chunk: what `largest_chunk` takes.
+        frames: the shape of all, ``[B, T, H, W, C]``.
+    """
+    batch, count, height, width = frames[:4]
+    together = 1 if count == 1 else batch  # a batch's images make chunks, and its videos go side by side
+    return min(chunk, max(1, round(_HANDED_ON_PIXELS / (together * height * width))))
 
 
 def fits(

@@ -26,6 +26,7 @@ from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.files.video_in import VideoInput
 from wan_vae_parallel.ops.kernels import tiles
 from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
+from wan_vae_parallel.ops.pixel_format import YUV420
 from wan_vae_parallel.parallel.coordination import Coordinator
 from wan_vae_parallel.runtime import tuning
 
@@ -70,6 +71,20 @@ def test_the_first_rank_gets_the_frames_of_one_device(ranks, path, rows, columns
     torch.testing.assert_close(frames, alone(path, latents), **CLOSE)
     assert all(theirs.shape == (1, 0, *frames.shape[2:]) for theirs, _ in others)
     assert names == (f"{socket.gethostname()}/cpu",) * (1 + len(others))
+
+
+def _steps_to_an_encoder(rank, _world, path, latents):
+    # Only the first rank knows what becomes of the frames.
+    with pytest.MonkeyPatch.context() as patch, wvp.load_vae(path, group=launch.group()) as vae:
+        patch.setattr("wan_vae_parallel.memory._HANDED_ON_PIXELS", 24 * 16)
+        pixels = list(vae.pixel_stream(latents, None if rank else YUV420))
+        return [len(part[0]) for part in pixels], [len(part[0]) for part in vae.decode_stream(latents)]
+
+
+def test_steps_are_small_where_an_encoder_takes_the_frames(ranks, path):
+    (pixels, floats), *_ = ranks.run(_steps_to_an_encoder, path, latents_of(3, 2))
+    assert sum(pixels) == sum(floats) == 13
+    assert max(pixels) < max(floats)
 
 
 def _decode_to_files_with_alpha(_rank, _world, path, latents, folder):

@@ -20,6 +20,7 @@ from tests.processes import children, patience, wait_until
 from wan_vae_parallel import to_video
 from wan_vae_parallel.files.ffmpeg import FedProcess, find_ffmpeg
 from wan_vae_parallel.files.settings import OutputSettings
+from wan_vae_parallel.ops.pixel_format import YUV420
 from wan_vae_parallel.runtime.local import LocalDecoder
 from wan_vae_parallel.to_video import VideoDecode
 
@@ -322,6 +323,18 @@ def test_nan_is_told_though_pixels_have_none(latents, tmp_path):
     ):
         vae.decode_to_video(latents, tmp_path / "v.mp4")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_steps_are_small_where_an_encoder_takes_the_frames(path, latents, devices, monkeypatch):
+    monkeypatch.setattr("wan_vae_parallel.memory._HANDED_ON_PIXELS", 2 * 32 * 24)
+    with wvp.load_vae(path, devices=devices) as vae, wvp.load_vae(path, devices="cpu", chunk=2) as small:
+        pixels, floats = (
+            [part.shape[1] for part in stream]
+            for stream in (vae.pixel_stream(latents, YUV420), vae.decode_stream(latents))
+        )
+        assert pixels == [part.shape[1] for part in small.decode_stream(latents)]
+    assert max(floats) > max(pixels)
 
 
 def test_a_slow_encoder_holds_the_decode_back(path, slow, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from ..errors import OutOfMemoryError, is_out_of_memory
 from ..files.checkpoint import Checkpoint
 from ..memory import (
+    chunk_to_hand_on,
     decode_memory,
     free_memory,
     gibibytes,
@@ -70,12 +71,12 @@ class LocalEngine:
     def run(
         self,
         latents: torch.Tensor,
-        video_shape: torch.Size,  # noqa: ARG002 (the pool's signature)
+        video_shape: torch.Size,
         chunk: int,
         pixels: PixelFormat | None = None,
     ) -> LocalRun:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
-        return LocalRun(self, latents, chunk, pixels)
+        return LocalRun(self, latents, video_shape, chunk, pixels)
 
     def encode(self, source: Source, chunk: int) -> LocalEncodeRun:
         """Begins an encode; the same call as `workers.pool.WorkerPool.encode`."""
@@ -122,10 +123,16 @@ class LocalRun:
     finite = True
 
     def __init__(
-        self, engine: LocalEngine, latents: torch.Tensor, chunk: int, pixels: PixelFormat | None = None
+        self,
+        engine: LocalEngine,
+        latents: torch.Tensor,
+        video_shape: torch.Size,
+        chunk: int,
+        pixels: PixelFormat | None = None,
     ) -> None:
         self._engine = engine
         self._latents = latents
+        self._video_shape = video_shape
         self._chunk = chunk
         self._pixels = pixels
         # What the decode found, where it is done and with which chunk, for a log.
@@ -184,15 +191,15 @@ class LocalRun:
             return min(self._chunk, most_at_once(size[0], size[1]))
         engine = self._engine
         decoder = engine.decoder()
-        free = free_memory(engine.device)
-        return largest_chunk(
+        chunk = largest_chunk(
             decoder.architecture,
             size,
             dtype=engine.dtype,
-            free=free,
+            free=free_memory(engine.device),
             kernels=decoder.kernels,
             device_type=engine.device.type,
         )
+        return chunk_to_hand_on(chunk, self._video_shape) if self._pixels else chunk
 
     def _does_not_fit(self, size: tuple[int, int, int, int], reason: str) -> str:
         engine, (batch, _, rows, columns) = self._engine, size

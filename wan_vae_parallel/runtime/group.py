@@ -22,6 +22,7 @@ import torch.distributed as dist
 from ..errors import OutOfMemoryError, WanVAEError
 from ..files.checkpoint import Checkpoint
 from ..frames import check_range
+from ..memory import chunk_to_hand_on
 from ..model.lines import Piece
 from ..ops.pixel_format import PixelFormat
 from ..parallel.coordination import WORD_SECONDS, WORK_SECONDS, Coordinator, check_same
@@ -89,12 +90,12 @@ class GroupEngine:
     def run(
         self,
         latents: torch.Tensor,
-        video_shape: torch.Size,  # noqa: ARG002 (the pool's signature)
+        video_shape: torch.Size,
         chunk: int,
         pixels: PixelFormat | None = None,
     ) -> GroupRun:
         """Begins a decode; the same call as `pool.WorkerPool.run`."""
-        return GroupRun(self, latents, chunk, pixels)
+        return GroupRun(self, latents, video_shape, chunk, pixels)
 
     def encode(self, source: Source, chunk: int) -> GroupEncodeRun:
         """Begins an encode; the same call as `workers.pool.WorkerPool.encode`."""
@@ -150,10 +151,16 @@ class GroupRun:
     finite = True
 
     def __init__(
-        self, engine: GroupEngine, latents: torch.Tensor, chunk: int, pixels: PixelFormat | None = None
+        self,
+        engine: GroupEngine,
+        latents: torch.Tensor,
+        video_shape: torch.Size,
+        chunk: int,
+        pixels: PixelFormat | None = None,
     ) -> None:
         self._engine = engine
         self._latents = latents
+        self._video_shape = video_shape
         self._pixels = pixels
         self._over = True
         # What the decode found, for a log.
@@ -212,7 +219,8 @@ class GroupRun:
         """The largest chunk that this rank has room for; any will do for a rank without rows."""
         if not self._working:
             return None
-        return self._engine.decoder().room(self._plan, self._engine.rank, self._latents.shape, chunk)
+        room = self._engine.decoder().room(self._plan, self._engine.rank, self._latents.shape, chunk)
+        return chunk_to_hand_on(room, self._video_shape) if self._pixels and room and not chunk else room
 
     def _whole_frames(self) -> Iterator[Frames]:
         engine, plan = self._engine, self._plan

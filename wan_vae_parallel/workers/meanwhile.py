@@ -17,7 +17,7 @@ import torch
 
 from ..cancel import Cancelled, check_cancelled
 from ..errors import WanVAEError, is_out_of_memory
-from ..memory import fits, free_memory, largest_chunk
+from ..memory import chunk_to_hand_on, fits, free_memory, largest_chunk
 from ..ops.dispatch import kernels_expected
 from ..ops.gpu import gpu, takes_processes
 from ..ops.pixel_format import PixelFormat
@@ -191,10 +191,13 @@ class MeanwhileRun:
         if not fits(decoder.architecture, size, chunk=1, dtype=engine.dtype, free=free, kernels=kernels):
             logger.info("%s has not the memory to decode alone while the workers start", device)
             return None
-        chunk = self._chunk or largest_chunk(
-            decoder.architecture, size, dtype=engine.dtype, free=free, kernels=kernels, device_type=device.type
-        )
-        return LocalRun(engine, latents, chunk, self._pixels)
+        chunk = self._chunk
+        if not chunk:
+            chunk = largest_chunk(
+                decoder.architecture, size, dtype=engine.dtype, free=free, kernels=kernels, device_type=device.type
+            )
+            chunk = chunk_to_hand_on(chunk, self._video_shape) if self._pixels else chunk
+        return LocalRun(engine, latents, self._video_shape, chunk, self._pixels)
 
     def _hand_over(self, rate: float) -> bool:
         """Brings the workers nearer; whether they are to go on.

@@ -10,7 +10,7 @@ import torch
 
 from ..cancel import Cancelled
 from ..errors import OutOfMemoryError, WanVAEError, WorkerError
-from ..memory import host_room
+from ..memory import chunk_to_hand_on, host_room
 from ..ops.pixel_format import PixelFormat
 from ..parallel.plan import describe_plan, plan_shards
 from .failures import StepOutOfMemory
@@ -124,6 +124,8 @@ class PoolRun:
         self._open(chunk)
         room = [answer[1] for answer in pool.gather("room", self._shards)]
         self._begun = min(room)
+        if self._pixels and not chunk:
+            self._begun = chunk_to_hand_on(self._begun, self._frames_shape)
         if self._begun == 0:
             short = [str(pool.devices[rank]) for rank, most in enumerate(room) if most == 0]
             raise OutOfMemoryError(
