@@ -175,7 +175,7 @@ def cut(source, target, share):
 
 @pytest.mark.parametrize(("name", "reason"), [("v.mp4", "partial file|Invalid NAL"), ("v.mkv", "ended prematurely")])
 def test_a_video_that_is_cut_short_is_an_error_behind_the_frames_that_it_has(folder, tmp_path, name, reason):
-    path = cut(folder / name, tmp_path / name, 0.8)
+    path = cut(folder / name, tmp_path / name, 0.9)
     before = children()
     words = rf"cut short behind frame (\d+) \(ffmpeg: .*({reason}).*\); .* take the first \1 frames alone"
     with pytest.raises(FrameError, match=words):

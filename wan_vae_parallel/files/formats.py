@@ -156,10 +156,11 @@ FORMATS = {
             suffixes=(".mp4", ".mkv", ".mov"),
             encoder="libx264",
             pixels=YUV420,
-            # Half of the usual frames to look ahead at: 60 MB less at 720p.
-            arguments=("-rc-lookahead", "20"),
+            # Half of the usual frames to look ahead at: 60 MB less at 720p. "faster" takes half of the usual preset's
+            # time, and with a CRF less by one makes files of the same PSNR that are 2 to 9% larger.
+            arguments=("-preset", "faster", "-rc-lookahead", "20"),
             tags=_BT709,
-            crf={"low": 28, "medium": 20, "high": 14, "best": 6},
+            crf={"low": 27, "medium": 19, "high": 13, "best": 5},
             most_crf=51,
             audio=dict.fromkeys((".mp4", ".mkv", ".mov"), _AAC),
             even=True,

@@ -483,7 +483,7 @@ def encode_again(path: Path, into: Path, check: Check = no_check) -> None:
             *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0", *_NOTHING_ELSE),
             *_NOT_TEXTS,
             *("-vf", f"scale={_TO_BT709}", *_TAGS),
-            *("-c:v", "libx264", "-crf", "14", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
+            *("-c:v", "libx264", "-preset", "faster", "-crf", "13", "-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
             *("-f", "mp4", f"file:{temporary}"),
             check=check,
         )
