@@ -51,7 +51,7 @@ def test_a_descriptor_is_closed_once_if_mapping_fails(monkeypatch):
     closed = []
     real = os.close
 
-    def mapping(*_):
+    def mapping(*_, **__):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(shared_memory.mmap, "mmap", mapping)

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from ..anonymous import anonymous_file
 _MADV_POPULATE_WRITE = 23
 # Bytes between two looks whether they are still wanted.
 _AT_ONCE = 32 * 2**20
+# From Python 3.13 on a mapping needs no copy of its descriptor: results that are kept take none.
+_NO_COPY: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 class SharedMemory:
@@ -31,19 +34,18 @@ class SharedMemory:
     descriptor = -1
 
     def __init__(self, descriptor: int, size: int) -> None:
+        self.descriptor = descriptor  # this one's to close, whatever happens
         self.size = size
-        self._map = mmap.mmap(descriptor, size)
-        self.descriptor = descriptor  # this one's to close from here on
+        try:
+            self._map = mmap.mmap(descriptor, size, **_NO_COPY)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, size: int) -> SharedMemory:
         """Zeroed memory of ``size`` > 0 bytes; pages come into being when they are touched."""
-        descriptor = anonymous_file("wan-vae-parallel", size)
-        try:
-            return cls(descriptor, size)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        return cls(anonymous_file("wan-vae-parallel", size), size)
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """What lies from byte ``offset`` on as a contiguous tensor."""
