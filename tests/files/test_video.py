@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wan_vae_parallel import OutputError
+from wan_vae_parallel.files.ffmpeg import FedProcess
 from wan_vae_parallel.files.pictures import comparison_sheet, contact_sheet, to_picture
 from wan_vae_parallel.files.video import open_output, output_files, plan_output
 
@@ -68,6 +69,20 @@ def test_each_video_of_a_batch_gets_a_file(tmp_path):
     for i in (0, 1):
         _, frames = read_video(tmp_path / f"out_{i + 1}.mp4")
         assert (frames.float() / 255 - batch[i]).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(("videos", "threads"), [(1, 12), (3, 4), (20, 1)])
+def test_encoders_of_a_batch_share_the_threads_and_so_the_memory(tmp_path, monkeypatch, videos, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    commands, begin = [], FedProcess.__init__
+
+    def begun(self, command):
+        commands.append(command)
+        begin(self, command)
+
+    monkeypatch.setattr(FedProcess, "__init__", begun)
+    write(tmp_path / "out.mp4", FRAMES.expand(videos, -1, -1, -1, -1))
+    assert [command[command.index("-threads") + 1] for command in commands] == [str(threads)] * videos
 
 
 def test_a_tensor_is_exact(tmp_path):

@@ -199,9 +199,13 @@ class VideoOutput:
 
     @property
     def _threads(self) -> int:
-        """Of the encoder. Each of x264's holds frames: at 720p it takes 0.3 GB with 12, 0.6 with 32, 1.3 with 128."""
+        """Of the encoder. Each of x264's holds frames: at 720p it takes 0.3 GB with 12, 0.6 with 32, 1.3 with 128.
+
+        Encoders that work side by side, of a batch's videos, share them.
+        """
         most = _THREADS if self._width * self._height <= _LARGE_PIXELS else _THREADS // 2
-        return min(most, os.cpu_count() or 1)
+        at_once = len(self.files) if self._total > 1 and not self._format.pictures else 1
+        return max(1, min(most, os.cpu_count() or 1) // at_once)
 
     @property
     def _seconds(self) -> Fraction:
