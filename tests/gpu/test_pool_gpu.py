@@ -224,10 +224,12 @@ def workers_come(vae, seconds=120):
 
 @pytest.mark.usefixtures("_begins_here")
 @pytest.mark.parametrize("size", SIZES)
-def test_a_first_decode_is_one_devices_with_the_same_bits(wan21, caplog, size):
+def test_a_first_decode_is_one_devices_with_the_same_bits(wan21, caplog, size, tmp_path, monkeypatch):
     latents = random_latents("wan2.1", frames=6, rows=size[0], columns=size[1])
     with load(wan21, devices="cuda:0", dtype="bfloat16", chunk=2) as alone:
         expected = alone.decode(latents)  # which has measured settings, if there were none
+    # Empty: the workers must compile.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with load(wan21, devices=named(COUNT), dtype="bfloat16", chunk=1) as vae:
         workers = pids(vae)
         started = time.monotonic()
@@ -237,9 +239,13 @@ def test_a_first_decode_is_one_devices_with_the_same_bits(wan21, caplog, size):
         assert vae.worked_on == vae.devices[:1]
         assert "cuda:0 alone, while the workers start" in caplog.text
         workers_come(vae)
+        # While this process decoded: nothing is left for the decode that is theirs.
+        compiled = set(tmp_path.rglob("*.cubin"))
+        assert compiled
         assert torch.equal(vae.decode(latents), expected)
         assert vae.worked_on == vae.devices
         assert pids(vae) == workers
+        assert set(tmp_path.rglob("*.cubin")) == compiled
 
 
 @pytest.mark.usefixtures("_begins_here")

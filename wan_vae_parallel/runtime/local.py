@@ -137,20 +137,10 @@ class LocalDecoder(_LocalModel):
             ``[B, t, H, W, C]`` in [0, 1] on the device, contiguous and never transposed, t frames that follow those
             before.
         """
-        count, _, steps, rows, columns = latents.shape
+        count, _, steps = latents.shape[:3]
         chunk = min(chunk, most_at_once(count, steps))
-        pages = self.model.pages(
-            rows,
-            columns,
-            chunk=chunk,
-            videos=count if steps > 1 else 1,
-            keeps=steps > 1,
-            dtype=self.dtype,
-            device=self.device,
-            lists=self._lists,
-        )
         edges = edges or WholePicture()
-        self._compile_for(latents.shape, pages, chunk, edges, transposed)
+        pages = self._prepare(latents.shape, chunk, edges, transposed)
         if steps == 1:
             yield self._images(latents, pages, chunk, edges, transposed)
             return
@@ -174,6 +164,27 @@ class LocalDecoder(_LocalModel):
                 batch = frames[0][None] if len(frames) == 1 else torch.stack(frames)
             del frames
             yield batch
+
+    def rehearse(self, shape: torch.Size, chunk: int, edges: Edges, *, transposed: bool) -> None:
+        """Compiles what `stream` needs for latents of ``shape``; nothing is decoded, nor sent to other ranks."""
+        with torch.inference_mode():
+            self._prepare(shape, min(chunk, most_at_once(shape[0], shape[2])), edges, transposed)
+
+    def _prepare(self, shape: torch.Size, chunk: int, edges: Edges, transposed: bool) -> Mapping[PageKey, Pages]:
+        """Memory for a decode of latents of ``shape``, and its kernels."""
+        count, _, steps, rows, columns = shape
+        pages = self.model.pages(
+            rows,
+            columns,
+            chunk=chunk,
+            videos=count if steps > 1 else 1,
+            keeps=steps > 1,
+            dtype=self.dtype,
+            device=self.device,
+            lists=self._lists,
+        )
+        self._compile_for(shape, pages, chunk, edges, transposed)
+        return pages
 
     def _images(
         self, latents: torch.Tensor, pages: Mapping[PageKey, Pages], chunk: int, edges: Edges, transposed: bool

@@ -150,6 +150,18 @@ class ShardDecoder(_ShardModel[LocalDecoder]):
         """
         return self._local.stream(rows, chunk, ShardEdges(plan, group, peer_memory), transposed=plan.transposed)
 
+    def rehearse(
+        self,
+        plan: ShardPlan,
+        group: dist.ProcessGroup,
+        shape: torch.Size,
+        chunk: int,
+        peer_memory: PeerMemory | None = None,
+    ) -> None:
+        """Compiles what `steps` needs for this rank's rows of latents of ``shape`` ``[B, z, T, h, w]``."""
+        own = torch.Size((*shape[:3], plan.height(dist.get_rank(group)), plan.columns))
+        self._local.rehearse(own, chunk, ShardEdges(plan, group, peer_memory), transposed=plan.transposed)
+
 
 class ShardEncoder(_ShardModel[LocalEncoder]):
     """An encoder that takes any rank's rows of any video.

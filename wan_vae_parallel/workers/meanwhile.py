@@ -1,8 +1,9 @@
 """One decode that begins on the first device, in this process, while a pool's workers load their modules.
 
-Loading torch takes a process seconds, which is longer than one GPU takes for most videos. The workers go on from where
-this process is if they are ready before it, and would end sooner though they begin the video anew. The frames are the
-same: where our kernels do all of the work, bits do not depend on the number of devices.
+Loading torch takes a process seconds, which is longer than one GPU takes for most videos; kernels that are not on disk
+take seconds more. The workers go on from where this process is if they have both before it has ended, and would end
+sooner though they begin the video anew. The frames are the same: where our kernels do all of the work, bits do not
+depend on the number of devices.
 """
 
 from __future__ import annotations
@@ -207,8 +208,10 @@ class MeanwhileRun:
         """
         with self._dispensable():
             # Not before this process's settings are measured and kept: they look them up then.
-            ready = self._pool.advance("decoder")
-            frames = self._video_shape[1]
+            frames, chunk = self._video_shape[1], self._chunk
+            if self._pixels and not chunk:
+                chunk = chunk_to_hand_on(frames, self._video_shape)
+            ready = self._pool.advance("decoder", (self._latents.shape, chunk))
             shards = plan_shards(self._latents.shape[3], self._latents.shape[4], len(self._pool.devices)).shards
             anew = rate * frames / shards + _BEGIN_SECONDS
             if (

@@ -308,7 +308,7 @@ class WorkerPool(Crew):
         self._end_when_idle(max(self._idle_seconds, _PREPARED_SECONDS) if self.stage == "prepared" else None)
 
     def _far_from_ready(self) -> bool:
-        """Whether no decode can begin on the workers soon: there are none, or they load their modules."""
+        """Whether no decode can begin on the workers soon: there are none, or they load modules, weights or kernels."""
         if not all(worker.alive for worker in self.workers):
             return True
         if self.stage in ("ready", "parked"):
@@ -322,6 +322,8 @@ class WorkerPool(Crew):
         except BaseException:
             self.stop(grace=0.0)  # interrupted here, what one has said is lost
             raise
+        if self.stage == "loading":
+            return len(self._early.get("ready", {})) < len(self.workers)
         return not self.workers or not all(worker.prepared for worker in self.workers)
 
     def begin(self) -> None:
@@ -346,14 +348,18 @@ class WorkerPool(Crew):
                 "%d workers on %s were ready after %.2f s", len(self.workers), names, time.monotonic() - started
             )
 
-    def advance(self, part: Part) -> bool:
+    def advance(self, part: Part, soon: tuple[torch.Size, int] | None = None) -> bool:
         """`start` without waiting, for workers that have begun: tells them what they can be told by now.
+
+        Args:
+            part: whose weights.
+            soon: the shape of latents, and a chunk, whose kernels they compile before they are ready.
 
         Returns:
             Whether they are ready with a part's weights.
         """
         if not self._has(part):
-            self._order(part)
+            self._order(part, soon)
         self._catch_up()
         return self._has(part)
 
@@ -384,12 +390,12 @@ class WorkerPool(Crew):
         """Whether workers are ready with a part's weights."""
         return self.stage == "ready" and (self._owner, part) in self._parts
 
-    def _order(self, part: Part) -> None:
+    def _order(self, part: Part, soon: tuple[torch.Size, int] | None = None) -> None:
         """Tells workers to load a part's weights, unless they have been told and not answered yet."""
         if self.stage not in ("ready", "loading"):
             self._load()
         if self._given is None:
-            self._give_weights(part)
+            self._give_weights(part, soon)
         self.stage = "loading"
 
     def _take_ready(self) -> None:
@@ -486,12 +492,13 @@ class WorkerPool(Crew):
             finally:
                 os.close(store)
 
-    def _give_weights(self, part: Part) -> None:
+    def _give_weights(self, part: Part, soon: tuple[torch.Size, int] | None) -> None:
         """Hands a part's weights to the workers."""
         with self._sharing():
             dtype = self.dtype if part == "decoder" else self.encode_dtype
             memory, manifest = share_weights(self._weights(), part, dtype)
-            manifest |= {"owner": self._owner, "kept": sorted({self._owner, *(owner for owner, _ in self._parts)})}
+            kept = sorted({self._owner, *(owner for owner, _ in self._parts)})
+            manifest |= {"owner": self._owner, "kept": kept, "soon": soon}
             try:
                 self.tell("weights", part, manifest)
                 self.hand_over(memory.descriptor)

@@ -51,7 +51,7 @@ class Workers(Protocol):
         """Waits until they are ready with a part's weights."""
         ...
 
-    def advance(self, part: Part) -> bool:
+    def advance(self, part: Part, soon: tuple[torch.Size, int] | None = ...) -> bool:
         """Brings them nearer to that without waiting; whether they are ready."""
         ...
 

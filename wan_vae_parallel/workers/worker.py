@@ -275,11 +275,27 @@ class _Worker:
             if self._peer_memory is None:
                 connect(self._group, self.device)
             self._connected = True
+        if isinstance(model, ShardDecoder) and manifest["soon"]:
+            self._rehearse(model, coordinator, *manifest["soon"])
         held = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
         if self._peer_memory:
             held += self._peer_memory.size
         self._heard = False
         self.send("ready", held)
+
+    def _rehearse(self, decoder: ShardDecoder, coordinator: Coordinator, shape: torch.Size, asked: int) -> None:
+        """Compiles the kernels of a decode that the parent has begun by itself, which goes on the longer."""
+        group = self._group
+        assert group is not None
+        plan = plan_shards(shape[3], shape[4], dist.get_world_size(group))
+        room = decoder.room(plan, self.rank, shape, asked) if self.rank < plan.shards else 0
+        chunk = min((one for one in coordinator.exchange(room) if one), default=0)
+        if room:
+            try:
+                decoder.rehearse(plan, group, shape, chunk, self._peer_memory)
+            except Exception as error:  # noqa: BLE001 (what fails here does so in the decode, which tells of it)
+                logger.debug("no kernels were compiled ahead: %s", error)
+        self._empty_cache()
 
     def _drop(self, owners: Iterable[int]) -> None:
         """Lets go of some pools' weights."""
