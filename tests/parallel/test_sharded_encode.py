@@ -54,3 +54,19 @@ def test_repeats_are_left_out_on_all_workers_alike(exact, family):
         # In a stream it is the same, whatever parts the frames come in.
         parts = torch.cat(list(vae.encode_stream(video[0].split(5))), dim=2)
     assert max_error(parts, reference) <= 1e-9
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize(
+    ("rows", "columns", "chunk"),
+    [(2, 2, "auto"), (2, 2, 20), (1, 1, "auto"), (4, 2, 16)],
+)
+def test_frames_that_wait_in_large_chunks_stay_what_they_are(family, exact, workers, rows, columns, chunk):
+    # Few new frames a piece, so that many pieces wait in front of a stage, longer than the memory that they came in.
+    video = random_video(family, frames=33, rows=rows, columns=columns, dtype=torch.float64)
+    video[:, 1:] = video[:, 1::4].repeat_interleave(4, dim=1)
+    reference = oracle_latents(exact, video[0]).permute(3, 0, 1, 2)[None]
+    with load(exact, dtype="float64", chunk=chunk, devices=",".join(["cpu"] * workers)) as vae:
+        for size in (1, 7):
+            parts = torch.cat(list(vae.encode_stream(video[0].split(size))), dim=2)
+            assert max_error(parts, reference) <= 1e-9, size

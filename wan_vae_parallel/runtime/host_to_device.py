@@ -19,7 +19,8 @@ def to_device(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
     A copy is begun when its piece is asked for, which is when the device still has work to do.
 
     Args:
-        pieces: of frames ``[n, H, W, C]`` on the host, of any strides, or on a device.
+        pieces: of frames ``[n, H, W, C]`` of any strides on the host, where they may change when the next piece is
+            asked for, or on a device, where they stay.
         device: where to.
 
     Yields:
@@ -33,7 +34,11 @@ def to_device(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
         frames = piece.frames
         if frames is None:
             yield piece
-        elif stream is None or frames.is_cuda:
+        elif stream is None:
+            # Of its own on the CPU, too: a piece may wait in front of a stage, and what it came in is used again.
+            own = frames.to(device, memory_format=torch.contiguous_format, copy=True)
+            yield Piece(own, piece.counts)
+        elif frames.is_cuda:
             yield Piece(frames.to(device).contiguous(), piece.counts)
         else:
             if len(buffers) < 2:
