@@ -255,8 +255,8 @@ def test_encode_says_what_is_wrong_and_leaves_nothing(files, shown, tmp_path, ca
         ([files[0] / "video.latent"], "has latents in it"),
         ([files[0] / "vae.safetensors"], "it must have one named frames"),
         ([folder / "p", "--size", "50x32"], "multiple of 8 pixels a side, not 50x32"),
-        ([folder / "p", "--vae", tmp_path / "decoder.safetensors"], "have no encoder, so it can only decode"),
-        ([folder / "v.mp4", "--vae", tmp_path / "decoder.safetensors"], "have no encoder"),
+        ([folder / "p", "--vae", tmp_path / "decoder.safetensors"], "decoder.safetensors has no encoder, so that this"),
+        ([folder / "v.mp4", "--vae", tmp_path / "decoder.safetensors"], "decoder.safetensors has no encoder"),
         ([folder / "p", "-o", tmp_path / "o.mp4"], "o.mp4 is no kind of file that latents are written to"),
         ([folder / "p", "-o", tmp_path / "none" / "o.latent"], "there is no folder"),
     ]

@@ -63,7 +63,8 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
         frames = frames.unsqueeze(0)
     if frames.dim() != 5:
         raise FrameError(
-            f"frames have {len(shape)} axes {shape}; they must have five, [B, T, H, W, C], or four for one video"
+            f"frames have {len(shape)} axes {shape}; they must have five, [B, T, H, W, C], or four for one video",
+            "give a single picture as frame[None]" if len(shape) == 3 else "",
         )
     check_values(frames)
     if frames.numel() == 0:
@@ -124,12 +125,14 @@ def check_part(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor
 def check_values(frames: torch.Tensor) -> None:
     """Raises `FrameError` unless ``frames`` are of a float dtype."""
     if frames.dtype not in _DTYPES:
+        name = str(frames.dtype).removeprefix("torch.")
+        # Wider integers seldom count to the end of their range.
+        white = {torch.int8: 127, torch.uint16: 65535, torch.int16: 32767}.get(frames.dtype, 255)
         whole = not (frames.is_floating_point() or frames.is_complex() or frames.dtype == torch.bool)
-        most = torch.iinfo(frames.dtype).max if whole else 1
+        way = f"divide them by what white is, {white} as a rule" if whole else "look at what made them"
         raise FrameError(
-            f"frames are {str(frames.dtype).removeprefix('torch.')}; they must be floating point in [0, 1]: look at "
-            "what made them",
-            f"divide by the largest value, as frames.float() / {most}" if whole else "convert them",
+            f"frames are {name}; they must be floating point in [0, 1]: {way}",
+            f"take frames.float() / {white}" if whole else "convert them",
         )
 
 
@@ -141,8 +144,13 @@ def check_range(least: float, most: float) -> None:
     """
     if not (math.isfinite(least) and math.isfinite(most)):
         raise FrameError(
-            "frames have NaN or infinite values, and so would all latents behind them: look at what made them"
+            "frames have NaN or infinite values, where pictures have [0, 1], and so would all latents behind them: "
+            "look at what made them",
+            "put other numbers there (torch.nan_to_num)",
         )
     if least < _LEAST or most > _MOST:
         # Without the values, which differ from step to step.
-        say_once(f"frames have values below {_LEAST} or above {_MOST}, where pictures have [0, 1]; they are encoded so")
+        say_once(
+            f"frames have values below {_LEAST} or above {_MOST}, where pictures have [0, 1]; they are encoded so: if "
+            f"they are in [-1, 1], or count to 255, change them before"
+        )

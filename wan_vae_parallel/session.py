@@ -347,7 +347,8 @@ class Session:
             raise ClosedError("this VAE is closed; load it again")
         if self.architecture.encoder_width is None:
             raise CheckpointError(
-                "this VAE's weights have no encoder, so it can only decode; take the whole VAE's file to encode"
+                f"{self._weights.source} has no encoder, so that this VAE can only decode; encode with the whole Wan "
+                f"VAE"
             )
 
     def _check(self, run: DecodeRun | EncodeRun) -> None:

@@ -105,7 +105,7 @@ def test_a_tensor_is_read_as_it_is(tmp_path, shape, key):
             r"2 tensors: a \(1,\), b \(2,\); it must have one named frames",
         ),
         ({"frames": torch.zeros(16, 24, 3)}, r"of 3 axes \(16, 24, 3\); frames have five"),
-        ({"frames": torch.zeros(1, 16, 24, 3, dtype=torch.uint8)}, "divide by the largest value"),
+        ({"frames": torch.zeros(1, 16, 24, 3, dtype=torch.uint8)}, "divide them by what white is, 255 as a rule"),
         ({"latent_tensor": torch.zeros(1, 16, 1, 2, 2)}, "has latents in it"),
     ],
 )

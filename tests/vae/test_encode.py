@@ -196,7 +196,7 @@ def test_a_vae_without_an_encoder_says_so(devices):
     weights = {k: v for k, v in oracle_vae("wan2.1").state_dict().items() if not k.startswith(("encoder", "quant"))}
     with wvp.vae_from_state_dict(weights, devices=devices) as vae:
         for encode in (vae.encode, vae.encode_stream):
-            with pytest.raises(wvp.CheckpointError, match="have no encoder"):
+            with pytest.raises(wvp.CheckpointError, match="has no encoder"):
                 encode(torch.zeros(1, 1, 8, 8, 3))
 
 

@@ -46,6 +46,8 @@ class SameWeights:
         # Of a file, its values are read when they are wanted.
         first = weights.describe() if isinstance(weights, FileWeights) else weights()
         self.architecture = first.architecture
+        # What messages call them.
+        self.source = first.source
 
     def __call__(self) -> Checkpoint:
         checkpoint = self._weights()

@@ -178,7 +178,7 @@ class Crew:
 def _silence(worker: WorkerProcess, seconds: float) -> WorkerError:
     return WorkerError(
         f"{worker} is not answering for {seconds:.0f} s (process {worker.pid}); it and the others were ended, the next "
-        f"decode starts new ones{worker.last_lines()}"
+        f"call starts new ones{worker.last_lines()}"
     )
 
 

@@ -78,7 +78,7 @@ def _death(worker: WorkerProcess) -> WorkerError:
     if code == -signal.SIGKILL:
         more = "; if nobody killed it, the system did for want of host memory"
     return WorkerError(
-        f"{worker} died with exit code {'unknown' if code is None else code}; the others were ended, the next decode "
+        f"{worker} died with exit code {'unknown' if code is None else code}; the others were ended, the next call "
         f"starts new ones{more}{worker.last_lines()}"
     )
 

@@ -299,7 +299,7 @@ def test_a_worker_that_falls_meanwhile_fails_no_decode(fresh, latents, expected,
     assert ALONE in caplog.text
     assert f"worker 1 on cpu {'died with' if send == signal.SIGKILL else ''}" in caplog.text
     assert words in caplog.text
-    assert "the next decode starts new ones" in caplog.text
+    assert "the next call starts new ones" in caplog.text
     assert all(map(gone, before))
     assert not fresh.loaded
     monkeypatch.undo()

@@ -35,7 +35,7 @@ def test_a_worker_killed_in_the_middle_is_named_and_the_next_decode_works(vae, l
         vae.decode(latents, on_chunk=at(5, kill))
     assert time.monotonic() - killed[0] < patience(10)
     assert f"worker {rank} on cpu died with exit code -9" in str(raised.value)
-    assert "the next decode starts new ones" in str(raised.value)
+    assert "the next call starts new ones" in str(raised.value)
     assert all(map(gone, before))
     assert not vae.loaded
 
