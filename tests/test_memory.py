@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from wan_vae_parallel.memory import (
     encode_memory,
     free_memory,
     gibibytes,
+    kernels_take_decoder,
+    kernels_take_encoder,
     largest_chunk,
     largest_encode_chunk,
     largest_frame,
@@ -22,6 +25,7 @@ from wan_vae_parallel.memory import (
 )
 from wan_vae_parallel.model.decoder import WanDecoder
 from wan_vae_parallel.model.encoder import WanEncoder
+from wan_vae_parallel.ops.limits import attention_takes, norm_takes
 
 ARCHITECTURES = [
     Architecture.published("wan2.1"),
@@ -207,3 +211,15 @@ def test_free_memory_of_the_host_is_no_more_than_it_has():
 )
 def test_sizes_for_people(count, text):
     assert gibibytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("width", "norms", "attentions"),
+    [(96, True, True), (24, True, True), (8, True, True), (20, False, True), (12, False, True), (88, False, False)],
+)
+def test_plans_know_of_widths_that_our_kernels_do_not_take(width, norms, attentions):
+    assert norm_takes(width) == norms
+    assert attention_takes(4 * width) == attentions
+    architecture = dataclasses.replace(Architecture.published("wan2.1"), width=width, encoder_width=width)
+    takes = norms and attentions
+    assert kernels_take_decoder(architecture) == kernels_take_encoder(architecture) == takes

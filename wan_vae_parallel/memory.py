@@ -18,7 +18,7 @@ import torch
 
 from .architecture import Architecture
 from .errors import OutOfMemoryError, is_out_of_memory
-from .model.blocks import Needs
+from .model.blocks import Needs, kernels_take
 from .model.decoder import WanDecoder
 from .model.encoder import WanEncoder
 from .model.layers import CausalConv3d, UpsampleConv
@@ -405,6 +405,16 @@ def _encoder_skeleton(architecture: Architecture) -> WanEncoder:
 def decoder_kinds(architecture: Architecture) -> list[LayerKind]:
     """Of the decoder's convolutions."""
     return [layer.kind for layer in _decoder_skeleton(architecture).convolutions()]
+
+
+def kernels_take_decoder(architecture: Architecture) -> bool:
+    """Whether our kernels take all of its widths."""
+    return kernels_take(_decoder_skeleton(architecture))
+
+
+def kernels_take_encoder(architecture: Architecture) -> bool:
+    """The same of the encoder."""
+    return kernels_take(_encoder_skeleton(architecture))
 
 
 def encoder_kinds(architecture: Architecture) -> list[LayerKind]:

@@ -29,6 +29,8 @@ from .memory import (
     encode_memory,
     encoder_kinds,
     encoder_parameter_count,
+    kernels_take_decoder,
+    kernels_take_encoder,
     largest_chunk,
     largest_encode_chunk,
     most_encoded_at_once,
@@ -153,7 +155,9 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_planned(decoder_kinds(self.architecture), self.devices, self.dtype)
+        kernels = kernels_take_decoder(self.architecture) and kernels_planned(
+            decoder_kinds(self.architecture), self.devices, self.dtype
+        )
         chunk = self._chunk_number or largest_chunk(
             self.architecture,
             size,
@@ -182,7 +186,9 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (min(plan.tallest + 1, plan.rows), plan.columns)
-        kernels = kernels_planned(encoder_kinds(self.architecture), self.devices, self.encode_dtype)
+        kernels = kernels_take_encoder(self.architecture) and kernels_planned(
+            encoder_kinds(self.architecture), self.devices, self.encode_dtype
+        )
         chunk = self._chunk_number or largest_encode_chunk(
             self.architecture,
             size,

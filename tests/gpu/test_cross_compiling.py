@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.gpu.cross import GPUS, can_compile, compiled, targeting
+from wan_vae_parallel.ops.dispatch import KernelError
 from wan_vae_parallel.ops.layer_kinds import LayerKind, Measured
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs Triton's compiler")
@@ -132,6 +133,37 @@ def test_hoppers_own_attention_compiles():
     assert one.group_products > 0
 
 
+@pytest.mark.skipif(can_compile() and VERSION < (3, 6), reason="Gluon is older there")
+@pytest.mark.parametrize(
+    ("version", "bits", "reason"),
+    [
+        ((3, 6), 1.0, ""),  # which it has run with: it is not tried
+        ((3, 8), 0.0, ""),
+        ((3, 8), 1.0, "gives other bits with Triton"),
+        ((3, 8), KernelError("no such layout"), "does not run (no such layout)"),
+        ((3, 99), 0.0, "is written for Triton 3.6, 3.7"),
+    ],
+)
+def test_hoppers_own_attention_is_tried_where_it_has_never_run(monkeypatch, version, bits, reason):
+    from wan_vae_parallel.ops.kernels import attention_hopper
+
+    def attended(*_):
+        if isinstance(bits, KernelError):
+            raise bits
+        return torch.full((1,), bits)
+
+    monkeypatch.setattr(attention_hopper, "VERSION", version)
+    monkeypatch.setattr(attention_hopper, "_attend_on_hopper", attended)
+    monkeypatch.setattr(attention_hopper, "frame_attention_of_all", lambda *_: torch.zeros(1))
+    attention_hopper.why_not_on.cache_clear()
+    try:
+        found = attention_hopper.why_not_on(CPU)
+    finally:
+        attention_hopper.why_not_on.cache_clear()
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
 def test_a_kernels_numbers_are_no_reason_to_compile_it_again():
     # But for frames that hold no tile.
     from wan_vae_parallel.ops.kernels.launch import collect
@@ -159,7 +191,9 @@ def test_what_is_measured_is_compiled_before_also_where_a_setting_fails(monkeypa
         for _ in range(2):
             assert measure.measure([kind], torch.bfloat16, CPU) == {kind: Measured((1.0,), 0.0)}
     assert len(launch._failed) == 1
-    assert next(iter(launch._failed.values())).startswith("_conv_kernel: ")
+    (failed,) = launch._failed.values()
+    assert failed.startswith("_conv_kernel: CompilationError at ")
+    assert "K >= 16" in failed
 
 
 # All of it: half an hour of one core.

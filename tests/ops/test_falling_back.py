@@ -164,3 +164,57 @@ def test_hoppers_attention_is_followed_by_the_other_kernel_of_ours(broken, monke
     (said,) = [record.getMessage() for record in caplog.records]
     assert "a slower one of ours does its work, to the same bits" in said
     assert not dispatch.kernels_failed(wanted.device)
+
+
+@pytest.mark.parametrize(
+    ("takes", "lacking", "said"),
+    [(True, "", []), (True, "no such Triton", ["no such Triton"]), (False, "no such Triton", [])],
+)
+def test_that_hoppers_own_attention_is_missing_is_said_where_it_is_wanted(monkeypatch, caplog, takes, lacking, said):
+    ours = types.SimpleNamespace(frame_attention="ours", why_not=lambda *_: "")
+    hopper = types.SimpleNamespace(
+        frame_attention="Hopper's", can_attend=lambda *_: takes, why_not_on=lambda _: lacking
+    )
+    monkeypatch.setattr(attention, "_kernels", lambda _: (ours, hopper))
+    dispatch.say_once.cache_clear()
+    inputs = [_random(1, 4, 8)] * 3
+    for _ in range(2):
+        assert attention._kernels_for(*inputs) == ("ours", "Hopper's" if takes and not lacking else None)
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts == [f"attention runs on a slower kernel, whose frames are the same: {one}" for one in said]
+
+
+def test_where_no_setting_of_a_kernel_runs_that_is_said_with_its_reason(monkeypatch, caplog):
+    pytest.importorskip("triton", reason="settings are of kernels that Triton compiles")
+    from wan_vae_parallel.ops.kernels import measure
+
+    class Measuring(Exception):
+        """The rest needs a GPU."""
+
+    def stop(_cycles):
+        raise Measuring
+
+    class Problem:
+        kind = "a kind"
+        arena = torch.empty(0)
+
+        def ours(self, tile):
+            if tile not in self.runs:
+                raise KernelError(f"{TRIED} of {tile}")
+
+        def cudnn(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", stop)
+    monkeypatch.setattr(dispatch, "gpu", lambda _: types.SimpleNamespace(name="GeForce", capability=(8, 6)))
+    dispatch.say_once.cache_clear()
+    for runs, texts in ((("second",), 0), ((), 1)):
+        Problem.runs = runs
+        for _ in range(2):  # kinds of layers have the same kernel
+            with pytest.raises(Measuring):
+                measure._time(Problem(), ["first", "second"], torch.device("cpu"))
+        assert len(caplog.records) == texts
+    said = caplog.records[0].getMessage()
+    assert "a kernel of ours does not run on GeForce (sm_86" in said
+    assert f"{TRIED} of first. Please report this line at https://" in said

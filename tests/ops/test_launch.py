@@ -320,3 +320,45 @@ def test_a_cancelled_decode_does_not_wait_for_what_is_being_compiled(raised):
     # What nobody had begun with is not compiled for nobody.
     time.sleep(0.2)
     assert len(kernels[0].compiled) < len(kernels)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        # As Triton's compiler, its assembler and its passes say it.
+        (
+            "at 74:15:\n        a = tl.load(error_ptr)\n               ^\nK should be >= 16",
+            "_a_kernel: RuntimeError at 74:15: K should be >= 16",
+        ),
+        (
+            "Internal Triton PTX codegen error\n`ptxas` stderr:\nptxas /tmp/x.ptx, line 5; error   : Feature 'tcgen05' "
+            "requires .target sm_100a\nptxas fatal   : Ptx assembly aborted due to errors\nRepro command: ptxas x",
+            "_a_kernel: RuntimeError ptxas /tmp/x.ptx, line 5; error   : Feature 'tcgen05' requires .target sm_100a",
+        ),
+        ("PassManager::run failed", "_a_kernel: RuntimeError PassManager::run failed"),
+        ("first\nsecond", "_a_kernel: RuntimeError first"),
+        ("", "_a_kernel: RuntimeError RuntimeError"),
+        ("at 1:2:", "_a_kernel: RuntimeError at 1:2:"),
+        ("an error " + 500 * "x", "_a_kernel: RuntimeError an error " + 291 * "x"),
+    ],
+)
+def test_a_failure_is_told_in_the_line_that_says_why(text, line):
+    assert launching.reason("_a_kernel", RuntimeError(text)) == line
+
+
+def test_a_failures_cause_is_told_where_it_is_not_in_the_text():
+    def raised(text, cause):
+        try:
+            raise RuntimeError(text) from cause
+        except RuntimeError as error:
+            return error
+
+    places = ["at 7:1:\n    f(x)\n    ^", "at 2:9:\n    tl.dot(x, y)\n    ^"]
+    inner = raised(places[1], AssertionError("first\nK should be >= 16"))
+    assert launching.reason("_a_kernel", raised(places[0], inner)) == (
+        "_a_kernel: RuntimeError at 7:1: K should be >= 16"
+    )
+    assert (
+        launching.reason("_a_kernel", raised(places[0], ValueError())) == "_a_kernel: RuntimeError at 7:1: ValueError"
+    )
+    assert launching.reason("_a_kernel", raised(places[0], None)) == "_a_kernel: RuntimeError at 7:1:"

@@ -222,6 +222,14 @@ def test_a_kind_that_loses_by_over_a_tenth_is_cudnns_and_that_is_said_once(gpu, 
     assert "depend on the chunk and on the number of devices" in warning
 
 
+@pytest.mark.usefixtures("gpu")
+def test_a_kind_that_our_kernel_does_not_run_is_told_as_such(caplog, monkeypatch):
+    found = {NARROW: Measured((0.0,) * len(tiles.candidates(NARROW, CPU)), 21.0)}
+    monkeypatch.setitem(sys.modules, MEASURE, types.SimpleNamespace(measure=lambda *_: found))
+    assert tuning.tune([NARROW], CPU, BF16) == {NARROW}
+    assert "runs on cuDNN: 21 TFLOP/s on Test GPU, where our kernel does not run; the last bits" in caplog.text
+
+
 def test_all_layers_of_a_kind_are_cudnns_and_the_frames_stay(gpu, monkeypatch):
     vae = load(oracle_vae("wan2.1"), devices="cpu", chunk=1)
     latents = random_latents("wan2.1", frames=3, rows=2, columns=3)

@@ -21,6 +21,8 @@ from ..memory import (
     encoder_parameter_count,
     free_memory,
     gibibytes,
+    kernels_take_decoder,
+    kernels_take_encoder,
     largest_chunk,
     largest_encode_chunk,
 )
@@ -88,7 +90,7 @@ def _decode_needs(
     # A shard holds its neighbours' rows too.
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, architecture.latent_frames(options.frames), tallest, plan.columns)
-    kernels = kernels_planned(decoder_kinds(architecture), devices, dtype)
+    kernels = kernels_take_decoder(architecture) and kernels_planned(decoder_kinds(architecture), devices, dtype)
     given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     chunk = options.chunk
     if chunk == "auto":
@@ -107,7 +109,7 @@ def _encode_needs(
     """The same of an encode, as runtime/shard.py and runtime/encode_run.py plan it."""
     size = (plan.tallest + (plan.shards > 1), plan.columns)  # a row of the lower neighbour
     frames = architecture.encoded_frames(options.frames)
-    kernels = kernels_planned(encoder_kinds(architecture), devices, dtype)
+    kernels = kernels_take_encoder(architecture) and kernels_planned(encoder_kinds(architecture), devices, dtype)
     given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     chunk = options.chunk
     if chunk == "auto":

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..architecture import Stage
 from ..ops.attention import frame_attention
+from ..ops.limits import attention_takes, norm_takes
 from ..ops.norm_silu import rms_norm
 from ..ops.shortcut import add_duplicated
 from .layers import CausalConv3d, PointwiseConv, RMSNorm, UpsampleConv, norm_silu_frames
@@ -89,6 +90,13 @@ class AttentionBlock(nn.Module):
 
 
 Block = ResidualBlock | AttentionBlock
+
+
+def kernels_take(model: nn.Module) -> bool:
+    """Whether our kernels take the widths of all norms and attentions; of convolutions they take any."""
+    norms = (module.gamma.numel() for module in model.modules() if isinstance(module, RMSNorm))
+    attentions = (module.proj.weight.shape[0] for module in model.modules() if isinstance(module, AttentionBlock))
+    return all(map(norm_takes, norms)) and all(map(attention_takes, attentions))
 
 
 def middle_modules(channels: int, kernel_frames: int = 3) -> list[Block]:

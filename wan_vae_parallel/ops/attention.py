@@ -89,10 +89,12 @@ def _kernels_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         return None, None
     reason = attention.why_not(query, key, value)
     if not reason:
-        if hopper and gpu(query.device).capability == (9, 0) and (lacking := hopper.why_not_on(query.device)):
+        if not hopper or not hopper.can_attend(query, key, value):
+            return attention.frame_attention, None
+        if lacking := hopper.why_not_on(query.device):
             _say_slower(lacking)
-        takes = hopper and hopper.can_attend(query, key, value)
-        return attention.frame_attention, hopper.frame_attention if hopper and takes else None
+            return attention.frame_attention, None
+        return attention.frame_attention, hopper.frame_attention
     if query.dtype in KERNEL_DTYPES:
         say_once(f"attention runs on PyTorch's kernels, whose last bits depend on chunks and devices: ours {reason}")
     return None, None

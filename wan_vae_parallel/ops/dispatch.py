@@ -57,14 +57,23 @@ class FallingBack:
             return False
         if not self._instead:
             _failed_on.add(self._device)
-        instead = self._instead or (
-            "PyTorch's own do its work, which is slower and whose last bits depend on chunks and devices"
-        )
-        say_once(
-            f"a kernel of ours does not run on {_described(self._device)}, so {instead}: {error}. Please report this "
-            f"line at {_REPORT_TO}"
-        )
+        say_failed(self._device, str(error), self._instead)
         return True
+
+
+def say_failed(device: torch.device, error: str, instead: str = "") -> None:
+    """Says, once, that a kernel of ours can't be compiled or launched on ``device``, and where to report it.
+
+    Args:
+        device: a GPU.
+        error: which kernel, and why, in one line.
+        instead: what does its work; by default PyTorch.
+    """
+    instead = instead or "PyTorch's own do its work, which is slower and whose last bits depend on chunks and devices"
+    say_once(
+        f"a kernel of ours does not run on {_described(device)}, so {instead}: {error}. Please report this line at "
+        f"{_REPORT_TO}"
+    )
 
 
 def _described(device: torch.device) -> str:

@@ -97,4 +97,7 @@ def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, arena: torch.Tensor, slot
 
 def _say_slower(x: torch.Tensor) -> None:
     dtype = str(x.dtype).removeprefix("torch.")
-    say_once(f"norms over {x.shape[-1]} channels in {dtype} run on PyTorch's kernels, which is slower")
+    say_once(
+        f"norms over {x.shape[-1]} channels in {dtype} run on PyTorch's kernels, which is slower and "
+        f"whose last bits may depend on chunks and devices"
+    )

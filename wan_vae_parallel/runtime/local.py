@@ -15,6 +15,7 @@ import torch
 from ..architecture import Architecture
 from ..cancel import check_cancelled
 from ..memory import most_at_once
+from ..model.blocks import kernels_take
 from ..model.decoder import WanDecoder
 from ..model.encoder import WanEncoder
 from ..model.lines import Piece
@@ -80,7 +81,7 @@ class _LocalModel:
     @property
     def kernels(self) -> bool:
         """Whether our own kernels do all of the work."""
-        ours = kernels_multiply(self.device, self.dtype)
+        ours = kernels_multiply(self.device, self.dtype) and kernels_take(self._layers)
         given_away = kernels_failed(self.device) or any(conv.cudnn for conv in self._layers.convolutions())
         return ours and not given_away
 

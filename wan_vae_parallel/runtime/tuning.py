@@ -69,9 +69,10 @@ def tune(
     losses = {kind: (keys[i]["GPU"], one) for i, part in enumerate(found) for kind, one in part.items() if one.lost}
     if rank == 0:
         for kind, (model, one) in losses.items():
+            ours = f"our kernel does {one.ours:.0f}" if one.ours else "our kernel does not run"
             say_once(
-                f"{kind} runs on cuDNN: {one.cudnn:.0f} TFLOP/s on {model}, where our kernel does {one.ours:.0f}; the "
-                f"last bits of frames then depend on the chunk and on the number of devices"
+                f"{kind} runs on cuDNN: {one.cudnn:.0f} TFLOP/s on {model}, where {ours}; the last bits of frames then "
+                f"depend on the chunk and on the number of devices"
             )
     return frozenset(losses)
 

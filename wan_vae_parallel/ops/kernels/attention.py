@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..gpu import gpu
-from ..limits import FUSED_CHANNELS
+from ..limits import FUSED_CHANNELS, attention_takes
 from . import attention_two_passes
 from .attention_tiles import QUERIES, keys_at_once, load_tile, parts_of, scale_of, source_of
 from .launch import launch
@@ -126,8 +126,7 @@ def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str 
     if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype or 0 in key.shape:
         return f"takes bf16 or fp16 and at least one key, not {query.dtype}, {key.dtype}, {value.dtype}"
     channels = query.shape[-1]
-    parts, part = parts_of(channels)
-    if (channels <= FUSED_CHANNELS and (part < 16 or parts > 5)) or (channels > FUSED_CHANNELS and part < 128):
+    if not attention_takes(channels):
         return f"takes up to 5 times a power of two from 16 to 128 or multiples of 128 as channels, not {channels}"
     for tensor in (query, key, value):
         frame, position, channel = tensor.stride()

@@ -219,8 +219,8 @@ def _kernel(
 
 
 def can_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `frame_attention` takes these: see its ValueErrors."""
-    return _why_not(query, key, value) is None and not why_not_on(query.device)
+    """Whether `frame_attention` takes these, if it runs at all: see its ValueErrors, and `why_not_on`."""
+    return _why_not(query, key, value) is None
 
 
 @functools.cache

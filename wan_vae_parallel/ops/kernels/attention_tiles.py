@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..limits import powers_of_two
 from .products import TensorDescriptor
 
 # A program's.
@@ -36,8 +37,7 @@ def load_tile(
 
 def parts_of(channels: int) -> tuple[int, int]:
     """How many equal powers of two, of 128 at most, make up ``channels``, and their size."""
-    part = min(128, channels & -channels)
-    return channels // part, part
+    return powers_of_two(channels, 128)
 
 
 def keys_at_once(channels: int) -> int:

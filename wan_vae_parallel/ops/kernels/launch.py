@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -28,6 +29,8 @@ from .triton_version import COMPILED_TAKE_ALL
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
+# How Triton's errors begin: where in the kernel it is; and that its assembler says more.
+_PLACE, _HEADING = re.compile(r"at \d+:\d+:"), re.compile(r"codegen error|raised SIG")
 
 # Newer versions of Triton fuse no multiplications with additions unless told to: other bits.
 _OPTIONS = {"enable_fp_fusion": True}
@@ -119,15 +122,31 @@ class _failing:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, Exception) and not is_out_of_memory(error):
             key = _key(self._kernel, self._arguments, _OPTIONS | self._options)
-            _failed[key] = _reason(key[0], error)
+            _failed[key] = reason(key[0], error)
             raise KernelError(_failed[key]) from error
 
 
-def _reason(name: str, error: Exception) -> str:
-    """One line, not all that a compiler had to say."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), (lines or [""])[0])
+def reason(name: str, error: Exception) -> str:
+    """One line, not all that a compiler had to say.
+
+    Triton shows the lines of the kernel, and what is wrong there below them or in the error's cause; of its assembler's
+    output the lines that speak of an error say more than its own heading.
+    """
+    lines = _lines(error)
+    if _PLACE.match(lines[0]):
+        inner: BaseException = error
+        while lines[-1] in ("^", lines[0]) and inner.__cause__ is not None:
+            inner = inner.__cause__
+            lines = [lines[0], *_lines(inner)]
+        telling = " ".join(dict.fromkeys((lines[0], lines[-1].strip("^"))))
+    else:
+        grave = [line for line in lines if re.search(r"error|fatal", line, re.IGNORECASE)]
+        telling = next((line for line in grave if not _HEADING.search(line)), (grave or lines)[0])
     return f"{name}: {type(error).__name__} {telling[:300]}".strip()
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 
 
 def at_once() -> contextlib.AbstractContextManager[None]:
@@ -179,7 +198,7 @@ def compile_all(run: Callable[[], None], device: torch.device) -> None:
             except Exception as error:  # compilers fail in many ways
                 if is_out_of_memory(error):
                     raise
-                _failed[key] = _reason(key[0], error)
+                _failed[key] = reason(key[0], error)
         progress.add()
 
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="wan-vae-parallel compile")

@@ -22,10 +22,10 @@ import torch
 from ...cancel import check_cancelled
 from ...errors import is_out_of_memory
 from .. import conv as ops
-from ..dispatch import KernelError
+from ..dispatch import KernelError, say_failed
 from ..gpu import gpu
 from ..layer_kinds import LayerKind, Measured
-from . import conv, down_conv, head_conv
+from . import conv, down_conv, head_conv, launch
 from .launch import compile_all
 from .progress import Progress
 from .tiles import Tile, candidates
@@ -153,9 +153,12 @@ def _measured(kind: LayerKind, dtype: torch.dtype, device: torch.device) -> Meas
 
 def _time(problem: _Problem, tiles: Sequence[Tile], device: torch.device) -> Measured:
     contestants: list[Callable[[], None]] = [*(functools.partial(problem.ours, tile) for tile in tiles), problem.cudnn]
-    running = [i for i, call in enumerate(contestants) if _runs(call, f"{problem.kind}, contestant {i}", device)]
+    reasons = [_why_not(call, f"{problem.kind}, contestant {i}", device) for i, call in enumerate(contestants)]
+    running = [i for i, reason in enumerate(reasons) if not reason]
     if not running:
-        raise RuntimeError(f"nothing runs {problem.kind} in {problem.arena.dtype} on {device}")
+        raise RuntimeError(f"nothing runs {problem.kind} in {problem.arena.dtype} on {device}: {reasons[0]}")
+    if running == [len(tiles)]:
+        say_failed(device, reasons[0])
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in contestants]
     for turn in range(_ROUNDS):
         check_cancelled()
@@ -176,8 +179,8 @@ def _time(problem: _Problem, tiles: Sequence[Tile], device: torch.device) -> Mea
     return Measured(tuple(speeds[:-1]), speeds[-1])
 
 
-def _runs(call: Callable[[], None], name: str, device: torch.device) -> bool:
-    """Warms up; whether that worked. A setting that a GPU does not take is no reason to have none."""
+def _why_not(call: Callable[[], None], name: str, device: torch.device) -> str:
+    """Warms up; what kept that from working. A setting that a GPU does not take is no reason to have none."""
     check_cancelled()
     try:
         for _ in range(2):
@@ -187,8 +190,8 @@ def _runs(call: Callable[[], None], name: str, device: torch.device) -> bool:
         if is_out_of_memory(error):
             raise
         logger.debug("%s does not run: %s", name, error)
-        return False
-    return True
+        return str(error) if isinstance(error, KernelError) else launch.reason(name, error)
+    return ""
 
 
 def _frames_seen(kind: LayerKind) -> int:

@@ -22,13 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..limits import norm_takes, powers_of_two
 from .launch import Call
 
 # Norms below this count as this, as in norm_silu.py.
 _MIN_NORM = 1e-12
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Qwen-Image-2.1 has 9 times a power of two: 72 registers a thread.
-_MAX_GROUPS, _MIN_LANES = 9, 16
 # With 512 lanes or more, other numbers of warps share a position's channels out differently: other sums, other bits.
 _WARPS = 4
 # Values a program loads at once: at least 16 bytes a thread in half precision, so that the tile's size does not
@@ -100,7 +99,7 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Normalises ``x`` over its channels and scales by ``gamma``.
 
     Args:
-        x: ``[T, H, W, C]``, contiguous, bf16, fp16 or fp32. C is up to 9 times a power of two of 16 or more.
+        x: ``[T, H, W, C]``, contiguous, bf16, fp16 or fp32. C is up to 9 times a power of two from 8 to 1024.
         gamma: C values, of any shape, of ``x``'s dtype.
 
     Returns:
@@ -173,8 +172,7 @@ def _plan_of(x: _Kind, gamma: _Kind, into: tuple[_Kind, _Kind] | None, device: t
     frames, rows, columns, channels = x.shape
     out_rows, out_columns = into[0].shape[1:3] if into else (rows, columns)
     border = (out_rows - rows) // 2
-    lanes = channels & -channels
-    groups = channels // lanes
+    groups, lanes = powers_of_two(channels, channels)
     positions = max(_MIN_BLOCK, _TILE_VALUES // triton.next_power_of_2(groups)) // lanes
     call = Call(
         _norm_kernel,
@@ -199,9 +197,8 @@ def _why_not(x: _Kind, gamma: _Kind) -> str | None:
             f"({'' if x.contiguous else 'not '}contiguous); norm_silu.py takes any"
         )
     channels = x.shape[-1]
-    lanes = channels & -channels
-    if lanes < _MIN_LANES or lanes > 1024 or channels // lanes > _MAX_GROUPS:
-        return f"takes channels of up to 9 times a power of two from 16 to 1024, not {channels}; norm_silu.py takes any"
+    if not norm_takes(channels):
+        return f"takes channels of up to 9 times a power of two from 8 to 1024, not {channels}; norm_silu.py takes any"
     if math.prod(gamma.shape) != channels or gamma.dtype != x.dtype or not gamma.contiguous:
         return f"takes {channels} values of gamma in {x.dtype}, not {gamma.shape} in {gamma.dtype}"
     if max(x.shape[:2]) > 65535 or x.shape[2] * channels >= 2**31:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...errors import is_out_of_memory
+from .launch import reason
 
 
 @triton.jit
@@ -29,5 +30,5 @@ def why_not(device: torch.device) -> str:
     except Exception as error:  # compilers fail in many ways
         if is_out_of_memory(error):  # which passes
             raise
-        return f"Triton can't compile kernels ({' '.join(str(error).split()) or type(error).__name__})"
+        return f"Triton can't compile kernels ({reason('_probe_kernel', error)})"
     return "" if done else "a kernel of Triton's did nothing"
