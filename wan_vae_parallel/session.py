@@ -352,9 +352,9 @@ class Session:
         if self._closed:
             raise ClosedError("this VAE is closed; load it again")
         if self.architecture.encoder_width is None:
+            source = self._weights.source
             raise CheckpointError(
-                f"{self._weights.source} has no encoder, so that this VAE can only decode; encode with the whole Wan "
-                f"VAE"
+                f"{source} has no encoder, so that this VAE can only decode; encode with the whole Wan VAE"
             )
 
     def _check(self, run: DecodeRun | EncodeRun) -> None:
