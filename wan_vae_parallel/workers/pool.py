@@ -313,15 +313,9 @@ class WorkerPool(Crew):
             return True
         if self.stage in ("ready", "parked"):
             return False
-        try:
+        with self._ended_if_lost():
             if self.workers:
                 self.listen()
-        except WanVAEError as error:
-            logger.warning("%s", str(error))
-            self.stop(grace=0.0)
-        except BaseException:
-            self.stop(grace=0.0)  # interrupted here, what one has said is lost
-            raise
         if self.stage == "loading":
             return len(self._early.get("ready", {})) < len(self.workers)
         return not self.workers or not all(worker.prepared for worker in self.workers)
@@ -370,14 +364,20 @@ class WorkerPool(Crew):
         with self._turn.at_once() as free:
             if not free:
                 return
-            try:
+            with self._ended_if_lost():
                 self._catch_up()
-            except WanVAEError as error:
-                logger.warning("%s", str(error))
-                self.stop(grace=0.0)
-            except BaseException:
-                self.stop(grace=0.0)  # interrupted here, what one has said is lost
-                raise
+
+    @contextlib.contextmanager
+    def _ended_if_lost(self) -> Iterator[None]:
+        """Within it idle workers are heard; those that have failed are ended, so that the next call starts new ones."""
+        try:
+            yield
+        except WanVAEError as error:
+            logger.warning("%s", str(error))
+            self.stop(grace=0.0)
+        except BaseException:
+            self.stop(grace=0.0)  # interrupted here, what one has said is lost
+            raise
 
     def _catch_up(self) -> None:
         """Takes what workers have said by now, without waiting; raises if one has ended or is stopped."""
