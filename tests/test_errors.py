@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
-from wan_vae_parallel.errors import about_file, is_out_of_memory
+from wan_vae_parallel.errors import about_file, is_out_of_memory, summary
 
 PACKAGE = Path(wvp.__file__).parent
 
@@ -37,6 +37,30 @@ PACKAGE = Path(wvp.__file__).parent
 )
 def test_what_counts_as_out_of_memory(error, counts):
     assert is_out_of_memory(error) == counts
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("two\n  lines"), "two lines"),
+        (RuntimeError("no way\nException raised from f at /x.cpp:1 (most recent call first):\nframe #0"), "no way"),
+        (
+            RuntimeError(
+                "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/\n"
+                "CUDA kernel errors might be asynchronously reported at some other API call, so ..."
+            ),
+            "CUDA error: out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: misaligned address\nCUDA kernel errors might be asynchronously reported at ..."),
+            "CUDA error: misaligned address",
+        ),
+    ],
+    ids=["nothing", "two lines", "a stack", "advice and an address", "advice"],
+)
+def test_a_summary_is_one_line_without_what_is_for_developers(error, told):
+    assert summary(error) == told
 
 
 def test_errors_are_called_by_the_packages_name_wherever_it_lies():

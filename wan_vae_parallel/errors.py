@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import torch
 # How PyTorch's CPU allocator, CUDA and NCCL, cuBLAS and cuDNN, and oneDNN (of the code that it makes) say it.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
+# How what torch appends begins.
+_FOR_DEVELOPERS = re.compile(r"Exception raised from|Search for `cuda|CUDA kernel errors might be")
 
 # Where errors say that they are from. ComfyUI shows it before their name, and calls a pack's modules by its folder.
 _PACKAGE = "wan_vae_parallel"
@@ -87,6 +90,11 @@ def about_file(path: str | Path, text: str, error: object = None) -> str:
     places = [] if str(path) == name or str(path) in told else [str(path)]
     behind = "; ".join(filter(None, [told, *places]))
     return f"{name} {text} ({behind})" if behind else f"{name} {text}"
+
+
+def summary(error: BaseException) -> str:
+    """What an error says, on one line; of torch's and CUDA's without the C++ stack and the advice to developers."""
+    return " ".join(_FOR_DEVELOPERS.split(str(error))[0].split()) or type(error).__name__
 
 
 def is_out_of_memory(error: Exception) -> bool:

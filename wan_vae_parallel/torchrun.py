@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from .errors import DeviceError, WanVAEError, WorkerError
+from .errors import DeviceError, WanVAEError, WorkerError, summary
 from .files.whole import remove_unfinished
 from .parallel.coordination import (
     LOOK_SECONDS,
@@ -26,7 +26,6 @@ from .parallel.coordination import (
     WORK_SECONDS,
     failure,
     report_failure,
-    summary,
     with_rank,
     word_store,
 )

@@ -14,6 +14,8 @@ from tests.comfyui.server import REPOSITORY, Server, node
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
 MIB_OF_NOISE = 64
+# What CUDA's libraries and kernels keep in a process that has computed on a GPU.
+MIB_OF_LIBRARIES = 256
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,8 +115,11 @@ def test_decode_interrupt_decode_again_and_free(gpu_server):
 
     server.post("/free", {"unload_models": True, "free_memory": True})
 
+    # The first decode was the server's own, on the first GPU, while workers started.
+    allowed = [MIB_OF_LIBRARIES, *[MIB_OF_NOISE] * (COUNT - 1)]
+
     def as_before(used):
-        return all(now <= was + MIB_OF_NOISE for now, was in zip(used, before, strict=True))
+        return all(now <= was + more for now, was, more in zip(used, before, allowed, strict=True))
 
     after = settled(as_before)
     print(f"MiB in use warm: {warm}, after /free: {after}")

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import wan_vae_parallel as wvp
-from tests.gpu.device import CUDA, clear
-from tests.oracle import load, random_latents
+from tests.gpu.device import CUDA, GIB, card_of, clear, most_reserved
+from tests.oracle import load, oracle_vae, random_latents
 from wan_vae_parallel.memory import decode_memory
+from wan_vae_parallel.ops.dispatch import torch_kernels_only
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,6 @@ pytestmark = [
     pytest.mark.usefixtures("clean_device"),
 ]
 
-GIB = 2**30
 HD = (1, 16, 21, 90, 160)
 
 
@@ -128,3 +128,47 @@ def test_when_nothing_fits_it_says_what_would_and_a_smaller_decode_works_after_i
     with pytest.raises(wvp.OutOfMemoryError, match=r"1280x720 does not fit on cuda:0 even one latent frame at a time"):
         vae.decode(latents)
     assert torch.equal(vae.decode(small), expected)
+
+
+@pytest.fixture(scope="module")
+def published(family):
+    """Of the published widths, which memory depends on."""
+    return oracle_vae(family, width={"wan2.1": 96, "wan2.2": 256}[family], encoder_width=160)
+
+
+SIZES = {"wan2.1": {"720p": (720, 1280), "480p": (480, 832)}, "wan2.2": {"720p": (704, 1280), "480p": (480, 832)}}
+
+
+@pytest.mark.parametrize("size", ["720p", "480p"])
+def test_81_frames_on_cards_of_8_to_24_gb(family, published, size, caplog):
+    with load(published, dtype="bfloat16", devices=str(CUDA)) as vae:
+        rows, columns = vae.architecture.latent_size(*SIZES[family][size])
+        latents = random_latents(family, frames=21, rows=rows, columns=columns)
+        expected = vae.decode(latents)
+        assert expected.std() > 0.05
+        for gib in (8, 12, 16, 24):
+            vae.release()
+            with card_of(gib) as room, caplog.at_level(logging.WARNING):
+                assert torch.equal(vae.decode(latents), expected)
+                assert 0 < most_reserved(room) <= room
+        # With what was free its first chunk was one that fits.
+        assert "out of memory" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "gib", "direction"),
+    [("720p", 12, "decode"), ("480p", 8, "decode"), ("720p", 12, "encode"), ("480p", 8, "encode")],
+)
+def test_where_our_kernels_do_not_run_small_cards_do_it(family, published, size, gib, direction, caplog):
+    with load(published, dtype="bfloat16", devices=str(CUDA)) as vae, torch_kernels_only():
+        height, width = SIZES[family][size]
+        rows, columns = vae.architecture.latent_size(height, width)
+        with card_of(gib) as room, caplog.at_level(logging.WARNING):
+            if direction == "decode":
+                given = vae.decode(torch.randn(1, vae.architecture.z_dim, 9, rows, columns))
+            else:
+                given = vae.encode(torch.rand(1, 33, height, width, 3))
+            assert 0 < most_reserved(room) <= room
+        assert given.isfinite().all()
+        assert given.std() > 0.05
+        assert "out of memory" not in caplog.text

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..errors import OutOfMemoryError, WanVAEError, WorkerError, is_out_of_memory
+from ..errors import OutOfMemoryError, WanVAEError, WorkerError, is_out_of_memory, summary
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -246,7 +246,7 @@ def failure(words: Store) -> str:
 def with_rank(error: BaseException, name: str) -> str:
     """``error`` of the rank called ``name``, for the others; one that names its rank is passed on as it is."""
     text = str(error)
-    return text if text.startswith("rank ") else f"{name}: {type(error).__name__}: {text}"
+    return text if text.startswith("rank ") else f"{name}: {type(error).__name__}: {summary(error)}"
 
 
 def with_hint(error: BaseException, name: str) -> BaseException:
@@ -265,11 +265,6 @@ def with_hint(error: BaseException, name: str) -> BaseException:
             f"and where GPUs can't reach one another, try NCCL_P2P_DISABLE=1"
         )
     return error
-
-
-def summary(error: BaseException) -> str:
-    """What torch says, on one line and without the C++ stack."""
-    return " ".join(str(error).partition("Exception raised from")[0].split())
 
 
 def check_agreement(facts: Mapping[str, str], coordinator: Coordinator) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import WorkerError
+from ..errors import WorkerError, summary
 from ..ops.dispatch import KernelError, kernels_run
-from .coordination import Coordinator, summary
+from .coordination import Coordinator
 
 logger = logging.getLogger(__name__)
 

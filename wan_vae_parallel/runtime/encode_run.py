@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ..cancel import check_cancelled
-from ..errors import OutOfMemoryError, is_out_of_memory
+from ..errors import OutOfMemoryError, is_out_of_memory, summary
 from ..frames import check_range
 from ..memory import (
     ENCODE_AHEAD,
@@ -124,7 +124,7 @@ class LocalEncodeRun:
             except Exception as error:
                 if self._asking or not is_out_of_memory(error):
                     raise  # a source's own want of memory is its own
-                reason = str(error).splitlines()[0]
+                reason = summary(error)
             # Out of the handler, the error's traceback no longer holds the step's tensors.
             engine.free_cached()
             if chunk == 1 or not source.again:

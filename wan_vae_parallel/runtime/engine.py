@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..errors import OutOfMemoryError, is_out_of_memory
+from ..errors import OutOfMemoryError, is_out_of_memory, summary
 from ..files.checkpoint import Checkpoint
 from ..memory import (
     chunk_to_hand_on,
@@ -172,7 +172,7 @@ class LocalRun:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = summary(error)
             # Out of the handler, the error's traceback no longer holds the step's tensors.
             engine.free_cached()
             if chunk == 1:

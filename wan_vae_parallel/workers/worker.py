@@ -51,7 +51,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from ..errors import is_out_of_memory
+from ..errors import is_out_of_memory, summary
 from ..memory import give_back_host_memory
 from ..model.lines import Piece
 from ..ops.pixel_format import PixelFormat
@@ -108,7 +108,7 @@ def main(connection: Connection, options: dict[str, Any]) -> None:
     except BaseException as error:  # noqa: BLE001 (whatever it is, the parent is told, and the process ends)
         traceback.print_exc()
         kind = "memory" if isinstance(error, Exception) and is_out_of_memory(error) else "error"
-        worker.send("failed", kind, f"{type(error).__name__}: {error}")
+        worker.send("failed", kind, summary(error) if kind == "memory" else f"{type(error).__name__}: {summary(error)}")
         worker.end(1)
     worker.end(0)
 
