@@ -21,17 +21,18 @@ QUERIES = 128
 @triton.jit
 def load_tile(
     source, frame, row, channel, rows, frame_stride, row_stride,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, TMA: tl.constexpr, CLAMP: tl.constexpr = True,
 ):  # fmt: skip
-    """A tile ``[ROWS, CHANNELS]`` of a frame; past its last row zeros."""
+    """A tile ``[ROWS, CHANNELS]`` of a frame; past its last row that one again, or zeros."""
     if TMA:
         tile = source.load([frame, row, channel]).reshape(ROWS, CHANNELS)
     else:
+        # No mask: it costs as many instructions as the load.
         r = row + tl.arange(0, ROWS)
+        if CLAMP:
+            r = tl.minimum(r, rows - 1)
         first = source + frame.to(tl.int64) * frame_stride + channel
-        tile = tl.load(
-            first + r[:, None] * row_stride + tl.arange(0, CHANNELS)[None, :], mask=(r < rows)[:, None], other=0.0
-        )
+        tile = tl.load(first + r[:, None] * row_stride + tl.arange(0, CHANNELS)[None, :])
     return tile
 
 

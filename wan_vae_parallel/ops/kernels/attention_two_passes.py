@@ -25,6 +25,15 @@ _KEYS = 128
 
 
 @triton.jit
+def _first_row(tile, rows, ROWS: tl.constexpr, FEW: tl.constexpr, TMA: tl.constexpr):
+    """Where a tile of so many rows begins: the last within the one before, so that loads need no look at each row.
+
+    What both compute is the same bits.
+    """
+    return tile * ROWS if FEW or TMA else tl.minimum(tile * ROWS, rows - ROWS)
+
+
+@triton.jit
 def _weights_kernel(
     q_source,
     k_source,
@@ -35,15 +44,16 @@ def _weights_kernel(
     keys,
     blocks,
     q_frame,
-    q_row,
+    q_row: tl.constexpr,
     k_frame,
-    k_row,
+    k_row: tl.constexpr,
     scale,
     CHANNELS: tl.constexpr,
     STEP: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     WHOLE: tl.constexpr,
+    FEW: tl.constexpr,
     TMA: tl.constexpr,
 ):
     DTYPE: tl.constexpr = weights_target.dtype if TMA else weights_target.dtype.element_ty
@@ -54,23 +64,24 @@ def _weights_kernel(
     height = min(tl.cdiv(queries, QUERIES) - band, 8)
     row = band + pid % (8 * blocks) % height
     block = pid % (8 * blocks) // height
+    first = _first_row(row, queries, QUERIES, FEW, TMA)
     scores = tl.zeros([QUERIES, KEYS], tl.float32)
     for channel in tl.range(0, CHANNELS, STEP, num_stages=3):
-        q = load_tile(q_source, frame, row * QUERIES, channel, queries, q_frame, q_row, QUERIES, STEP, TMA)
-        k = load_tile(k_source, frame, block * KEYS, channel, keys, k_frame, k_row, KEYS, STEP, TMA)
+        q = load_tile(q_source, frame, first, channel, queries, q_frame, q_row, QUERIES, STEP, TMA, FEW)
+        k = load_tile(k_source, frame, block * KEYS, channel, keys, k_frame, k_row, KEYS, STEP, TMA, not WHOLE)
         scores = tl.dot(q, k.T, scores)
     if not WHOLE:
         scores = tl.where((block * KEYS + tl.arange(0, KEYS) < keys)[None, :], scores, float("-inf"))
     # A whole number, so that the second kernel's change from this maximum to the frame's is by a power of two: exact.
     top = tl.ceil(tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - top[:, None]).to(DTYPE)
-    rows = row * QUERIES + tl.arange(0, QUERIES)
+    rows = first + tl.arange(0, QUERIES)
     at = (frame.to(tl.int64) * blocks + block) * queries + rows
     tl.store(top_ptr + at, top, mask=rows < queries)
     # Of the rounded weights: the largest is not 1 here, and a query with one key must get that key's value.
     tl.store(total_ptr + at, tl.sum(weights.to(tl.float32), axis=1), mask=rows < queries)
     if TMA:
-        weights_target.store([frame, row * QUERIES, block * KEYS], weights[None])
+        weights_target.store([frame, first, block * KEYS], weights[None])
     else:
         # Rows are whole blocks, up to the last.
         target = weights_target + frame.to(tl.int64) * queries * (blocks * KEYS) + block * KEYS
@@ -89,7 +100,7 @@ def _values_kernel(
     keys,
     blocks,
     v_frame,
-    v_row,
+    v_row: tl.constexpr,
     out_frame,
     CHANNELS: tl.constexpr,
     PART: tl.constexpr,
@@ -97,12 +108,14 @@ def _values_kernel(
     KEYS: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FEW: tl.constexpr,
     TMA: tl.constexpr,
 ):
     STEP: tl.constexpr = KEYS // STEPS
     PARTS: tl.constexpr = CHANNELS // PART
     frame = tl.program_id(1)
-    first = tl.program_id(0) // PARTS * QUERIES
+    first = _first_row(tl.program_id(0) // PARTS, queries, QUERIES, FEW, TMA)
     channel = tl.program_id(0) % PARTS * PART
     rows = first + tl.arange(0, QUERIES)
     mask = rows < queries
@@ -120,9 +133,9 @@ def _values_kernel(
         row_values = blocks * KEYS
         weights = load_tile(
             weights_source, frame, first, step * STEP, queries, queries.to(tl.int64) * row_values, row_values,
-            QUERIES, STEP, TMA,
+            QUERIES, STEP, TMA, FEW,
         )  # fmt: skip
-        v = load_tile(v_source, frame, step * STEP, channel, keys, v_frame, v_row, STEP, PART, TMA)
+        v = load_tile(v_source, frame, step * STEP, channel, keys, v_frame, v_row, STEP, PART, TMA, not WHOLE)
         acc = tl.dot(weights * share.to(weights.dtype)[:, None], v, acc)
     out = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
     offsets = rows[:, None] * CHANNELS + channel + tl.arange(0, PART)[None, :]
@@ -173,6 +186,7 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         QUERIES=QUERIES,
         KEYS=_KEYS,
         WHOLE=keys % _KEYS == 0,
+        FEW=queries < QUERIES,
         TMA=tma,
         num_warps=4,
     )
@@ -195,6 +209,8 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         KEYS=_KEYS,
         STEPS=steps,
         STAGES=stages,
+        WHOLE=keys % _KEYS == 0,
+        FEW=queries < QUERIES,
         TMA=tma,
         num_warps=4,
     )
