@@ -146,6 +146,20 @@ def test_plans_know_that_a_kernel_failed(monkeypatch):
     assert dispatch.kernels_multiply(CUDA, torch.bfloat16)
 
 
+def test_plans_know_that_a_kernel_failed_in_another_process(monkeypatch):
+    tried(monkeypatch, "")
+    other = torch.device("cuda", 1)
+    dispatch.note_failed(other)
+    assert dispatch.kernels_expected(CUDA, torch.bfloat16)
+    assert not dispatch.kernels_expected(other, torch.bfloat16)
+
+
+def test_where_no_kernel_runs_they_failed(monkeypatch):
+    tried(monkeypatch, "it can't")
+    assert not dispatch.kernels_multiply(CUDA, torch.bfloat16)
+    assert dispatch.kernels_failed(CUDA)
+
+
 def test_a_kernel_that_fails_is_said_once_with_what_to_report(caplog):
     for _ in range(2):
         with dispatch.FallingBack(types.SimpleNamespace(device=CUDA)):

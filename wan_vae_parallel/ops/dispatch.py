@@ -99,18 +99,23 @@ def kernels_multiply(device: torch.device, dtype: torch.dtype) -> bool:
 def kernels_expected(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether our kernels do all of the work, for plans: without a word, and without a kernel that is tried.
 
-    What a decode found out since counts, of this process.
+    What a decode found out since counts, here or in a worker.
     """
-    if dtype not in KERNEL_DTYPES or device.type != "cuda" or _torch_only or _why_not(device):
+    if device in _failed_on or dtype not in KERNEL_DTYPES or device.type != "cuda" or _torch_only or _why_not(device):
         return False
     if device in _tried:
-        return not _tried[device] and device not in _failed_on
+        return not _tried[device]
     return _has_compiler()
 
 
 def kernels_failed(device: torch.device) -> bool:
-    """Whether a kernel of ours failed on ``device``, so that PyTorch's does its work."""
-    return device in _failed_on
+    """Whether a kernel of ours failed on ``device``, or none runs there, so that PyTorch's do its work."""
+    return device in _failed_on or bool(_tried.get(device))
+
+
+def note_failed(device: torch.device) -> None:
+    """Has plans know that another process found `kernels_failed` there."""
+    _failed_on.add(device)
 
 
 @contextlib.contextmanager

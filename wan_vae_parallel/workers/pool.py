@@ -36,6 +36,7 @@ import torch
 from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
 from ..errors import WanVAEError, WorkerError
 from ..files.checkpoint import Checkpoint
+from ..ops.dispatch import note_failed
 from ..ops.pixel_format import PixelFormat
 from ..runtime.engine import LocalEngine
 from ..runtime.source import Source
@@ -466,8 +467,13 @@ class WorkerPool(Crew):
                     raise _NotYet
 
             with contextlib.suppress(_NotYet):
-                self.gather("finished", len(self.workers), check=check if seconds is not None else check_cancelled)
+                ended = self.gather(
+                    "finished", len(self.workers), check=check if seconds is not None else check_cancelled
+                )
                 self._finishing = False
+                for worker, (_, failed) in zip(self.workers, ended, strict=True):
+                    if failed:
+                        note_failed(worker.device)
 
     def _load(self) -> None:
         """Tells the workers to get ready for weights, so that they do that while this process reads them."""

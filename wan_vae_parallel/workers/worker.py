@@ -22,7 +22,7 @@ What the parent says and what it hears, as tuples of plain values (see `pool`):
 | ``("again", request)`` | nothing; the last encode's memory is this one's, too |
 | ``("piece", counts)`` | ``("done", frames, finite, (least, most))``; on a GPU when the next piece has come |
 | ``("last",)`` | the same once more |
-| ``("finish",)`` | ``("finished",)`` when the decode's or encode's memory is free |
+| ``("finish",)`` | ``("finished", failed)`` when the decode's or encode's memory is free: `dispatch.kernels_failed` |
 | ``("park",)`` | ``("parked",)`` when the device has its memory back |
 | ``("close",)``, or the end of the pipe | the process ends |
 | | ``("failed", kind, text)``, after which the process ends |
@@ -54,6 +54,7 @@ from torch._C._distributed_c10d import FileStore
 from ..errors import is_out_of_memory, summary
 from ..memory import give_back_host_memory
 from ..model.lines import Piece
+from ..ops.dispatch import kernels_failed
 from ..ops.pixel_format import PixelFormat
 from ..parallel.coordination import Coordinator, check_agreement
 from ..parallel.edges import connect
@@ -392,7 +393,7 @@ class _Worker:
         else:
             self._empty_cache()
         self._heard = False
-        self.send("finished")
+        self.send("finished", kernels_failed(self.device))
         if self.device.type == "cpu":
             give_back_host_memory()
         # The mappings go after that word: the parent has its own, and need not wait.

@@ -146,6 +146,25 @@ def test_a_worker_that_is_made_while_the_pool_is_released_does_not_stay(path, la
     assert gone(made[0].pid)
 
 
+def test_plans_hear_of_kernels_that_failed_in_a_worker(vae, latents, monkeypatch):
+    real = vae._engine.gather
+    heard = []
+
+    def gather(kind, *args, **options):
+        answers = real(kind, *args, **options)
+        if kind == "finished":
+            heard.append(list(answers))
+            answers[1] = ("finished", True)
+        return answers
+
+    noted = []
+    monkeypatch.setattr(vae._engine, "gather", gather)
+    monkeypatch.setattr(pool_module, "note_failed", noted.append)
+    vae.decode(latents)
+    assert heard == [[("finished", False)] * len(vae._engine.workers)]
+    assert noted == [vae._engine.workers[1].device]
+
+
 def test_an_interrupt_while_a_decode_is_being_ended_leaves_no_half_ended_workers(vae, latents, expected):
     before = pids(vae)
     real = vae._engine.gather
