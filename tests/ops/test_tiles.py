@@ -83,6 +83,21 @@ def test_narrow_settings_compute_little_for_nothing(monkeypatch, kind, gpu):
         assert -(-own // width) * width <= 1.08 * own
 
 
+@pytest.mark.parametrize("gpu", ["H200", "B200", "RTX 5090"])
+def test_where_channels_are_no_multiple_of_16_bytes_settings_are_those_without_descriptors(monkeypatch, gpu):
+    monkeypatch.setattr(tiles, "gpu", lambda _: GPUS[gpu])
+    odd, even = (CONV._replace(channels=channels, out_channels=channels) for channels in (180, 184))
+
+    def settings():
+        return {kind: (tiles.candidates(kind, CPU), chosen(kind, LARGE)) for kind in (odd, even)}
+
+    found = settings()
+    monkeypatch.setattr(tiles, "DESCRIPTORS", False)
+    without = settings()
+    assert found[odd] == without[odd]
+    assert found[even] != without[even]
+
+
 def test_with_nothing_measured_the_shipped_speeds_choose():
     assert chosen(CONV, LARGE).positions == 128
     few = chosen(CONV, 10 * 20, frames=1)  # smaller programs are done first

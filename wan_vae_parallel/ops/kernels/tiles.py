@@ -152,9 +152,18 @@ def _narrow(kind: LayerKind, device: torch.device) -> list[Tile]:
     return list(dict.fromkeys(dataclasses.replace(tile, step=min(step, tile.step)) for tile in shapes))
 
 
+def _reads_tiles_through_tma(kind: LayerKind, device: torch.device) -> bool:
+    """As `products.use_descriptors` finds it of the kind's arenas: addresses of each copy take registers."""
+    return gpu(device).has_tma and DESCRIPTORS and kind.channels % 8 == 0
+
+
+def _wide(kind: LayerKind, device: torch.device) -> bool:
+    return wide_products(device) and _reads_tiles_through_tma(kind, device)
+
+
 def _unmeasured(kind: LayerKind, device: torch.device) -> list[tuple[Tile, float]]:
     """Settings for a GPU that nothing is known of; narrow ones are taken for alike."""
-    if wide_products(device):
+    if _wide(kind, device):
         return _settings(kind.channels, kind.out_channels // kind.halves)
     return [(tile, 1.0) for tile in _narrow(kind, device)]
 
@@ -164,9 +173,9 @@ def candidates(kind: LayerKind, device: torch.device) -> list[Tile]:
     channels, own = kind.channels, kind.out_channels // kind.halves
     if kind.op == "head_conv":
         return [head_tile(64, 512, channels, device=device)]
-    if not wide_products(device):
+    if not _wide(kind, device):
         found = _narrow(kind, device)
-        if gpu(device).has_tma and DESCRIPTORS:
+        if _reads_tiles_through_tma(kind, device):
             # There addresses take fewer registers, and waiting more instructions.
             found = [tile for one in found[:3] for tile in (one, dataclasses.replace(one, descriptors=False))]
         return list(dict.fromkeys(fit(tile, device) for tile in found))
