@@ -20,7 +20,7 @@ from ..parallel.plan import describe_plan, plan_shards
 from ..runtime.host_bytes import copy
 from ..runtime.pieces import pieces
 from ..runtime.source import Source
-from .failures import StepOutOfMemory
+from .failures import StepOutOfMemory, WorkerKilled
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory, populating
 from .turn import Holder
@@ -60,6 +60,8 @@ class PoolEncodeRun:
         self.finite = True
         # What the encode found, and where it is done, for a log.
         self.found = pool.stage
+        # Whether workers that are lost before they begin may have been so while nobody used them.
+        self._forgiving = self.found in ("ready", "parked")
         plan = plan_shards(source.rows, source.columns, len(pool.devices))
         self._shards = plan.shards
         self.where = describe_plan(plan, pool.devices)
@@ -126,11 +128,15 @@ class PoolEncodeRun:
                 logger.warning("%s; going on with chunk %d, same latents", str(error), chunk)
             except (Cancelled, GeneratorExit, OutOfMemoryError, FrameError):
                 raise  # between two messages
-            except BaseException:
+            except BaseException as error:
                 # Interrupted here, some workers may have got a command, or given an answer, that others have not.
+                again = self._forgiving and not self._begun and isinstance(error, WorkerKilled)
                 if not self._asking:
                     self._pool.stop(grace=0.5)
-                raise
+                if not again:
+                    raise
+                logger.warning("workers ended since they were used last; starting new ones (%s)", error)
+                self._forgiving = False
 
     def _attempt(self, video: int, chunk: int) -> Iterator[torch.Tensor]:
         """Encodes a video from its beginning; yields ``[z, t, h, w]``."""

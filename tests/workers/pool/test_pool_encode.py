@@ -74,6 +74,23 @@ def test_a_worker_that_is_killed_is_an_error_and_the_next_encode_starts_new_ones
     assert all(map(gone, before))
 
 
+def test_a_worker_killed_before_it_begins_costs_no_error(encoder, frames, caplog):
+    expected, before = encoder.encode(frames), pids(encoder)
+    pool = encoder._engine
+    real = pool.tell
+
+    def tell(kind, *message):
+        if kind == "encode" and pids(encoder) == before:
+            os.kill(before[1], signal.SIGKILL)
+        real(kind, *message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "tell", tell)
+        torch.testing.assert_close(encoder.encode(frames), expected, **CLOSE)
+    assert all(map(gone, before))
+    assert "workers ended since they were used last; starting new ones" in caplog.text
+
+
 def test_a_worker_that_is_stopped_is_an_error_that_names_it(encoder, frames, monkeypatch):
     monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 2.0)
     before = pids(encoder)

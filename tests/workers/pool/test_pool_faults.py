@@ -218,15 +218,47 @@ def test_an_interrupt_at_any_moment_leaves_the_turn_to_the_next(vae, latents, ex
     assert not pool._turn.held
 
 
-def test_a_worker_killed_between_decodes_costs_at_most_one_error(vae, latents, expected):
-    before = pids(vae)
-    os.kill(before[1], signal.SIGKILL)
-    assert wait_until(lambda: gone(before[1]), 5)
-    try:
+@pytest.mark.parametrize("seen", [True, False], ids=["seen before", "in the decode"])
+@pytest.mark.parametrize("stage", ["ready", "parked"])
+def test_a_worker_killed_between_decodes_costs_no_error(vae, latents, expected, caplog, stage, seen):
+    if stage == "parked":
+        assert vae.park()
+    pool, before = vae._engine, pids(vae)
+    with pytest.MonkeyPatch.context() as patch:
+        if seen:
+            os.kill(before[1], signal.SIGKILL)
+            assert wait_until(lambda: not pool.workers[1].alive, 5)
+        else:
+            real = pool.tell
+
+            def tell(kind, *message):
+                if kind in ("load", "open") and pids(vae) == before:
+                    os.kill(before[1], signal.SIGKILL)
+                real(kind, *message)
+
+            patch.setattr(pool, "tell", tell)
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
-    except wvp.WorkerError as error:
-        assert "worker 1 on cpu died with exit code -9" in str(error)  # noqa: PT017 (it may pass unseen, too)
     assert all(map(gone, before))
+    assert "workers ended since they were used last; starting new ones" in caplog.text
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new ones too", "once they have begun"])
+def test_workers_that_are_killed_again_are_an_error(vae, latents, expected, begun):
+    pool, killed = vae._engine, []
+    real = pool.tell
+
+    def tell(kind, *message):
+        if kind == ("begin" if begun else "open"):
+            killed.append(pids(vae)[1])
+            os.kill(killed[-1], signal.SIGKILL)
+        real(kind, *message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "tell", tell)
+        with pytest.raises(wvp.WorkerError, match="worker 1 on cpu died with exit code -9"):
+            vae.decode(latents)
+    assert len(killed) == (1 if begun else 2)
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
 def test_a_file_that_vanished_or_broke_is_an_error_and_its_return_is_none(
