@@ -54,7 +54,7 @@ def shared_mailbox(rank, world_size):
     own = torch.zeros(size, dtype=torch.uint8, device="cuda")
     boxes = launch.shared(own)
     for box in boxes:
-        box[:1].to(own.device)  # has torch open the way between two devices
+        own[:1].to(box.device)  # has torch open the way from this rank's device to the other's
     return peer_memory.PeerMemory(boxes, rank, own, HostSignals())
 
 
