@@ -68,7 +68,13 @@ class ClosedError(WanVAEError, RuntimeError):
 
 
 class WorkerError(WanVAEError, RuntimeError):
-    """A worker process died, failed or does not answer; the next call starts new ones."""
+    """A worker process died, failed or does not answer; the next call starts new ones.
+
+    Attributes:
+        killed: it was ended from outside, as by a signal.
+    """
+
+    killed = False
 
 
 class OutputError(WanVAEError, OSError):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import wan_vae_parallel as wvp
+from tests.oracle import random_latents
 from tests.processes import open_files
 from wan_vae_parallel.files import tensor_file
 from wan_vae_parallel.files.checkpoint import describe_checkpoint, read_checkpoint
@@ -255,3 +259,54 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
         read_checkpoint(tmp_path / "vae.safetensors")
     with pytest.raises(wvp.LatentError, match=r"is a folder|is no file; name a \.latent"):
         read_latents(tmp_path)
+
+
+def interrupted_in_the_library(monkeypatch, name):
+    """A signal comes while ``name`` of the library works, which takes what its handler raises for a bad tensor."""
+
+    def library(*args, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            for _ in range(1000):  # where handlers run, if this is their thread
+                time.sleep(0.001)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+        return real(*args, **options)
+
+    where, _, function = name.rpartition(".")
+    module = tensor_file.safetensors.torch if where else tensor_file
+    real = getattr(module, function)
+    monkeypatch.setattr(module, function, library)
+
+
+@pytest.fixture
+def _signal_interrupts():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("_signal_interrupts")
+@pytest.mark.parametrize("of", ["a VAE", "a VAE, by way of bytes", "latents"])
+def test_an_interrupt_while_a_file_is_read_stays_one(path, tmp_path, monkeypatch, of):
+    latents = tmp_path / "x.latent"
+    save_latents(latents, random_latents("wan2.1", frames=1, rows=1, columns=1))
+    if "bytes" in of:
+        monkeypatch.setattr(tensor_file.TensorFile, "_with_header", lambda _: None)
+    with monkeypatch.context() as patch:
+        interrupted_in_the_library(patch, "torch.load" if "bytes" in of else "safe_open")
+        with pytest.raises(KeyboardInterrupt):
+            read_latents(latents) if of == "latents" else read_checkpoint(path)
+    assert read_checkpoint(path).decoder
+    assert read_latents(latents).shape[2] == 1
+
+
+def test_where_there_are_no_more_threads_files_are_read_all_the_same(path, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert read_checkpoint(path).decoder

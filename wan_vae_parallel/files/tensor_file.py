@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -141,12 +141,16 @@ class TensorFile:
         self._check_same()
         if len(content) != self.version.size:
             raise self._changed()
-        return safetensors.torch.load(content)
+        return _apart(lambda: safetensors.torch.load(content))
 
     def _mapped(self, descriptor: int, keys: Collection[str] | None) -> dict[str, torch.Tensor]:
         """The tensors of an open file that nobody can make shorter; all of them without ``keys``."""
-        with safe_open(f"/proc/self/fd/{descriptor}", framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+
+        def get() -> dict[str, torch.Tensor]:
+            with safe_open(f"/proc/self/fd/{descriptor}", framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+
+        return _apart(get)
 
     def _spans(self, copy: int, keys: Collection[str]) -> list[tuple[int, int]]:
         """Where the values of ``keys`` lie, first and last byte (exclusive); neighbours are one span."""
@@ -256,3 +260,19 @@ class TensorFile:
         except BaseException:
             self.close()
             raise
+
+
+def _apart(load: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What ``load`` returns, of a thread that signals do not reach.
+
+    The main thread's handlers run in the middle of the library, and what they raise there, such as `KeyboardInterrupt`,
+    it takes for a tensor that can't be read.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return load()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            loading = pool.submit(load)
+        except RuntimeError:  # the system has no more threads
+            return load()
+        return loading.result()

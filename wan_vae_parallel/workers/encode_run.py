@@ -20,7 +20,7 @@ from ..parallel.plan import describe_plan, plan_shards
 from ..runtime.host_bytes import copy
 from ..runtime.pieces import pieces
 from ..runtime.source import Source
-from .failures import StepOutOfMemory, WorkerKilled
+from .failures import StepOutOfMemory
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory, populating
 from .turn import Holder
@@ -59,9 +59,7 @@ class PoolEncodeRun:
         # Whether the newest latents are finite.
         self.finite = True
         # What the encode found, and where it is done, for a log.
-        self.found = pool.stage
-        # Whether workers that are lost before they begin may have been so while nobody used them.
-        self._forgiving = self.found in ("ready", "parked")
+        self.found = pool.found
         plan = plan_shards(source.rows, source.columns, len(pool.devices))
         self._shards = plan.shards
         self.where = describe_plan(plan, pool.devices)
@@ -130,13 +128,14 @@ class PoolEncodeRun:
                 raise  # between two messages
             except BaseException as error:
                 # Interrupted here, some workers may have got a command, or given an answer, that others have not.
-                again = self._forgiving and not self._begun and isinstance(error, WorkerKilled)
+                again = self.found != "gone" and not self._begun and isinstance(error, WorkerError) and error.killed
                 if not self._asking:
                     self._pool.stop(grace=0.5)
                 if not again:
                     raise
-                logger.warning("workers ended since they were used last; starting new ones (%s)", error)
-                self._forgiving = False
+                # That may have been while nobody used them.
+                logger.warning("%s since it was used last; starting new ones", str(error).partition(";")[0])
+                self.found = "gone"
 
     def _attempt(self, video: int, chunk: int) -> Iterator[torch.Tensor]:
         """Encodes a video from its beginning; yields ``[z, t, h, w]``."""

@@ -24,10 +24,6 @@ class StepOutOfMemory(WanVAEError):
     """A worker ran out of memory in the middle of a step, where the others wait for it."""
 
 
-class WorkerKilled(WorkerError):
-    """A worker was ended from outside, by a signal."""
-
-
 def cause(workers: Sequence[WorkerProcess], heard: Mapping[int, tuple[Any, ...]] | None = None) -> WanVAEError:
     """What to tell once one of ``workers`` has ended, or has said that it does.
 
@@ -81,11 +77,12 @@ def _death(worker: WorkerProcess) -> WorkerError:
         more = hint(worker.device, " (NCCL waited for a peer in vain?)")
     if code == -signal.SIGKILL:
         more = "; if nobody killed it, the system did for want of host memory"
-    kind = WorkerKilled if (code or 0) < 0 else WorkerError
-    return kind(
+    error = WorkerError(
         f"{worker} died with exit code {'unknown' if code is None else code}; the others were ended, the next call "
         f"starts new ones{more}{worker.last_lines()}"
     )
+    error.killed = code is None or code < 0
+    return error
 
 
 def _failure(worker: WorkerProcess, kind: str, text: str) -> WanVAEError:

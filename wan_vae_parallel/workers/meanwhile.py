@@ -68,7 +68,7 @@ class MeanwhileRun:
         self._chunk = chunk
         self._pixels = pixels
         # What the decode found, for a log.
-        self.found = pool.stage
+        self.found = pool.found
         # Frames that were handed out, and those of them that this process decoded.
         self._sent = self._own = 0
         # Whether this process may hold memory on the device.

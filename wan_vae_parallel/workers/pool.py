@@ -149,6 +149,11 @@ class WorkerPool(Crew):
         parts = self._parts | ({self._given} if self._given else set())
         return frozenset(part for owner, part in parts if owner == self._owner) | self._local.parts
 
+    @property
+    def found(self) -> Stage:
+        """`stage`, for whoever wants the workers now: those of which one has ended are gone."""
+        return self.stage if all(worker.alive for worker in self.workers) else "gone"
+
     def run(
         self, latents: torch.Tensor, video_shape: torch.Size, chunk: int, pixels: PixelFormat | None = None
     ) -> PoolRun | MeanwhileRun:
@@ -356,7 +361,7 @@ class WorkerPool(Crew):
         if not self._has(part):
             self._order(part, soon)
         self._catch_up()
-        return self._has(part)
+        return self._has(part) and self.found != "gone"
 
     def settle(self) -> None:
         """Finds out whether idle workers that were loading are ready by now, so that `stage` and `held` tell it."""

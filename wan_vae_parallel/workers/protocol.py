@@ -35,6 +35,11 @@ class Workers(Protocol):
         """Of all workers."""
         ...
 
+    @property
+    def found(self) -> str:
+        """The stage, for whoever wants them now: those of which one has ended are gone."""
+        ...
+
     def belongs_here(self) -> None:
         """Notes that this thread goes on."""
         ...

@@ -13,7 +13,7 @@ from ..errors import OutOfMemoryError, WanVAEError, WorkerError
 from ..memory import chunk_to_hand_on, host_room
 from ..ops.pixel_format import PixelFormat
 from ..parallel.plan import describe_plan, plan_shards
-from .failures import StepOutOfMemory, WorkerKilled
+from .failures import StepOutOfMemory
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory
 from .turn import Holder
@@ -59,9 +59,7 @@ class PoolRun:
         # Whether the newest frames are free of NaN.
         self.finite = True
         # What the decode found, for a log.
-        self.found = pool.stage
-        # Whether workers that are lost before they begin may have been so while nobody used them.
-        self._forgiving = self.found in ("ready", "parked")
+        self.found = pool.found
         try:
             self._latents_shape = latents.shape
             shape, dtype = video_shape, torch.promote_types(pool.dtype, torch.float32)
@@ -115,12 +113,13 @@ class PoolRun:
                 raise  # between two messages
             except BaseException as error:
                 # Interrupted here, some workers may have got a command, or given an answer, that others have not.
-                again = self._forgiving and not self._begun and isinstance(error, WorkerKilled)
+                again = self.found != "gone" and not self._begun and isinstance(error, WorkerError) and error.killed
                 self._pool.stop(grace=0.5)
                 if not again:
                     raise
-                logger.warning("workers ended since they were used last; starting new ones (%s)", error)
-                self._forgiving = False
+                # That may have been while nobody used them.
+                logger.warning("%s since it was used last; starting new ones", str(error).partition(";")[0])
+                self.found = "gone"
 
     def _attempt(self, chunk: int) -> Iterator[int]:
         """Decodes from the beginning; yields the number of new frames of each step."""

@@ -88,7 +88,7 @@ def test_a_worker_killed_before_it_begins_costs_no_error(encoder, frames, caplog
         patch.setattr(pool, "tell", tell)
         torch.testing.assert_close(encoder.encode(frames), expected, **CLOSE)
     assert all(map(gone, before))
-    assert "workers ended since they were used last; starting new ones" in caplog.text
+    assert "worker 1 on cpu died with exit code -9 since it was used last; starting new ones" in caplog.text
 
 
 def test_a_worker_that_is_stopped_is_an_error_that_names_it(encoder, frames, monkeypatch):

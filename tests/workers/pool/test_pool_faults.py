@@ -5,8 +5,10 @@ tests/gpu/test_pool_gpu.py has what differs there.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -219,10 +221,14 @@ def test_an_interrupt_at_any_moment_leaves_the_turn_to_the_next(vae, latents, ex
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["seen before", "in the decode"])
-@pytest.mark.parametrize("stage", ["ready", "parked"])
+@pytest.mark.parametrize("stage", ["ready", "parked", "prepared"])
 def test_a_worker_killed_between_decodes_costs_no_error(vae, latents, expected, caplog, stage, seen):
+    caplog.set_level(logging.INFO)
     if stage == "parked":
         assert vae.park()
+    if stage == "prepared":
+        vae.release()
+        vae._engine.prepare()
     pool, before = vae._engine, pids(vae)
     with pytest.MonkeyPatch.context() as patch:
         if seen:
@@ -239,7 +245,8 @@ def test_a_worker_killed_between_decodes_costs_no_error(vae, latents, expected, 
             patch.setattr(pool, "tell", tell)
         torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
     assert all(map(gone, before))
-    assert "workers ended since they were used last; starting new ones" in caplog.text
+    assert "used last; starting new ones" in caplog.text
+    assert "(first)" in caplog.text
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["new ones too", "once they have begun"])
@@ -255,8 +262,10 @@ def test_workers_that_are_killed_again_are_an_error(vae, latents, expected, begu
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "tell", tell)
-        with pytest.raises(wvp.WorkerError, match="worker 1 on cpu died with exit code -9"):
+        with pytest.raises(wvp.WorkerError, match="worker 1 on cpu died with exit code -9") as raised:
             vae.decode(latents)
+    assert raised.value.killed
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # as from a process pool
     assert len(killed) == (1 if begun else 2)
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
