@@ -214,3 +214,9 @@ class Run:
 
 def node(class_type: str, **inputs) -> dict:
     return {"class_type": class_type, "inputs": inputs}
+
+
+def saves(server: Server, container: str, codec: str) -> bool:
+    """Whether its Save Video has this choice."""
+    choices = str(server.get("/object_info/SaveVideo"))
+    return f"'{container}'" in choices and f"'{codec}'" in choices

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfyui.server import node
+from tests.comfyui.server import node, saves
 from wan_vae_parallel import Architecture, vae_from_state_dict
 from wan_vae_parallel.bench import random_weights
+from wan_vae_parallel.files.ffmpeg import describe_video, find_ffmpeg
 from wan_vae_parallel.files.latents import denormalize, normalize
 from wan_vae_parallel.files.video import open_output
 from wan_vae_parallel.files.video_in import VideoInput
@@ -217,6 +218,24 @@ def test_two_vaes_make_a_video_with_alpha(server, send, format, devices, bound):
     assert said.startswith(f"{len(expected)} frames of 48x32")
 
 
+@pytest.mark.parametrize(("container", "kept"), [("webm", True), ("mkv", True), ("mp4", False)])
+def test_a_copy_of_vp9_says_that_it_has_alpha(server, send, container, kept):
+    if not saves(server, container, "auto"):
+        pytest.skip(f"this ComfyUI does not save {container}")
+    graph = alpha_to_video(send, LATENTS[:, :, :2], format="WebM VP9 8 bit")
+    graph["save"] = node("SaveVideo", video=["video", 0], filename_prefix="copy", format=container, codec="auto")
+    before = len(server.log())
+    saved = server.run(graph).check().outputs("save")["images"][0]
+    file = server.output / saved["subfolder"] / saved["filename"]
+    assert describe_video(find_ffmpeg(), file).alpha == kept
+    assert ("this video has alpha" in server.log()[before:]) == (not kept)
+    if kept:
+        with VideoInput(file, colours=4) as video:
+            alpha = torch.cat(list(video))[..., 3]
+        expected = engine_frames("alpha.safetensors", LATENTS[:, :, :2])[..., 0]
+        assert (alpha - expected).abs().mean() < 0.1
+
+
 @pytest.mark.parametrize(("format", "told"), [("WebM VP9 8 bit", 1), ("MKV FFV1 lossless 16 bit", 1), (None, 0)])
 def test_alpha_that_an_mp4_loses_is_told(server, send, format, told):
     graph = alpha_to_video(send, LATENTS[:, :, :2], **({"format": format} if format else {}))
@@ -225,7 +244,7 @@ def test_alpha_that_an_mp4_loses_is_told(server, send, format, told):
     graph["mp4"] = node("SaveVideo", video=["video", 0], filename_prefix="told", format="mp4", codec="auto")
     before = len(server.log())
     server.run(graph).check()
-    assert server.log()[before:].count("this video has alpha, which MP4 has no place for") == told
+    assert server.log()[before:].count("this video has alpha, and what is saved of it has no place for that") == told
 
 
 @pytest.mark.parametrize(

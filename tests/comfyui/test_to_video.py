@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import torch
 
-from tests.comfyui.server import node
+from tests.comfyui.server import node, saves
 from tests.processes import patience
 from wan_vae_parallel.files.ffmpeg import find_ffmpeg
 from wan_vae_parallel.files.frames_in import open_frames
@@ -143,6 +143,41 @@ def test_h264_that_is_asked_for_has_tags_and_the_sound_whole(server, send, forma
     said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
     assert re.search(r"Video: h264.*yuv420p(10le)?\(tv, bt709", said), said
     assert re.search(r"Duration: 00:00:00\.5.*Audio: aac", said, re.DOTALL), said
+
+
+@pytest.mark.parametrize(
+    ("format", "container", "codec", "stream"),
+    [
+        (LOSSLESS, "mkv", "auto", r"ffv1.*gbrp16le\(pc, gbr/"),
+        (LOSSLESS, "mkv", "h264", r"h264.*yuv420p10le\(tv, bt709"),
+        (LOSSLESS, "webm", "auto", r"av1.*yuv420p10le\(tv, bt709"),
+        (LOSSLESS, "mp4", "av1", r"av1.*yuv420p10le\(tv, bt709"),
+        ("PNG pictures 16 bit", "mkv", "auto", r"h264.*yuv420p10le\(tv, bt709"),
+        ("PNG pictures 16 bit", "webm", "auto", r"av1.*yuv420p10le\(tv, bt709"),
+        ("MOV ProRes 422 HQ 10 bit", "mkv", "auto", r"h264.*yuv420p10le\(tv, bt709"),
+        ("MP4 H.265 10 bit", "webm", "auto", r"av1.*yuv420p10le\(tv, bt709"),
+    ],
+)
+def test_other_containers_have_the_colours_that_their_tags_say(
+    server, send, received, format, container, codec, stream
+):
+    if not saves(server, container, codec):
+        pytest.skip(f"this ComfyUI does not save {codec} in {container}")
+    graph = {
+        **to_video(send("l.safetensors", latents(rows=12, columns=16)), format=format),
+        **decoded(),
+        "save": node("SaveVideo", video=["v", 0], filename_prefix="other", format=container, codec=codec),
+    }
+    saved = server.run(graph).check().outputs("save")["images"][0]
+    file = server.output / saved["subfolder"] / saved["filename"]
+    assert file.suffix == f".{container}"
+    said = subprocess.run([find_ffmpeg(), "-i", str(file)], capture_output=True, text=True, check=False).stderr
+    assert re.search(rf"Video: {stream}", said), said
+    expected = received("decoded.safetensors")
+    with open_frames(file, colours=3, most=None) as frames:
+        again = torch.cat(list(frames))
+    assert again.shape == expected.shape
+    assert (again.mean((0, 1, 2)) - expected.mean((0, 1, 2))).abs().max() < 0.02
 
 
 def test_what_was_trimmed_is_saved_as_the_whole_is(server, send):

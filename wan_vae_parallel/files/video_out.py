@@ -32,7 +32,8 @@ Write = Callable[[torch.Tensor], None]
 # The longer side of a preview.
 _PREVIEW_PIXELS = 960
 # To YUV of BT.709 in limited range, and its tags: ffmpeg prefers what the frames bring along to what is asked for.
-_TO_BT709 = "out_color_matrix=bt709:out_range=tv,format=yuv420p,setparams=color_primaries=bt709:color_trc=bt709"
+_AS_BT709 = "out_color_matrix=bt709:out_range=tv,format={},setparams=color_primaries=bt709:color_trc=bt709"
+_TO_BT709 = _AS_BT709.format("yuv420p")
 _TAGS = (
     *("-color_range", "tv", "-colorspace", "bt709"),
     *("-color_primaries", "bt709", "-color_trc", "bt709"),
@@ -43,6 +44,12 @@ _NOTHING_ELSE = ("-map_chapters", "-1", "-map_metadata:s", "-1", "-disposition:a
 _NOT_TEXTS = tuple(
     word for name in ("major_brand", "minor_version", "compatible_brands") for word in ("-metadata", f"{name}=")
 )
+# As what a video is encoded again.
+_H264 = (
+    *("-c:v", "libx264", "-preset", "faster", "-crf", "13"),
+    *("-c:a", "aac", "-movflags", "+faststart+use_metadata_tags", "-f", "mp4"),
+)
+_LOSSLESS = ("-c:v", "ffv1", "-level", "3", "-c:a", "copy", "-f", "matroska")
 # Threads of an encoder, at most, and the pixels of a frame beyond which it is half of them.
 _THREADS, _LARGE_PIXELS = 12, 1920 * 1088
 _FULL = re.compile(r"No space left|File too large|quota|Disk full", re.IGNORECASE)
@@ -473,10 +480,11 @@ def pictures_as_video(pattern: Path, path: Path, settings: OutputSettings, check
             )
 
 
-def encode_again(path: Path, into: Path, check: Check = no_check) -> None:
+def encode_again(path: Path, into: Path, check: Check = no_check, *, lossless: bool = False) -> None:
     """Encodes a video of any format as H.264 in MP4, with BT.709's colours and its tags; sound becomes AAC.
 
-    What ``check``, called several times a second, raises ends it.
+    ``lossless``: as FFV1 of 10 bits in Matroska, for whoever encodes it once more; sound stays what it is. What
+    ``check``, called several times a second, raises ends it.
 
     Raises:
         OutputError: it can't be read or written.
@@ -486,15 +494,15 @@ def encode_again(path: Path, into: Path, check: Check = no_check) -> None:
             find_ffmpeg(),
             *("-i", f"file:{path}", "-map", "0:v:0", "-map", "0:a:0?", "-map_metadata", "0", *_NOTHING_ELSE),
             *_NOT_TEXTS,
-            *("-vf", f"scale={_TO_BT709}", *_TAGS),
-            *("-c:v", "libx264", "-preset", "faster", "-crf", "13"),
-            *("-c:a", "aac", "-movflags", "+faststart+use_metadata_tags"),
-            *("-f", "mp4", f"file:{temporary}"),
+            *("-vf", f"scale={_AS_BT709.format('yuv420p10le') if lossless else _TO_BT709}", *_TAGS),
+            *(_LOSSLESS if lossless else _H264),
+            f"file:{temporary}",
             check=check,
         )
         if said:
             way = "free some room" if _FULL.search(said) else "the file itself is whole: take that"
-            raise OutputError(about_file(path, f"could not be encoded again as H.264; {way}", f"ffmpeg says {said}"))
+            name = "FFV1" if lossless else "H.264"
+            raise OutputError(about_file(path, f"could not be encoded again as {name}; {way}", f"ffmpeg says {said}"))
 
 
 def tag_as_hvc1(path: Path, check: Check = no_check) -> bool:
@@ -509,18 +517,37 @@ def tag_as_hvc1(path: Path, check: Check = no_check) -> bool:
     program = find_ffmpeg()
     if describe_video(program, path).tag != "hev1":
         return False
+    kind = "mov" if path.suffix.lower() == ".mov" else "mp4"
+    _copy(program, path, "hvc1", "-tag:v", "hvc1", "-movflags", "+faststart+use_metadata_tags", "-f", kind, check=check)
+    return True
+
+
+def tag_as_alpha(path: Path, check: Check = no_check) -> bool:
+    """Has a WebM or Matroska file of VP9 say that its frames have alpha, as ours do; whether it did not.
+
+    A copy of the streams has the alpha, and no word of it. Otherwise as `tag_as_hvc1`.
+    """
+    program = find_ffmpeg()
+    if describe_video(program, path).alpha:
+        return False
+    kind = "matroska" if path.suffix.lower() == ".mkv" else "webm"
+    _copy(program, path, "one with alpha", "-metadata:s:v:0", "alpha_mode=1", "-f", kind, check=check)
+    return True
+
+
+def _copy(program: str, path: Path, name: str, *arguments: str, check: Check) -> None:
+    """Replaces a file by a copy of its streams with other tags."""
     with replacing(path) as temporary:
         said = _run(
             program,
             *("-i", f"file:{path}", "-map", "0:v", "-map", "0:a?", "-c", "copy", "-map_metadata", "0"),
             *_NOT_TEXTS,
-            *("-tag:v", "hvc1", "-movflags", "+faststart+use_metadata_tags"),
-            *("-f", "mov" if path.suffix.lower() == ".mov" else "mp4", f"file:{temporary}"),
+            *arguments,
+            f"file:{temporary}",
             check=check,
         )
         if said:
-            raise OutputError(about_file(path, f"could not be tagged as hvc1 (ffmpeg: {said}); free some room"))
-    return True
+            raise OutputError(about_file(path, f"could not be tagged as {name} (ffmpeg: {said}); free some room"))
 
 
 def _run(program: str, *arguments: str, check: Check) -> str:
