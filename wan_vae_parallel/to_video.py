@@ -171,6 +171,8 @@ class VideoDecode:
         self._on_wait = on_wait
         self._frames = vae.output_shape(latents.shape)
         if vae_alpha is not None:
+            if not hasattr(vae_alpha, "pixel_stream"):
+                raise ArgumentError(f"vae_alpha is {vae_alpha!r}; it must be a VAE, as load_vae returns")
             check_alike(vae.architecture, vae_alpha.architecture)
             if vae_alpha.group is not vae.group:
                 raise ArgumentError("the VAE and vae_alpha are of different process groups; load both with the same")
@@ -197,7 +199,7 @@ class VideoDecode:
         self._alpha_streams = [vae_alpha.pixel_stream(part, self._alpha_pixels, normalized, on_wait) for part in parts]
         if self._output:
             pixel = self._alpha_pixels.sample_bytes if self._alpha_pixels else torch.float32.itemsize
-            check_writable(self._beside / path.name, needed=pixel * self._frames[:4].numel())
+            check_writable(self._beside / path.name, needed=pixel * self._frames[:4].numel(), what="its alpha")
 
     @property
     def files(self) -> list[Path]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.files.clips import COUNT, FRAMES, HEIGHT, NAMES, WIDTH, by_ffmpeg, write
-from wan_vae_parallel.files.ffmpeg import find_ffmpeg
+from wan_vae_parallel.files.ffmpeg import describe_video, find_ffmpeg
 from wan_vae_parallel.files.formats import FORMATS, choose_format
 from wan_vae_parallel.files.video_in import VideoInput
-from wan_vae_parallel.files.video_out import encode_again, tag_as_hvc1
+from wan_vae_parallel.files.video_out import encode_again, tag_as_alpha, tag_as_hvc1
 
 # The largest error of a channel at the best quality, in 255ths: on ramps, and inside of patches of saturated colours.
 # Of the wrong matrix red would be off by 24 and green by 39.
@@ -196,6 +196,27 @@ def describe(path):
 def test_prores_with_alpha_is_4444(tmp_path):
     write(tmp_path / "v.mov", torch.cat([FRAMES, FRAMES[..., :1]], dim=-1), format="prores")
     assert re.search(r"prores \(4444\) .*yuva444p", describe(tmp_path / "v.mov"))
+
+
+def test_a_copy_that_says_nothing_of_alpha_is_made_to(tmp_path):
+    write(tmp_path / "v.webm", torch.cat([FRAMES, FRAMES[..., :1]], dim=-1), format="vp9")
+    assert not tag_as_alpha(tmp_path / "v.webm")
+    for suffix, container in ((".webm", "webm"), (".mkv", "matroska")):
+        file = tmp_path / f"copy{suffix}"
+        command = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "v.webm"), "-map_metadata:s", "-1", "-c", "copy"]
+        subprocess.run([*command, "-f", container, str(file)], check=True)
+        assert not describe_video(find_ffmpeg(), file).alpha
+        assert tag_as_alpha(file)
+        assert describe_video(find_ffmpeg(), file).alpha
+        with VideoInput(file, colours=4) as again, VideoInput(tmp_path / "v.webm", colours=4) as made:
+            assert torch.equal(torch.cat(list(again)), torch.cat(list(made)))
+
+
+def test_encoded_again_for_another_encoder_only_the_colours_change(tmp_path):
+    write(tmp_path / "v.mkv", format="ffv1")
+    encode_again(tmp_path / "v.mkv", tmp_path / "again.mkv", lossless=True)
+    assert re.search(r"ffv1.*yuv420p10le\(tv, bt709", describe(tmp_path / "again.mkv"))
+    assert errors(by_ffmpeg(tmp_path / "again.mkv"))[1] <= 2
 
 
 def test_a_video_with_alpha_is_encoded_again_without(tmp_path):

@@ -320,6 +320,7 @@ def test_a_tilde_is_the_home_folder(original, tmp_path, monkeypatch):
         (None, "the path is None, a NoneType; it must be a str or a pathlib.Path: name a Wan VAE's safetensors file"),
         (3, "the path is 3, a int"),
         ("", "the path is empty; name a Wan VAE's safetensors file"),
+        ("a\0b", r"the path is 'a\\x00b', and no name has a NUL; name a Wan VAE's safetensors file"),
         (
             "https://huggingface.co/x/vae.safetensors",
             "an address is no file on this machine: https://hug.*; download the file",

@@ -95,6 +95,10 @@ def test_what_can_not_work_is_refused_before_the_first_step(vaes, latents, tmp_p
         decode("v.mp4")
     with load(oracle_vae("wan2.2")) as other, pytest.raises(wvp.CheckpointError, match="don't make the same frames"):
         decode(format="ffv1", vae_alpha=other)
+    with pytest.raises(wvp.ArgumentError, match=r"vae_alpha is 'alpha\.safetensors'; it must be a VAE, as load_vae"):
+        decode(format="ffv1", vae_alpha="alpha.safetensors")
+    with pytest.raises(wvp.OutputError, match="no name has a NUL; name a file such as"):
+        decode("v\0.mkv", format="ffv1")
     with load(oracle_vae("wan2.1")) as closed:
         closed.close()
         with pytest.raises(wvp.ClosedError):

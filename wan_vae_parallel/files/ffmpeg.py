@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -326,6 +327,8 @@ class FedProcess:
         code = self._process.wait()
         if said := self.said:
             return f"ffmpeg: {said}"
+        if sys.platform != "win32" and code == -signal.SIGXFSZ:
+            return "File too large for the limit on files' sizes, see ulimit -f"
         return f"ffmpeg was killed by signal {-code}" if code < 0 else f"ffmpeg ended with code {code}"
 
     def _feed(self) -> None:

@@ -59,6 +59,8 @@ def user_path(path: Any, error_class: type[WanVAEError], *, another: str) -> Pat
         )
     if not os.fspath(path):
         raise error_class(f"the path is empty; {another}")
+    if "\0" in os.fspath(path):
+        raise error_class(f"the path is {path!r}, and no name has a NUL; {another}")
     if _ADDRESS.match(os.fspath(path)) and not Path(path).exists():
         raise error_class(f"an address is no file on this machine: {path}; download the file and name that")
     found = Path(path)

@@ -92,8 +92,14 @@ def _mask() -> int:
     return mask
 
 
-def check_writable(path: str | Path, *, needed: int = 0) -> None:
-    """Raises `OutputError` if a file can't be written at ``path``, or ``needed`` bytes have no room there."""
+def check_writable(path: str | Path, *, needed: int = 0, what: str = "") -> None:
+    """Raises `OutputError` if a file can't be written at ``path``, or ``needed`` bytes have no room there.
+
+    Args:
+        path: of the file.
+        needed: bytes of it, or of ``what``.
+        what: lies beside the file until that is whole; by default it is the file itself.
+    """
     path = Path(path)
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -114,10 +120,11 @@ def check_writable(path: str | Path, *, needed: int = 0) -> None:
         raise OutputError(about_file(path, "can't be written: the folder is read-only; choose another"))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
+        beside = f"has {what} beside it, which " if what else ""
         raise OutputError(
             about_file(
                 path,
-                f"takes {gibibytes(needed)}, and {gibibytes(free)} are free there; free some room or choose "
+                f"{beside}takes {gibibytes(needed)}, and {gibibytes(free)} are free there; free some room or choose "
                 f"another place",
             )
         )
