@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -167,3 +170,43 @@ def test_a_disk_that_fills_up_under_safetensors_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match=r"frames\.bin could not be written; free some room .*\(.*No space left"):
         write_until_full()
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from wan_vae_parallel.files.whole import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_what_a_killed_process_left_goes_with_the_next_file_of_the_name(tmp_path):
+    path, other = tmp_path / "v.mp4", tmp_path / "other.mp4"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", KILLED, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for name in (path, path, other)
+    ]
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.communicate)
+            assert process.stdout.readline() == b"there\n"
+        living = set(tmp_path.glob(".*.partial"))
+        assert len(living) == 3
+        for process in processes[1:]:
+            process.kill()
+            process.wait()
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"new")
+        assert set(tmp_path.glob(".*.partial")) == living  # they are new, and might be about to be locked
+        for folder in living:
+            os.utime(folder, (0, 0))
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"newer")
+        # One of the name is still written to, and one is of another name.
+        assert len(list(tmp_path.glob(".v.mp4.*.partial"))) == len(list(tmp_path.glob(".other.mp4.*.partial"))) == 1
+    assert path.read_bytes() == b"half"  # of the one that lived
+    assert not list(tmp_path.glob(".v.mp4.*"))

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..memory import gibibytes
 
 # Of a file's name, as much as the folder's gets in which it is written.
 _NAME_BYTES = 100
+_SUFFIX, _NEW_SECONDS = ".partial", 10
 # Folders of what is not whole yet, and the processes that write it: one that is forked meanwhile leaves it alone.
 _unfinished: dict[Path, int] = {}
 
@@ -52,17 +54,57 @@ def replacing(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is."""
+    """A hidden folder in ``parent`` for what is not whole yet; it goes when the block ends, however that is.
+
+    One of a process that was killed goes when the next block of this name begins.
+    """
     # Systems count a name's bytes, of which a letter may have four.
     begin = os.fsencode(name)[:_NAME_BYTES].decode(errors="ignore")
+    _remove_left(parent, f".{begin}.")
     # Absolute: ffmpeg takes "-x/1.png" for an option, and "a:b/1.png" for an address.
-    folder = Path(tempfile.mkdtemp(prefix=f".{begin}.", suffix=".partial", dir=parent.absolute()))
+    folder = Path(tempfile.mkdtemp(prefix=f".{begin}.", suffix=_SUFFIX, dir=parent.absolute()))
     _unfinished[folder] = os.getpid()
+    with _locked(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unfinished.pop(folder, None)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether ``folder`` is this process's alone until the block ends; not where systems or disks have no locks."""
     try:
-        yield folder
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            locked = False
+        else:
+            locked = True
+        yield locked
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _unfinished.pop(folder, None)
+        os.close(descriptor)
+
+
+def _remove_left(parent: Path, begin: str) -> None:
+    """Removes folders of what is not whole whose processes are gone, by their names' first letters."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(parent)):
+            if not (entry.name.startswith(begin) and entry.name.endswith(_SUFFIX)):
+                continue
+            # A new one may not be locked yet.
+            if time.time() > entry.stat().st_mtime + _NEW_SECONDS:
+                with _locked(Path(entry.path)) as nobodys:
+                    if nobodys:
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def remove_unfinished() -> None:
