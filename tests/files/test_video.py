@@ -1,5 +1,9 @@
 """Files of frames: what is in them, and that a failure leaves nothing behind."""
 
+import contextlib
+import os
+import time
+
 import imageio_ffmpeg
 import numpy
 import pytest
@@ -8,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wan_vae_parallel import OutputError
+from wan_vae_parallel.files import ffmpeg
 from wan_vae_parallel.files.ffmpeg import FedProcess
 from wan_vae_parallel.files.pictures import comparison_sheet, contact_sheet, to_picture
 from wan_vae_parallel.files.video import open_output, output_files, plan_output
@@ -208,3 +213,19 @@ def test_frames_that_never_come_are_an_error(tmp_path, name):
 def test_a_double_precision_tensor_stays_one(tmp_path):
     write(tmp_path / "out.safetensors", FRAMES.double())
     assert load_file(tmp_path / "out.safetensors")["frames"].dtype == torch.float64
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
+def test_an_ffmpeg_that_takes_nothing_is_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(ffmpeg, "_SLOW_SECONDS", 0.3)
+    began = time.monotonic()
+
+    def check():
+        if time.monotonic() > began + 1:
+            raise TimeoutError
+
+    with contextlib.closing(FedProcess(["sleep", "60"])) as process, contextlib.suppress(TimeoutError):
+        while True:
+            process.put(torch.zeros(2**20, dtype=torch.uint8), check)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith(f"ffmpeg (process {process.pid}) has taken no frames for 0 s: it is slow, or stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import queue
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import IO
 import torch
 
 from ..errors import OutputError, about_file
+
+logger = logging.getLogger(__name__)
 
 # "[h264 @ 0x5581] [error] text": who says it, how grave it is, what.
 _GRAVE = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
@@ -41,6 +45,8 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _LOOK_SECONDS = 0.1
 # Parts of a video that wait for the encoder: it works beside the decode, which is held back when these are full.
 _WAITING = 2
+# Seconds without any progress after which a log tells who is waited for.
+_SLOW_SECONDS = 30.0
 
 
 def find_ffmpeg(asked: str | Path | None = None) -> str:
@@ -249,6 +255,8 @@ class FedProcess:
             self._progress.close()
             raise OutputError(about_file(command[0], "does not start; name another ffmpeg", error)) from error
         self._waiting: queue.Queue[torch.Tensor | None] = queue.Queue(_WAITING)
+        # Whether that was said.
+        self._slow = False
         self._thread = threading.Thread(target=self._feed, name="wan-vae-parallel ffmpeg", daemon=True)
         self._thread.start()
 
@@ -313,9 +321,17 @@ class FedProcess:
         return complaints(self._said.read().decode(errors="replace"))
 
     def _hand_over(self, data: torch.Tensor | None, check: Callable[[], None]) -> None:
+        began = time.monotonic()
         while True:
             if self._process.poll() is not None:
                 raise OSError(self._failure())
+            if not self._slow and time.monotonic() > began + _SLOW_SECONDS:
+                logger.warning(
+                    "ffmpeg (process %d) has taken no frames for %.0f s: it is slow, or stopped; still waiting",
+                    self.pid,
+                    _SLOW_SECONDS,
+                )
+                self._slow = True
             try:
                 self._waiting.put(data, timeout=_LOOK_SECONDS)
             except queue.Full:
