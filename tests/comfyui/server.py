@@ -1,5 +1,6 @@
 """A real ComfyUI server in a folder of its own, and a client for it."""
 
+import contextlib
 import json
 import os
 import struct
@@ -130,10 +131,14 @@ class Server:
         return json.loads(text) if text else {}
 
     def children(self) -> list[tuple[int, str]]:
-        """Ids and command lines of the server's child processes."""
-        listing = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        pids = " ".join(path.read_text() for path in listing).split()
-        return [(int(pid), Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")) for pid in pids]
+        """Ids and command lines of the server's child processes; they and its threads may end meanwhile."""
+        found = []
+        for listing in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                for pid in listing.read_text().split():
+                    with contextlib.suppress(OSError):
+                        found.append((int(pid), Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")))
+        return found
 
     def stop(self) -> None:
         self.process.terminate()
