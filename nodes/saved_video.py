@@ -87,9 +87,9 @@ class SavedVideo(InputImpl.VideoFromFile):
             return self._save_encoded_again(path, format, codec, rest, lossless=True)
         result = super().save_to(path, format=format, codec=codec, **rest)
         if self._format == "h265":
-            _tell(path, tag_as_hvc1, "Apple's players may refuse this H.265 video")
+            _tag(path, tag_as_hvc1, "Apple's players may refuse this H.265 video")
         if self._format == "vp9" and self._alpha and container in ("webm", "mkv") and copied:
-            _tell(path, tag_as_alpha, "readers may not see that this video has alpha")
+            _tag(path, tag_as_alpha, "readers may not see that this video has alpha")
         return result
 
     def _save_encoded_again(self, path: Any, format: Any, codec: Any, rest: dict[str, Any], *, lossless: bool) -> Any:
@@ -117,7 +117,7 @@ def _container(path: Any, format: Any) -> str:
     return os.path.splitext(os.fspath(path))[1].lower()[1:] if isinstance(path, (str, os.PathLike)) else ""
 
 
-def _tell(path: Any, tag: Callable[[Path, Callable[[], None]], bool], otherwise: str) -> None:
+def _tag(path: Any, tag: Callable[[Path, Callable[[], None]], bool], otherwise: str) -> None:
     """Tags what core has written, to a file or a buffer; what can't be done is only said."""
     try:
         if isinstance(path, (str, os.PathLike)):

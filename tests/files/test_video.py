@@ -215,7 +215,7 @@ def test_a_double_precision_tensor_stays_one(tmp_path):
     assert load_file(tmp_path / "out.safetensors")["frames"].dtype == torch.float64
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
+@pytest.mark.skipif(os.name == "nt", reason="there is no program called sleep")
 def test_an_ffmpeg_that_takes_nothing_is_named_once(monkeypatch, caplog):
     monkeypatch.setattr(ffmpeg, "_SLOW_SECONDS", 0.3)
     began = time.monotonic()

@@ -20,7 +20,7 @@ from ..parallel.plan import describe_plan, plan_shards
 from ..runtime.host_bytes import copy
 from ..runtime.pieces import pieces
 from ..runtime.source import Source
-from .failures import StepOutOfMemory
+from .failures import StepOutOfMemory, lost_unused
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory, populating
 from .turn import Holder
@@ -128,13 +128,11 @@ class PoolEncodeRun:
                 raise  # between two messages
             except BaseException as error:
                 # Interrupted here, some workers may have got a command, or given an answer, that others have not.
-                again = self.found != "gone" and not self._begun and isinstance(error, WorkerError) and error.killed
+                again = self.found != "gone" and not self._begun and lost_unused(error)
                 if not self._asking:
                     self._pool.stop(grace=0.5)
                 if not again:
                     raise
-                # That may have been while nobody used them.
-                logger.warning("%s since it was used last; starting new ones", str(error).partition(";")[0])
                 self.found = "gone"
 
     def _attempt(self, video: int, chunk: int) -> Iterator[torch.Tensor]:

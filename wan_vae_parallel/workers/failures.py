@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ import torch
 
 from ..errors import WanVAEError, WorkerError
 from .process import WorkerProcess
+
+logger = logging.getLogger(__name__)
 
 # By which workers find one another. All are on this machine: nothing listens beyond it.
 INTERFACE = "lo"
@@ -58,6 +61,14 @@ def cause(workers: Sequence[WorkerProcess], heard: Mapping[int, tuple[Any, ...]]
     for rank, (kind, text) in failed.items():
         return _failure(workers[rank], kind, text)
     return _death(next((worker for worker in workers if not worker.alive), workers[0]))
+
+
+def lost_unused(error: BaseException) -> bool:
+    """Whether a call's workers were killed, before it began: maybe while nobody used them. It is said."""
+    lost = isinstance(error, WorkerError) and error.killed
+    if lost:
+        logger.warning("%s since it was used last; starting new ones", str(error).partition(";")[0])
+    return lost
 
 
 def hint(device: torch.device, guess: str = "") -> str:

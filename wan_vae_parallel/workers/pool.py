@@ -315,20 +315,19 @@ class WorkerPool(Crew):
 
     def _far_from_ready(self) -> bool:
         """Whether no decode can begin on the workers soon: there are none, or they load modules, weights or kernels."""
-        if not all(worker.alive for worker in self.workers):
+        if self.found == "gone":
             return True
         if self.stage in ("ready", "parked"):
             return False
         with self._ended_if_lost():
-            if self.workers:
-                self.listen()
+            self.listen()
         if self.stage == "loading":
             return len(self._early.get("ready", {})) < len(self.workers)
         return not self.workers or not all(worker.prepared for worker in self.workers)
 
     def begin(self) -> None:
         """Begins the workers' processes if there are none that live."""
-        if self.workers and not all(worker.alive for worker in self.workers):
+        if self.workers and self.found == "gone":
             logger.warning("workers ended since they were used last; starting new ones")
             self.stop(grace=0.5)
         self.prepare()

@@ -13,7 +13,7 @@ from ..errors import OutOfMemoryError, WanVAEError, WorkerError
 from ..memory import chunk_to_hand_on, host_room
 from ..ops.pixel_format import PixelFormat
 from ..parallel.plan import describe_plan, plan_shards
-from .failures import StepOutOfMemory
+from .failures import StepOutOfMemory, lost_unused
 from .protocol import STEP_SECONDS, Workers
 from .shared_memory import SharedMemory
 from .turn import Holder
@@ -113,12 +113,10 @@ class PoolRun:
                 raise  # between two messages
             except BaseException as error:
                 # Interrupted here, some workers may have got a command, or given an answer, that others have not.
-                again = self.found != "gone" and not self._begun and isinstance(error, WorkerError) and error.killed
+                again = self.found != "gone" and not self._begun and lost_unused(error)
                 self._pool.stop(grace=0.5)
                 if not again:
                     raise
-                # That may have been while nobody used them.
-                logger.warning("%s since it was used last; starting new ones", str(error).partition(";")[0])
                 self.found = "gone"
 
     def _attempt(self, chunk: int) -> Iterator[int]:
