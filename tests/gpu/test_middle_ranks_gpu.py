@@ -52,10 +52,7 @@ def shared_mailbox(rank, world_size):
     """One whose boxes may lie on the same device as others'."""
     size = 4 * peer_memory._BOX_BYTES + peer_memory._SIGNAL_BYTES + 2 * (world_size - 1) * peer_memory._PAIR_BYTES
     own = torch.zeros(size, dtype=torch.uint8, device="cuda")
-    boxes = launch.shared(own)
-    for box in boxes:
-        own[:1].to(box.device)  # has torch open the way from this rank's device to the other's
-    return peer_memory.PeerMemory(boxes, rank, own, HostSignals())
+    return peer_memory.PeerMemory(launch.shared(own), rank, own, HostSignals())
 
 
 @torch.inference_mode()

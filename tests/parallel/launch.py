@@ -7,6 +7,7 @@ raises comes back. Nothing here hangs: what takes longer than its time-out is ki
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import reduce_tensor
 
 _START_SECONDS = 120.0
 _END_SECONDS = 5.0
@@ -46,15 +48,34 @@ def device() -> torch.device:
 
 
 def shared(own: torch.Tensor) -> list[torch.Tensor]:
-    """Within a launched function: every rank's ``own``, which all ranks can write to, by rank; on one device."""
-    if own.is_cuda:
-        torch.cuda.synchronize(own.device)
+    """Within a launched function: every rank's ``own``, which all ranks can write to, by rank.
+
+    Each is named as if it lay on this rank's device, whose kernels reach it: memory that is opened for the device it
+    lies on can't be had by another's.
+    """
     me, everyone = dist.get_rank(_group), range(dist.get_world_size(_group))
     # One for each of the others: some can be opened only once, and none by the process that it came from.
-    mine = [b"" if other == me else bytes(ForkingPickler.dumps(own)) for other in everyone]
+    mine = [b"" if other == me else _handle(own) for other in everyone]
     handles = [mine for _ in everyone]
     dist.all_gather_object(handles, mine, _group)
-    return [own if other == me else pickle.loads(handles[other][me]) for other in everyone]
+    return [own if other == me else _open(handles[other][me], own.device) for other in everyone]
+
+
+def _handle(tensor: torch.Tensor) -> bytes:
+    """What another process opens a tensor with, whose work is done."""
+    if not tensor.is_cuda:
+        return bytes(ForkingPickler.dumps(tensor))
+    torch.cuda.synchronize(tensor.device)
+    return bytes(ForkingPickler.dumps(reduce_tensor(tensor)))
+
+
+def _open(handle: bytes, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return pickle.loads(handle)
+    rebuild, arguments = pickle.loads(handle)
+    bound = inspect.signature(rebuild).bind(*arguments)
+    bound.arguments.update(storage_device=device.index, event_sync_required=False)
+    return rebuild(*bound.args)
 
 
 class Ranks:
