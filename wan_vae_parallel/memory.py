@@ -464,7 +464,7 @@ def _live_elements(architecture: Architecture, batch: int, rows: int, columns: i
 
 def _attention_weights(positions: int, chunk: int) -> int:
     """Elements of attention's weights, at most: of wide layers, and on GPUs with little shared memory of all."""
-    return min(WEIGHTS_AT_ONCE, chunk * positions * (positions + 128))
+    return min(WEIGHTS_AT_ONCE, chunk * (-(-positions // 128) * 128) ** 2)
 
 
 def _live_encoder_elements(

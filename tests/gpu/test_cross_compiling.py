@@ -109,11 +109,13 @@ def test_hoppers_without_descriptors_take_settings_that_do_not_spill(monkeypatch
 @pytest.mark.parametrize(("name", "channels"), [("sm_89", 384), ("sm_80", 384), ("sm_120", 1024)])
 def test_attention_fits(name, channels):
     found = check(problems.attend(channels), name, ATTENTION_SPILLS.get(name) if channels <= 384 else None)
-    assert len(found) == (1 if name == "sm_80" else 2)
-    for one in found:
-        # Through descriptors or 16 bytes a thread; the second kernel also reads each query's maximum, 4 bytes.
+    multiplying = [one for one in found if one.products]
+    # Of two passes a third kernel, between them, looks at each query's maxima.
+    assert [len(found), len(multiplying)] == ([1, 1] if name == "sm_80" else [3, 2])
+    assert all(one.narrow_loads == 0 for one in found)
+    for one in multiplying:
+        # Through descriptors or 16 bytes a thread; the last kernel also reads each query's share, 4 bytes.
         assert one.bulk_copies or one.wide_copies >= 0.8 * one.copies > 0
-        assert one.narrow_loads == 0
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 # Of a tensor, as torch's own convolutions count: with more some raise, and some are wrong, as cuDNN's version has it.
 MOST_VALUES = 2**31 - 1
-# Up to so many channels attention takes one pass; for more its weights are written, so many at a time (256 MiB).
+# Up to so many channels attention takes one pass; for more its weights are written, so many at a time (288 MiB).
 FUSED_CHANNELS = 384
-WEIGHTS_AT_ONCE = 2**27
+WEIGHTS_AT_ONCE = 9 * 2**24
 
 # Of norms: Qwen-Image-2.1 has 9 times a power of two, which is 72 registers a thread; 8 channels are 16 bytes.
 _MOST_GROUPS, _LANES = 9, (8, 1024)
