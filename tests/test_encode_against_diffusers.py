@@ -41,7 +41,7 @@ SHAPES = [  # frames, rows, columns, batch
 ]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, "auto"])
+@pytest.mark.parametrize("chunk", [1, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (2, 3)), "auto"])
 @pytest.mark.parametrize(("frames", "rows", "columns", "batch"), SHAPES)
 def test_fp32_is_within_the_bound_for_any_shape_and_chunk(family, oracle, frames, rows, columns, batch, chunk):
     video = random_video(family, frames=frames, rows=rows, columns=columns, batch=batch)

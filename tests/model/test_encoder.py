@@ -102,7 +102,7 @@ REPEATS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("what", REPEATS)
 def test_frames_that_repeat_give_the_latents_that_all_frames_give(family, oracle, model, what, chunk):
     video = random_frames(family, 81, 1, 1)

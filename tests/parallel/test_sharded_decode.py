@@ -47,7 +47,7 @@ def settings():
     """Both families with all numbers of workers; what takes longest is for the slow run."""
     for family in FAMILIES:
         for workers in SIZES:
-            slow = (family, workers) in (("wan2.2", 3), ("wan2.2", 5)) or workers == 8
+            slow = workers > 3 or (family, workers) == ("wan2.2", 3)
             yield pytest.param((family, workers), id=f"{family}-{workers}", marks=[pytest.mark.slow] if slow else [])
 
 

@@ -59,7 +59,7 @@ def test_repeats_are_left_out_on_all_workers_alike(exact, family):
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize(
     ("rows", "columns", "chunk"),
-    [(2, 2, "auto"), (2, 2, 20), (1, 1, "auto"), (4, 2, 16)],
+    [*(pytest.param(2, 2, chunk, marks=pytest.mark.slow) for chunk in ("auto", 20)), (1, 1, "auto"), (4, 2, 16)],
 )
 def test_frames_that_wait_in_large_chunks_stay_what_they_are(family, exact, workers, rows, columns, chunk):
     # Few new frames a piece, so that many pieces wait in front of a stage, longer than the memory that they came in.

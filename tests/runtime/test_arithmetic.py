@@ -130,7 +130,9 @@ def test_the_newer_switches_come_back_however_a_program_set_them(backend):
     run(NEWER, backend)
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize(
+    "precision", ["high", *(pytest.param(one, marks=pytest.mark.slow) for one in ("highest", "medium"))]
+)
 def test_the_precision_of_products_comes_back(precision):
     run(OLDER, precision)
 

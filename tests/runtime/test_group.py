@@ -58,7 +58,7 @@ def _decode(_rank, _world, path, latents, chunk):
 @pytest.mark.parametrize(
     ("rows", "columns", "members", "chunk"),
     [
-        (5, 4, 4, 1),  # rows that don't divide
+        pytest.param(5, 4, 4, 1, marks=pytest.mark.slow),  # rows that don't divide
         (2, 7, 4, 2),  # columns
         (1, 3, 4, "auto"),  # a rank without any
         (3, 2, (1, 3), 1),  # a group that does not begin at global rank 0
@@ -446,6 +446,7 @@ def test_torchrun_on_two_nodes_decodes_one_video_and_the_first_rank_writes(path,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "x.latent"]
 
 
+@pytest.mark.slow
 def test_torchrun_encodes_a_video_of_which_each_rank_reads_the_file(path, tmp_path):
     frames = torch.rand(1, 9, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)

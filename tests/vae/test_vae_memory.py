@@ -32,7 +32,7 @@ def fail_beyond(monkeypatch, largest, *, at_step, error=None):
     return tried
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("at_step", [0, 1, 3])  # before any frame, behind the first one, with several handed out
 def test_out_of_memory_goes_on_with_smaller_chunks_and_the_same_frames(
     family, family_vae, monkeypatch, caplog, at_step, batch

@@ -268,7 +268,7 @@ def test_a_worker_that_was_killed_is_named_where_nobody_hears_of_exit_codes(prog
     assert f"{FRAMES} frames" in output
 
 
-@pytest.mark.parametrize("before", ["vae.release(); more = 6", "more = 1"])
+@pytest.mark.parametrize("before", ["vae.release(); more = 6", pytest.param("more = 1", marks=pytest.mark.slow)])
 def test_limits_of_the_system_are_errors_that_name_a_way_out(program, before):
     lines = [
         "import resource",
@@ -293,7 +293,9 @@ def test_a_program_that_only_loads_a_vae_ends_with_its_workers(program):
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("where", ["beside the program", "in a folder that is gone"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("beside the program", marks=pytest.mark.slow), "in a folder that is gone"]
+)
 def test_where_a_program_runs_is_nothing_to_its_workers(program, tmp_path, where):
     lines = ["print(vae.decode(latents).shape[1], 'frames', flush=True)"]
     if where == "in a folder that is gone":
@@ -312,7 +314,10 @@ def test_where_a_program_runs_is_nothing_to_its_workers(program, tmp_path, where
     assert "Traceback" not in output, output
 
 
-@pytest.mark.parametrize("when", ["starting", "decoding", "idle", "parked", "stopped"])
+@pytest.mark.parametrize(
+    "when",
+    ["decoding", "parked", *(pytest.param(when, marks=pytest.mark.slow) for when in ("starting", "idle", "stopped"))],
+)
 def test_a_killed_program_takes_its_workers_along(program, tmp_path, when):
     names = shared_names()
     wait = "lambda *_: (print('now', flush=True), time.sleep(60))" if when == "decoding" else "None"

@@ -184,7 +184,9 @@ def test_an_interrupt_while_a_decode_is_being_ended_leaves_no_half_ended_workers
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("encoding", [False, True], ids=["decode", "encode"])
+@pytest.mark.parametrize(
+    "encoding", [pytest.param(False, id="decode"), pytest.param(True, id="encode", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("when", ["it has its turn", "its run is not kept yet", "it gives its turn back"])
 def test_an_interrupt_at_any_moment_leaves_the_turn_to_the_next(vae, latents, expected, when, encoding):
     pool = vae._engine
@@ -220,7 +222,9 @@ def test_an_interrupt_at_any_moment_leaves_the_turn_to_the_next(vae, latents, ex
     assert not pool._turn.held
 
 
-@pytest.mark.parametrize("seen", [True, False], ids=["seen before", "in the decode"])
+@pytest.mark.parametrize(
+    "seen", [pytest.param(True, id="seen before", marks=pytest.mark.slow), pytest.param(False, id="in the decode")]
+)
 @pytest.mark.parametrize("stage", ["ready", "parked", "prepared"])
 def test_a_worker_killed_between_decodes_costs_no_error(vae, latents, expected, caplog, stage, seen):
     caplog.set_level(logging.INFO)

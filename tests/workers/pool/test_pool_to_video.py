@@ -25,7 +25,12 @@ def stream(vae, latents, pixels):
 
 @pytest.mark.parametrize(
     ("pixels", "transposed"),
-    [(YUV420, False), (YUV420, True), (RGB_16, False), (YUVA420.alpha_alone, False)],
+    [
+        (YUV420, False),
+        (YUV420, True),
+        (RGB_16, False),
+        pytest.param(YUVA420.alpha_alone, False, marks=pytest.mark.slow),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_each_worker_writes_its_rows_of_every_plane(warm, latents, pixels, transposed):
