@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
-FRAMES = 21
+FRAMES = 13
 ROOM = 6 * 2**20
 
 

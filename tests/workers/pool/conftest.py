@@ -19,7 +19,7 @@ from tests.workers.pool.common import CLOSE
 @pytest.fixture(scope="module")
 def latents():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn((1, 16, 6, 4, 3), generator=generator)
+    return torch.randn((1, 16, 4, 4, 3), generator=generator)
 
 
 @pytest.fixture(scope="module")
