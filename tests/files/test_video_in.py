@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 
 import imageio_ffmpeg
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from tests.processes import children
-from wan_vae_parallel import FrameError
-from wan_vae_parallel.files.video import open_output
+from wan_vae_parallel import FrameError, OutputError
+from wan_vae_parallel.files.settings import OutputSettings
+from wan_vae_parallel.files.video import open_output, plan_output
 from wan_vae_parallel.files.video_in import VideoInput
 
 ROWS, COLUMNS = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
@@ -202,6 +204,14 @@ def test_what_is_no_video_is_told_in_a_line(folder, name, words):
         read(folder / name)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500
+
+
+def test_a_missing_imageio_ffmpeg_is_told_with_what_brings_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(FrameError, match=r"imageio-ffmpeg, which videos need, is missing .*; pip install"):
+        read(folder / "v.mp4")
+    with pytest.raises(OutputError, match="pip install imageio-ffmpeg brings it"):
+        plan_output(folder / "w.mp4", (1, 5, 64, 64, 3), OutputSettings())
 
 
 def test_an_ffmpeg_that_does_not_start_is_told(folder, monkeypatch):

@@ -59,10 +59,15 @@ def find_ffmpeg(asked: str | Path | None = None) -> str:
         OutputError: there is none.
     """
     if asked is None:
-        import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
-
         try:
+            import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
+
             return imageio_ffmpeg.get_ffmpeg_exe()
+        except ImportError as error:
+            raise OutputError(
+                f"imageio-ffmpeg, which videos need, is missing ({error}); pip install imageio-ffmpeg brings it, with "
+                f"the Python that runs this"
+            ) from error
         except RuntimeError as error:
             raise OutputError(
                 f"imageio-ffmpeg brings no ffmpeg for this machine ({error}); install one and name it"

@@ -19,9 +19,9 @@ from typing import IO, cast
 import numpy
 import torch
 
-from ..errors import FrameError, about_file
+from ..errors import FrameError, OutputError, about_file
 from ..ops.dispatch import say_once
-from .ffmpeg import complaints, describe_video
+from .ffmpeg import complaints, describe_video, find_ffmpeg
 
 # Pixel formats by the number of colours: RGB of 8 bits, and of 16 where a video has more than 8.
 _FORMATS = {3: "rgb24", 4: "rgba"}
@@ -127,9 +127,10 @@ class VideoInput:
                 raise self._failed(done, reason or f"ffmpeg ended with code {code}")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        import imageio_ffmpeg  # only videos need it, and it brings a program of 60 MB
-
-        program = imageio_ffmpeg.get_ffmpeg_exe()
+        try:
+            program = find_ffmpeg()
+        except OutputError as error:
+            raise FrameError(error.text) from error
         stream = describe_video(program, self._path)
         if stream.alpha and self._colours == 3:
             say_once(f"{self._path} has alpha, which is left out, as this VAE has 3 colours")
