@@ -147,8 +147,8 @@ def test_workers_that_are_sooner_go_on_from_there(fresh, latents, expected, capl
 
 @pytest.mark.slow
 def test_workers_that_would_end_later_do_not(fresh, latents, expected, caplog, gate):
-    # Four frames are left, and they would begin with the first of 21.
-    frames = fresh.decode(latents, on_chunk=at(17, lambda: come(fresh, gate)))
+    # Four frames are left, and they would begin with the first of 13.
+    frames = fresh.decode(latents, on_chunk=at(9, lambda: come(fresh, gate)))
     assert torch.equal(frames, expected)
     assert ALONE in caplog.text
     assert fresh._engine.stage == "ready"
