@@ -501,7 +501,7 @@ def test_a_rank_killed_in_the_middle_ends_both_nodes_and_leaves_no_half_written_
     save_latents(tmp_path / "x.latent", latents)
     arguments = "decode", "x.latent", "--vae", path, "-o", "frames/%04d.png", "--chunk", 1
     with launches([tmp_path] * 2, *arguments) as started:
-        assert wait_until(lambda: list(tmp_path.glob("frames/.*/0003.png")), 30)
+        assert wait_until(lambda: list(tmp_path.glob("frames/.*/made 3.png")), 30)
         os.kill(process_of(3, started[1]), signal.SIGKILL)
         codes, outputs = ends(started, seconds=12)
     assert 0 not in codes
@@ -517,7 +517,7 @@ def test_a_rank_stopped_in_the_middle_ends_both_nodes_and_itself(path, tmp_path,
     save_latents(tmp_path / "x.latent", latents)
     arguments = "decode", "x.latent", "--vae", path, "-o", "frames/%04d.png", "--chunk", 1
     with launches([tmp_path] * 2, *arguments) as started:
-        assert wait_until(lambda: list(tmp_path.glob("frames/.*/0003.png")), 30)
+        assert wait_until(lambda: list(tmp_path.glob("frames/.*/made 3.png")), 30)
         process = process_of(rank, started[rank // 2])
         os.kill(process, signal.SIGSTOP)
         codes, outputs = ends(started, seconds=30)
