@@ -71,9 +71,9 @@ def decode_own(rank, world_size, weights, latents, chunk, devices):
     return torch.cat(frames, dim=1), edges.rows_sent
 
 
-def check(ranks, folder, family, count, size, axis, chunk, devices):
+def check(ranks, folder, family, count, size, axis, chunk, devices, width=96):
     """So many ranks' frames of latents of a size are one device's, bit for bit, and each sends what it must."""
-    oracle = oracle_vae(family, width=96)
+    oracle = oracle_vae(family, width=width)
     weights = folder / "vae.safetensors"
     save_file(dict(checkpoint_from_state_dict(oracle.state_dict(), source="diffusers").decoder), weights)
     latents = random_latents(family, frames=4, rows=size[0], columns=size[1])
@@ -92,6 +92,12 @@ def check(ranks, folder, family, count, size, axis, chunk, devices):
 def test_frames_are_those_of_one_rank_bit_for_bit(ranks, tmp_path, family):
     check(ranks, tmp_path, family, 3, (13, 18), 3, 2, devices=1)
     check(ranks, tmp_path, family, 4, (18, 13), 2, 1, devices=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frames_where_attention_goes_twice_over_the_keys_are_those_of_one_rank(ranks, tmp_path, family):
+    # 512 channels, more than one pass takes.
+    check(ranks, tmp_path, family, 3, (13, 18), 3, 2, devices=1, width=128)
 
 
 @pytest.mark.multigpu

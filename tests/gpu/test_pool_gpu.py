@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_vae_parallel as wvp
-from tests.oracle import load, max_error, random_latents
+from tests.oracle import load, max_error, oracle_vae, random_latents
 from tests.parallel import launch, test_edges
 from tests.processes import gone, patience, shared_files, shared_maps, wait_until, worker_processes
 from tests.runtime.test_group import torchrun
@@ -116,6 +116,24 @@ def test_frames_of_one_two_and_all_devices(family, oracle, dtype, tmp_path):
                 assert saved(several, tmp_path) == saved(one, tmp_path)
             assert difference.max() < 1e-4
             assert difference.mean() < 1e-5
+
+
+def test_wan22_at_its_own_widths_on_one_two_and_all_devices():
+    # Attention over 1024 channels when decoding, 640 when encoding: more than one pass takes.
+    oracle = oracle_vae("wan2.2", width=256, encoder_width=160)
+    frames, latents = {}, {}
+    for count in (1, *counts()):
+        with load(oracle, devices=named(count), dtype="bfloat16", chunk=count) as vae:
+            frames[count] = [
+                vae.decode(random_latents("wan2.2", frames=4, rows=rows, columns=columns)) for rows, columns in SIZES
+            ]
+            latents[count] = [vae.encode(video) for video in frames[1]]
+    for found, spread in ((frames, 0.05), (latents, 0.01)):
+        for count in counts():
+            for one, several in zip(found[1], found[count], strict=True):
+                assert one.isfinite().all()
+                assert one.std() > spread
+                assert torch.equal(several, one), (count, (several - one).abs().max())
 
 
 @pytest.mark.parametrize("chunk", [1, 3, "auto"])
