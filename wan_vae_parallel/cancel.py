@@ -1,18 +1,20 @@
-"""Cancelling what a decode waits for besides its frames: workers that start, kernels that compile, settings.
+"""Cancelling what a decode waits for: workers that start, kernels that compile, settings, a device's layers.
 
-Whoever waits long calls `check_cancelled` several times a second, in the thread that decodes.
+Whoever waits long calls `check_cancelled` several times a second, in the thread that decodes; whoever comes by more
+often than that calls `look_whether_cancelled`.
 """
 
 from __future__ import annotations
 
 import contextvars
+import time
 from collections.abc import Callable
 from types import TracebackType
 
 # How often those who wait look, in seconds.
 LOOK_SECONDS = 0.1
 
-_check: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("check", default=None)
+_current: contextvars.ContextVar[cancellable | None] = contextvars.ContextVar("current", default=None)
 
 
 class Cancelled(BaseException):
@@ -30,25 +32,35 @@ class cancellable:
     """
 
     def __init__(self, check: Callable[[], None]) -> None:
-        self._check = check
+        self.check = check
+        # When that was called last, by the clock.
+        self.looked = time.monotonic()
 
     def __enter__(self) -> None:
-        self._token = _check.set(self._check)
+        self._token = _current.set(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _check.reset(self._token)
+        _current.reset(self._token)
         if isinstance(error, Cancelled):
             raise error.reason from None
 
 
 def check_cancelled() -> None:
     """Ends the decode of this thread if that was cancelled."""
-    check = _check.get()
-    if check is None:
+    current = _current.get()
+    if current is None:
         return
     try:
-        check()
+        current.check()
     except BaseException as reason:  # noqa: BLE001 (it is raised again where it is expected)
         raise Cancelled(reason) from None
+    current.looked = time.monotonic()
+
+
+def look_whether_cancelled() -> None:
+    """`check_cancelled`, if nobody has just done so: it costs next to nothing, however often it is called."""
+    current = _current.get()
+    if current is not None and time.monotonic() - current.looked >= LOOK_SECONDS:
+        check_cancelled()

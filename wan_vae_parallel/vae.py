@@ -68,7 +68,8 @@ class VAE(Session):
             on_chunk: called as ``on_chunk(done, total, frames)`` with the frames finished and in all, and the
                 newest ``[B, t, H, W, C]``. What it raises ends the decode and reaches the caller.
             on_wait: called several times a second, in this thread, while workers start, kernels compile, settings are
-                measured, or workers decode. What it raises ends the decode and reaches the caller.
+                measured, or devices decode: by workers, or between the layers of one. What it raises ends the decode
+                and reaches the caller.
 
         Returns:
             ``[B, 4 * (T - 1) + 1, H, W, C]`` in [0, 1], float32 (float64 for a float64 VAE), contiguous, on the

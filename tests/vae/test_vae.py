@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import wan_vae_parallel as wvp
 from tests.oracle import decode_at_once, load, oracle_vae, random_latents
+from wan_vae_parallel import cancel
 from wan_vae_parallel.cancel import check_cancelled
 from wan_vae_parallel.files.latents import denormalize
 from wan_vae_parallel.memory import decode_memory, encode_memory, encoder_parameter_count, parameter_count
@@ -436,6 +437,36 @@ def test_what_the_caller_raises_while_it_waits_ends_an_encode_between_two_latent
         vae.encode(torch.rand(1, 33, 16, 16, 3), on_wait=interrupt)
     assert waits == [1]
     vae.encode(torch.rand(1, 1, 16, 16, 3))
+
+
+@pytest.mark.parametrize("way", ["decode", "encode"])
+def test_a_step_on_one_device_ends_at_its_next_layer_where_it_is_cancelled(vae, latents, way, monkeypatch):
+    monkeypatch.setattr(cancel, "LOOK_SECONDS", 0.0)
+    vae.chunk = 16
+    given = latents if way == "decode" else torch.rand(1, 33, 16, 16, 3)
+    asked, parts = [], []
+
+    def run(last=0):
+        asked.clear()
+        parts.clear()
+
+        def on_wait():
+            asked.append(True)
+            if len(asked) == last:
+                raise KeyboardInterrupt
+
+        return getattr(vae, way)(given, on_wait=on_wait, on_chunk=lambda *part: parts.append(part))
+
+    run()  # reads the weights
+    expected = run()
+    layers, all_parts = len(asked), len(parts)
+    assert layers > 40  # of two steps, over twenty each
+    for last in (1, layers // 4, layers // 2, layers):
+        with pytest.raises(KeyboardInterrupt):
+            run(last)
+        assert len(asked) == last
+        assert len(parts) < all_parts
+    assert torch.equal(run(), expected)
 
 
 # What a first user does to it.

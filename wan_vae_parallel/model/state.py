@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..cancel import look_whether_cancelled
+
 
 class PageKey(NamedTuple):
     """What frames must have in common to share an arena.
@@ -240,10 +242,13 @@ class Edges(Protocol):
 
 
 class WholePicture:
-    """The edges of a picture that one device holds whole: zeros outside, nothing to gather."""
+    """The edges of a picture that one device holds whole: zeros outside, nothing to gather.
 
-    def fill_halo(self, frames: Frames, *, below_only: bool = False) -> None:
-        pass
+    Nobody else waits for what a step computes, so where it is cancelled it ends at its next layer.
+    """
+
+    def fill_halo(self, frames: Frames, *, below_only: bool = False) -> None:  # noqa: ARG002 (there is none to fill)
+        look_whether_cancelled()
 
     def all_rows(self, shard: torch.Tensor) -> torch.Tensor:
         return shard
