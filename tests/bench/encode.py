@@ -90,7 +90,7 @@ def on_device_rank(rank, world, store, weights, family, shape, repeats, results)
     video = pixels(frames, height, width, device)
 
     def encode():
-        counted = pieces(blocks(video, chunk))
+        counted = pieces(blocks(video, chunk), ahead=True)  # as `encode` does with a tensor
         for _ in encoder.steps(counted, plan, group, chunk, peer_memory, image=frames == 1):
             pass
         torch.cuda.synchronize()

@@ -191,7 +191,8 @@ class Bench:
                     ),
                     moved=pixels.nbytes + arena[2:].nbytes,
                 )
-            weight = spread_pixel_weight(self.random(out_channels, channels, 3, 3, 3, scale=(27 * channels) ** -0.5))
+            weight = self.random(out_channels, channels, 3, 3, 3, scale=(27 * channels) ** -0.5)
+            weight = spread_pixel_weight(weight, patch)
             bias = self.random(out_channels)
             self.row(
                 f"first convolution, {channels} to {out_channels}, {height}x{width}, T {frames}",

@@ -361,6 +361,7 @@ def test_gathered_taps_depend_on_no_shard_axis_or_tile(monkeypatch, patch):
     rows, columns = SIZE[1:]
     for tile in (pixels_kernels._TILE_VALUES, 512):
         monkeypatch.setattr(pixels_kernels, "_TILE_VALUES", tile)
+        monkeypatch.setattr(pixels_kernels, "_TRANSPOSED_TILE_VALUES", tile)
         assert torch.equal(bits(gathered(pixels, patch, DTYPE)[0]), bits(arena)), tile
         out, _ = gathered(pixels, patch, DTYPE, transposed=True)
         assert torch.equal(bits(turned(out)), bits(arena)), (tile, "transposed")

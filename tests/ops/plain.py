@@ -182,8 +182,7 @@ def plain_taps(pixels, patch, values):
     frames, rows, columns = pixels.shape[0], pixels.shape[1] // patch, pixels.shape[2] // patch
     padded = F.pad(2 * pixels.double() - 1, (0, 0, patch, patch, patch, patch))
     out = torch.zeros((frames, rows, columns, values), dtype=torch.float64, device=pixels.device)
-    places = itertools.product(range(3), range(3), range(pixels.shape[3]), range(patch), range(patch))
-    for k, (down, right, colour, column, row) in enumerate(places):
-        top, left = down * patch + row, right * patch + column
+    places = itertools.product(range(3 * patch), range(3 * patch), range(pixels.shape[3]))
+    for k, (top, left, colour) in enumerate(places):
         out[..., k] = padded[:, top : top + rows * patch : patch, left : left + columns * patch : patch, colour]
     return out

@@ -89,7 +89,7 @@ def test_with_spread_weights_it_is_the_first_convolution(patch, colours, transpo
     folded = (2 * pixels - 1).reshape(frames, rows, patch, columns, patch, colours).permute(5, 4, 2, 0, 1, 3)
     padded = F.pad(folded.reshape(1, channels, *SIZE), (1, 1, 1, 1, 0, 0))
     exact = F.conv3d(padded, weight, bias)[0].permute(1, 2, 3, 0)
-    spread = spread_pixel_weight(weight)
+    spread = spread_pixel_weight(weight, patch)
     assert spread.shape == (6, tap_channels(channels), 3, 1, 1)
     assert spread.is_contiguous(memory_format=torch.channels_last_3d)
     arena = gathered(pixels, patch, transposed=transposed, dtype=torch.float64)

@@ -107,14 +107,13 @@ def test_with_nothing_measured_the_shipped_speeds_choose():
 
 @pytest.mark.parametrize(
     ("colours", "patch", "out_channels", "step"),
-    [(3, 1, 96, 32), (3, 2, 160, 16), (4, 1, 96, 16)],  # Wan 2.1's, Wan 2.2's, one with transparency
+    [(3, 1, 96, 32), (3, 2, 160, 64), (4, 1, 96, 32)],  # Wan 2.1's, Wan 2.2's, one with transparency
 )
-def test_neighbourhoods_of_pixels_end_with_a_step_and_waste_no_product(colours, patch, out_channels, step):
+def test_neighbourhoods_of_pixels_go_in_steps_that_are_fast(colours, patch, out_channels, step):
     channels = tap_channels(colours * patch**2)
     kind = LayerKind("conv", channels, out_channels, (3, 1, 1))
     for tile in tiles.candidates(kind, CPU):
         assert tile.step == step
-        assert channels % step == 0
         assert tile.first + tile.second == out_channels
 
 

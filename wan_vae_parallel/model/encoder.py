@@ -206,7 +206,7 @@ class Encoding:
             yield from join.put(None, None, counts, state) if join and not state.image else [Piece(None, counts)]
             return
         if stage.conv:
-            x = stage.conv(x, state, patch=self._encoder.architecture.encoder_patch, margins=self._margins)
+            x = stage.conv(x, state, margins=self._margins)
         left, source = stage.run(x, state)
         del x
         if isinstance(left, torch.Tensor):
@@ -246,8 +246,14 @@ class _Encoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         stages, seen = architecture.down_stages, architecture.kernel_frames
-        colours, last = architecture.input_channels * architecture.encoder_patch**2, stages[-1].channels
-        self.conv1 = PixelConv(colours, stages[0].in_channels, scale=stages[0].scale, kernel_frames=seen)
+        patch, last = architecture.encoder_patch, stages[-1].channels
+        self.conv1 = PixelConv(
+            architecture.input_channels * patch**2,
+            stages[0].in_channels,
+            patch=patch,
+            scale=stages[0].scale,
+            kernel_frames=seen,
+        )
         if architecture.residual:
             self.downsamples = nn.ModuleList([DownBlock(stage, seen) for stage in stages])
         else:

@@ -192,9 +192,10 @@ class PixelConv(CausalConv3d):
     It remembers pixels, whose neighbourhoods would take ten times as much, and spreads them anew for each step.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, scale: int, kernel_frames: int = 3) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, patch: int, scale: int, kernel_frames: int = 3) -> None:
         super().__init__(tap_channels(in_channels), out_channels, scale=scale, kernel=(kernel_frames, 1, 1))
         self.weight = _empty(out_channels, in_channels, kernel_frames, 3, 3)
+        self._patch = patch
         self._spread: torch.Tensor | None = None
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -207,15 +208,16 @@ class PixelConv(CausalConv3d):
 
     def arena_weight(self) -> torch.Tensor:
         if self._spread is None:
-            self._spread = spread_pixel_weight(self.weight)
+            self._spread = spread_pixel_weight(self.weight, self._patch)
         return self._spread
 
     def forward(  # type: ignore[override]  # takes no frames of pages
-        self, pixels: torch.Tensor, state: StreamState, *, patch: int, margins: Margins
+        self, pixels: torch.Tensor, state: StreamState, *, margins: Margins
     ) -> torch.Tensor:
         """``[T, H, W, O]`` of pixels ``[T, H', W', C]`` in [0, 1], which have their margins; see `gather_taps`."""
         count = 0 if state.image else self.past_frames
         past = state.past_pixels[-count:] if count and state.past_pixels is not None else pixels[:0]
+        patch = self._patch
         rows = pixels.shape[1] // patch - margins.top - margins.bottom
         columns = pixels.shape[2] // patch - margins.left - margins.right
         shape = (columns, rows) if state.transposed else (rows, columns)

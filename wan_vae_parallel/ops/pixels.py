@@ -2,9 +2,9 @@
 
 T frames, H rows, W columns of positions, p x p pixels each (p the patch), C colours, K values of a neighbourhood
 
-Layout  the arena is ``[S, H, W, K]``: at every position nine taps in the picture's order, of each the values of a
-        position in the order (colour, pixel column, pixel row), then zeros up to K. The convolution is then one of
-        3x1x1, whose products are as deep as a GPU wants them, and which needs no border.
+Layout  the arena is ``[S, H, W, K]``: at every position the pixels of its neighbourhood as the picture has them, row by
+        row, of each its colours, then zeros up to K. The convolution is then one of 3x1x1, whose products are as deep
+        as a GPU wants them, and which needs no border.
 Bits    fp32 (fp64 in fp64) up to one rounding; a position's values do not depend on shard or axis.
 """
 
@@ -18,7 +18,9 @@ from .dispatch import KERNEL_DTYPES, FallingBack, kernels_run, say_once
 
 # K is a multiple of so many: a GPU's products take no fewer at once.
 _MULTIPLE = 16
-_TAPS = 9
+# Positions of a neighbourhood, in each direction and in all.
+_SIDE = 3
+_TAPS = _SIDE**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,20 @@ def tap_channels(channels: int) -> int:
     return -(-_TAPS * channels // _MULTIPLE) * _MULTIPLE
 
 
-def spread_pixel_weight(weight: torch.Tensor) -> torch.Tensor:
+def spread_pixel_weight(weight: torch.Tensor, patch: int) -> torch.Tensor:
     """Makes the first convolution's weight one for neighbourhoods.
 
     Args:
-        weight: ``[O, C, 3, 3, 3]``.
+        weight: ``[O, C, 3, 3, 3]``, where C counts (colour, pixel column, pixel row) of a patch.
+        patch: p.
 
     Returns:
         ``[O, K, 3, 1, 1]`` in channels_last_3d, zeros for what `gather_taps` leaves zero.
     """
     out_channels, channels, frames = weight.shape[:3]
-    taps = weight.permute(0, 2, 3, 4, 1).reshape(out_channels, frames, _TAPS * channels)
+    # O, colour, pixel column, pixel row, frame, row, column
+    parts = weight.unflatten(1, (-1, patch, patch))
+    taps = parts.permute(0, 4, 5, 3, 6, 2, 1).reshape(out_channels, frames, _TAPS * channels)
     spread = taps.new_zeros((out_channels, frames, tap_channels(channels)))
     spread[:, :, : taps.shape[2]] = taps
     return spread.permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
@@ -106,10 +111,11 @@ def gather_taps(
     indices = slots.tolist()
     for frame in range(frames):  # a neighbourhood is nine times as large as its position
         values = (pixels[frame].to(wide) * 2 - 1).to(arena.dtype)
-        positions = values.unflatten(1, (-1, patch)).unflatten(0, (-1, patch)).permute(0, 2, 4, 3, 1).flatten(2)
-        padded = positions.new_zeros((rows + 2, columns + 2, channels))
-        padded[1 - margins.top : rows + 1 + margins.bottom, 1 - margins.left : columns + 1 + margins.right] = positions
-        taps = padded.unfold(0, 3, 1).unfold(1, 3, 1)  # H, W, channels, row tap, column tap
+        padded = values.new_zeros(((rows + 2) * patch, (columns + 2) * patch, colours))
+        top, left = (1 - margins.top) * patch, (1 - margins.left) * patch
+        padded[top : top + height, left : left + width] = values
+        # H, W, colours, pixel rows and columns
+        taps = padded.unfold(0, _SIDE * patch, patch).unfold(1, _SIDE * patch, patch)
         gathered = taps.permute(0, 1, 3, 4, 2).reshape(rows, columns, _TAPS * channels)
         target = arena[indices[frame]]
         target[..., _TAPS * channels :] = 0

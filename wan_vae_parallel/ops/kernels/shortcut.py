@@ -3,8 +3,7 @@
 T frames, H rows, W columns, C channels, O channels out
 Layout  in [T, H, W, C], out [t, 2H, 2W, O]; or in [T, 2H, 2W, C], out [t, H, W, O]; contiguous; one read, one read and
         write.
-Tile    2048 values of one row of the output, or of the input where that is doubled: 3.8 to 4.1 TB/s on H200. What
-        averages was not measured yet.
+Tile    2048 values of one row of the output, or of the input where that is doubled: 3.8 to 4.1 TB/s on H200.
 Bits    each sum is rounded once, as eager PyTorch's is. Averages are summed up in fp32 in the picture's order
         (channel, frame, row, column), scaled and added in one step, then rounded once: on either axis, at every size.
 """
@@ -15,10 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..limits import powers_of_two
 from .launch import launch
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE_VALUES = 2048
+# Channels that a program takes at least, if there are so many.
+_LEAST_LANES = 32
 # Values of an average: the loop over them is unrolled. Wan 2.2 has 4.
 _MAX_GROUP = 64
 
@@ -88,8 +90,12 @@ def _add_averaged_kernel(
     out_ptrs += column[:, None] * OUT_CHANNELS + out_channel[None, :]
     total = tl.zeros((COLUMNS, BLOCK), tl.float32)
     for i in tl.static_range(GROUP):
-        place = out_channel * GROUP + i
-        channel, offset = place // FACTOR, place % FACTOR
+        if GROUP == FACTOR:
+            # The same, such that the compiler sees that channels lie side by side.
+            channel, offset = out_channel, tl.full(out_channel.shape, i, tl.int32)
+        else:
+            place = out_channel * GROUP + i
+            channel, offset = place // FACTOR, place % FACTOR
         frame, down, right = offset // 4, offset // 2 % 2, offset % 2
         if TRANSPOSED:
             down, right = right, down
@@ -161,6 +167,9 @@ def add_averaged(x: torch.Tensor, *, time_factor: int, transposed: bool, out: to
     """`ops.shortcut.add_averaged` on the GPU, for what `takes_average` says and shapes that fit."""
     frames, rows, columns, out_channels = out.shape
     block = min(triton.next_power_of_2(out_channels), 512)
+    if x.shape[3] == out_channels:
+        # Channels as they lie: of 160 rather 32 than 256 of which 96 are none.
+        block = max(powers_of_two(out_channels, 512)[1], min(block, _LEAST_LANES))
     tile_columns = max(1, _TILE_VALUES // block)
     grid = (triton.cdiv(columns, tile_columns) * triton.cdiv(out_channels, block), rows, frames)
     launch(
