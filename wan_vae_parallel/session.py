@@ -25,12 +25,8 @@ from .files.weights import SameWeights
 from .memory import (
     UNLIMITED,
     decode_memory,
-    decoder_kinds,
     encode_memory,
-    encoder_kinds,
     encoder_parameter_count,
-    kernels_take_decoder,
-    kernels_take_encoder,
     largest_chunk,
     largest_encode_chunk,
     most_encoded_at_once,
@@ -40,7 +36,7 @@ from .parallel.plan import plan_shards
 from .runtime.encode_run import LocalEncodeRun
 from .runtime.engine import LocalEngine, LocalRun
 from .runtime.group import GroupEncodeRun, GroupEngine, GroupRun
-from .runtime.tuning import kernels_planned
+from .runtime.tuning import decode_kernels_planned, encode_kernels_planned
 from .workers.encode_run import PoolEncodeRun
 from .workers.meanwhile import MeanwhileRun
 from .workers.pool import WorkerPool
@@ -155,9 +151,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (batch, frames, min(plan.tallest + 2, plan.rows), plan.columns)
-        kernels = kernels_take_decoder(self.architecture) and kernels_planned(
-            decoder_kinds(self.architecture), self.devices, self.dtype
-        )
+        kernels = decode_kernels_planned(self.architecture, self.devices, self.dtype)
         chunk = self._chunk_number or largest_chunk(
             self.architecture,
             size,
@@ -186,9 +180,7 @@ class Session:
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
             size = (min(plan.tallest + 1, plan.rows), plan.columns)
-        kernels = kernels_take_encoder(self.architecture) and kernels_planned(
-            encoder_kinds(self.architecture), self.devices, self.encode_dtype
-        )
+        kernels = encode_kernels_planned(self.architecture, self.devices, self.encode_dtype)
         chunk = self._chunk_number or largest_encode_chunk(
             self.architecture,
             size,

@@ -15,19 +15,15 @@ from ..files.checkpoint import describe_checkpoint
 from ..memory import (
     DeviceMemory,
     decode_memory,
-    decoder_kinds,
     encode_memory,
-    encoder_kinds,
     encoder_parameter_count,
     free_memory,
     gibibytes,
-    kernels_take_decoder,
-    kernels_take_encoder,
     largest_chunk,
     largest_encode_chunk,
 )
 from ..parallel.plan import ShardPlan, describe_plan, plan_shards
-from ..runtime.tuning import kernels_planned
+from ..runtime.tuning import decode_kernels_planned, encode_kernels_planned
 from .shared import add_engine_options, dtype_name, frame_size, latent_size, positive
 
 
@@ -90,8 +86,7 @@ def _decode_needs(
     # A shard holds its neighbours' rows too.
     tallest = plan.tallest if plan.shards == 1 else min(plan.tallest + 2, plan.rows)
     size = (1, architecture.latent_frames(options.frames), tallest, plan.columns)
-    kernels = kernels_take_decoder(architecture) and kernels_planned(decoder_kinds(architecture), devices, dtype)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
+    given: dict[str, Any] = {"dtype": dtype, "kernels": decode_kernels_planned(architecture, devices, dtype)}
     chunk = options.chunk
     if chunk == "auto":
         chunk = largest_chunk(architecture, size, free=free, device_type=devices[0].type, **given)
@@ -109,8 +104,7 @@ def _encode_needs(
     """The same of an encode, as runtime/shard.py and runtime/encode_run.py plan it."""
     size = (plan.tallest + (plan.shards > 1), plan.columns)  # a row of the lower neighbour
     frames = architecture.encoded_frames(options.frames)
-    kernels = kernels_take_encoder(architecture) and kernels_planned(encoder_kinds(architecture), devices, dtype)
-    given: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
+    given: dict[str, Any] = {"dtype": dtype, "kernels": encode_kernels_planned(architecture, devices, dtype)}
     chunk = options.chunk
     if chunk == "auto":
         chunk = largest_encode_chunk(architecture, size, frames=frames, free=free, device_type=devices[0].type, **given)

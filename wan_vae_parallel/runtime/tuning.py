@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..architecture import Architecture
 from ..files.user_cache import CachedFacts
+from ..memory import decoder_kinds, encoder_kinds, kernels_take_decoder, kernels_take_encoder
 from ..ops.dispatch import kernels_expected, kernels_multiply, say_once
 from ..ops.layer_kinds import LayerKind, Measured
 from ..parallel.coordination import WORK_SECONDS, Coordinator
@@ -89,6 +91,16 @@ def kernels_planned(kinds: Iterable[LayerKind], devices: Iterable[torch.device],
         if any(one.lost for one in _known_of(kinds, _circumstances(device, dtype), device)[0].values()):
             return False
     return True
+
+
+def decode_kernels_planned(architecture: Architecture, devices: Iterable[torch.device], dtype: torch.dtype) -> bool:
+    """`kernels_planned` of a decode, all of whose widths our kernels take."""
+    return kernels_take_decoder(architecture) and kernels_planned(decoder_kinds(architecture), devices, dtype)
+
+
+def encode_kernels_planned(architecture: Architecture, devices: Iterable[torch.device], dtype: torch.dtype) -> bool:
+    """The same of an encode."""
+    return kernels_take_encoder(architecture) and kernels_planned(encoder_kinds(architecture), devices, dtype)
 
 
 def _find(kinds: list[LayerKind], key: _Key, device: torch.device, dtype: torch.dtype) -> dict[LayerKind, Measured]:
