@@ -64,6 +64,8 @@ _PARK_SECONDS = 5.0
 _PREPARED_SECONDS = 3600.0
 # A decode that was cancelled may have steps that are under way: who cancelled does not wait for all of them.
 _FINISH_SECONDS = 0.5
+# Nor does the next one, for longer than new processes take: on the CPU a step may take minutes.
+_REPLACE_SECONDS = 3.0
 # Variables that libraries read when workers load weights, and not when they are made.
 _LATE_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_SYMM_MEM_")
 # ComfyUI's choice of allocator is not the workers': cudaMallocAsync can't share memory between processes.
@@ -218,6 +220,7 @@ class WorkerPool(Crew):
             self.belongs_here()
             if self._opened:
                 self.stop(grace=0.0)  # who had them was interrupted before it could end its decode
+            self._replace_if_busy()
             if self._idle_timer:
                 self._idle_timer.cancel()
             self.worked_on = self.devices
@@ -335,8 +338,6 @@ class WorkerPool(Crew):
     def start(self, part: Part) -> None:
         """Waits until the workers are ready with a part's weights; starts them if there are none that live."""
         self.begin()
-        if self.stage == "ready":
-            self._await_finish()
         started = time.monotonic()
         while not self._has(part):
             self._order(part)
@@ -454,26 +455,39 @@ class WorkerPool(Crew):
         self.hand_over(*descriptors)
 
     def finish(self) -> None:
-        """Ends a decode on the workers; those that are still at it are waited for by whoever needs them next."""
+        """Ends a decode on the workers; who needs them next waits for those that are still at it, or starts others."""
         if self.stage != "ready" or not self._opened:
             return
         self._opened, self._finishing = False, True
         self.tell("finish")
         self._await_finish(_FINISH_SECONDS)
 
-    def _await_finish(self, seconds: float | None = None) -> None:
-        """Waits until the last decode's memory is free, for at most ``seconds``."""
+    def _replace_if_busy(self) -> None:
+        """Starts new workers where these are at steps of a decode that was cancelled, and not done with them soon."""
+        if self.stage != "ready":
+            return
+        try:
+            self._await_finish(_REPLACE_SECONDS, check_cancelled)
+        except WanVAEError as error:
+            logger.warning("%s", str(error))
+            self.stop(grace=0.0)
         if self._finishing:
-            deadline = None if seconds is None else time.monotonic() + seconds
+            logger.info("workers are still at a step that was cancelled; starting new ones")
+            self.stop(grace=0.0)
+            self.prepare()
+
+    def _await_finish(self, seconds: float, look: Callable[[], None] = lambda: None) -> None:
+        """Waits until the last decode's memory is free, for at most ``seconds``; meanwhile ``look`` is called."""
+        if self._finishing:
+            deadline = time.monotonic() + seconds
 
             def check() -> None:
-                if deadline is not None and time.monotonic() > deadline:
+                look()
+                if time.monotonic() > deadline:
                     raise _NotYet
 
             with contextlib.suppress(_NotYet):
-                ended = self.gather(
-                    "finished", len(self.workers), check=check if seconds is not None else check_cancelled
-                )
+                ended = self.gather("finished", len(self.workers), check=check)
                 self._finishing = False
                 for worker, (_, failed) in zip(self.workers, ended, strict=True):
                     if failed:

@@ -247,9 +247,38 @@ def cancelled_in_a_long_step(vae):
     return time.monotonic() - times[-1]
 
 
-def test_a_cancelled_decode_does_not_wait_for_steps_that_take_long(vae, expected, latents):
+def test_a_cancelled_decode_does_not_wait_for_steps_that_take_long(vae, expected, latents, monkeypatch):
+    monkeypatch.setattr(pool, "_REPLACE_SECONDS", 120.0)
     before = pids(vae)
     assert cancelled_in_a_long_step(vae) < patience(1)
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+    assert pids(vae) == before
+
+
+def test_nor_does_the_next_one_longer_than_new_workers_take(vae, expected, latents, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "_REPLACE_SECONDS", 0.1)
+    caplog.set_level("INFO", "wan_vae_parallel")
+    before = pids(vae)
+    cancelled_in_a_long_step(vae)
+    torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
+    assert not set(pids(vae)) & set(before)
+    assert "still at a step that was cancelled; starting new ones" in caplog.text
+    assert caplog.messages[-1].endswith("(first)")
+    assert wait_until(lambda: all(gone(pid) for pid in before), 5)
+
+
+def test_the_wait_for_a_cancelled_step_can_be_cancelled(vae, expected, latents, monkeypatch):
+    monkeypatch.setattr(pool, "_REPLACE_SECONDS", 120.0)
+    cancelled_in_a_long_step(vae)
+    before, called = pids(vae), []
+
+    def cancel():
+        called.append(time.monotonic())
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        vae.decode(latents, on_wait=cancel)
+    assert time.monotonic() - called[-1] < patience(1)
     torch.testing.assert_close(vae.decode(latents), expected, **CLOSE)
     assert pids(vae) == before
 
