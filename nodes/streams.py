@@ -135,7 +135,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
     engine.set_chunk((chunk or vae._chunk) * architecture.temporal_ratio)
     progress = ChunkProgress(parts=1, previews=False).part(0)
     parts: list[torch.Tensor] = []
-    with open_frames(path, colours=architecture.output_channels, most=most) as source:
+    with open_frames(path, colours=architecture.input_channels, most=most) as source:
 
         def frames() -> Iterator[torch.Tensor]:
             room = False

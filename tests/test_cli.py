@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import signal
@@ -235,6 +236,11 @@ def test_encode_shows_how_far_it_is_on_a_terminal(files, shown, tmp_path, capsys
         assert "] 1/9 frames" in printed
         assert "] 5/9 frames" in printed
         assert "\r[" + 32 * "#" + "] 9/9 frames\n" in printed
+    save_file({"frames": torch.rand(2, 6, 16, 16, 3)}, tmp_path / "two.safetensors")
+    assert encode(files, tmp_path / "two.safetensors", tmp_path / "o.latent", "--chunk", "1") == 0
+    printed = capsys.readouterr().err
+    for done in (1, 5, 6, 10):  # of each five make whole latent frames
+        assert f"] {done}/10 frames" in printed
 
 
 def test_encode_says_what_is_wrong_and_leaves_nothing(files, shown, tmp_path, capsys):
@@ -247,11 +253,16 @@ def test_encode_says_what_is_wrong_and_leaves_nothing(files, shown, tmp_path, ca
     decoder = {k: v for k, v in load_file(files[0] / "vae.safetensors").items() if k.startswith(("decoder", "conv2"))}
     save_file(decoder, tmp_path / "decoder.safetensors")
     save_file({"frames": torch.rand(1, 4, 32, 3)}, tmp_path / "flat.safetensors")
+    save_file({"frames": torch.full((1, 16, 16, 3), math.nan)}, tmp_path / "nan.safetensors")
     before = sorted(tmp_path.rglob("*"))
     wrong = [
         ([folder / "none.mp4"], "none.mp4 does not exist; name a video"),
         ([tmp_path / "cut.mkv"], "cut short behind frame"),
-        ([tmp_path / "flat.safetensors"], "32x4 are smaller than a latent voxel of Wan 2.1"),
+        (
+            [tmp_path / "flat.safetensors"],
+            "flat.safetensors: frames of 32x4 are smaller than a latent voxel of Wan 2.1",
+        ),
+        ([tmp_path / "nan.safetensors"], "nan.safetensors: frames have NaN"),
         ([files[0] / "video.latent"], "has latents in it"),
         ([files[0] / "vae.safetensors"], "it must have one named frames"),
         ([folder / "p", "--size", "50x32"], "multiple of 8 pixels a side, not 50x32"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -68,7 +69,7 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
         )
     check_values(frames)
     if frames.numel() == 0:
-        raise FrameError(f"frames are empty, {shape}; every axis must be at least 1")
+        raise _empty(shape)
     if frames.layout != torch.strided or frames.is_meta:
         kind = "meta" if frames.is_meta else str(frames.layout)
         raise FrameError(f"frames are a {kind} tensor; they must be an ordinary, dense one")
@@ -83,13 +84,9 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
         )
     if frames.shape[4] > colours:
         say_once(f"frames have {colours + 1} channels: the last, alpha, is left out, as this VAE has {colours} colours")
+    check_size(frames.shape, architecture)
     ratio = architecture.encode_ratio
     height, width = frames.shape[2:4]
-    if min(height, width) < ratio:
-        raise FrameError(
-            f"frames of {width}x{height} are smaller than a latent voxel of {architecture.name}, which has "
-            f"{ratio}x{ratio} pixels; enlarge them"
-        )
     rows, columns = height // ratio * ratio, width // ratio * ratio
     if (rows, columns) != (height, width):
         say_once(
@@ -98,6 +95,22 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
         )
     top, left = (height - rows) // 2, (width - columns) // 2
     return frames[:, :, top : top + rows, left : left + columns, :colours]
+
+
+def check_size(shape: Sequence[int], architecture: Architecture) -> None:
+    """Raises `FrameError` if frames of ``shape`` ``[B, T, H, W, C]`` have an empty axis, or make no latent voxel."""
+    if min(shape) < 1:
+        raise _empty(tuple(shape))
+    ratio, (height, width) = architecture.encode_ratio, shape[2:4]
+    if min(height, width) < ratio:
+        raise FrameError(
+            f"frames of {width}x{height} are smaller than a latent voxel of {architecture.name}, which has "
+            f"{ratio}x{ratio} pixels; enlarge them"
+        )
+
+
+def _empty(shape: tuple[int, ...]) -> FrameError:
+    return FrameError(f"frames are empty, {shape}; every axis must be at least 1")
 
 
 def check_part(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .errors import ArgumentError, CheckpointError, ClosedError, WanVAEError, Wo
 from .files.checkpoint import Checkpoint, not_finite
 from .files.key_layouts import listed
 from .files.weights import SameWeights
+from .frames import check_size
 from .memory import (
     UNLIMITED,
     decode_memory,
@@ -170,8 +171,10 @@ class Session:
 
         Raises:
             CheckpointError: the VAE has no encoder.
+            FrameError: an axis is empty, or pictures are smaller than a latent voxel.
         """
         self._check_encoder()
+        check_size(shape, self.architecture)
         frames = self.architecture.encoded_frames(shape[1])
         image = frames == 1
         frames = shape[0] if image else frames

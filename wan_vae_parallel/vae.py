@@ -68,8 +68,8 @@ class VAE(Session):
             on_chunk: called as ``on_chunk(done, total, frames)`` with the frames finished and in all, and the
                 newest ``[B, t, H, W, C]``. What it raises ends the decode and reaches the caller.
             on_wait: called several times a second, in this thread, while workers start, kernels compile, settings are
-                measured, or devices decode: by workers, or between the layers of one. What it raises ends the decode
-                and reaches the caller.
+                measured, or devices decode: by workers, or between the layers of one, of which one of a large picture
+                takes seconds on a CPU. What it raises ends the decode and reaches the caller.
 
         Returns:
             ``[B, 4 * (T - 1) + 1, H, W, C]`` in [0, 1], float32 (float64 for a float64 VAE), contiguous, on the
@@ -281,27 +281,32 @@ class VAE(Session):
     def _encoded(
         self, frames: Iterator[torch.Tensor], normalized: bool, on_wait: Callable[[], None] | None
     ) -> Iterator[torch.Tensor]:
+        alike: tuple[torch.Size, torch.dtype] | None = None
+
         def parts() -> Iterator[torch.Tensor]:
+            nonlocal alike
             for part in frames:
                 if isinstance(part, torch.Tensor) and part.dim() in (4, 5) and not part.shape[part.dim() - 4]:
                     continue  # of no frames
-                yield check_part(part, self.architecture).detach()
+                checked = check_part(part, self.architecture).detach()
+                # As they were given: what is cut off would hide a jump.
+                alike = alike or (part.shape[-3:], part.dtype)
+                if (part.shape[-3:], part.dtype) != alike:
+                    raise FrameError(
+                        f"frames of a video must have one size and dtype: these are {tuple(part.shape[-3:])} in "
+                        f"{part.dtype}, and those before {tuple(alike[0])} in {alike[1]}"
+                    )
+                yield checked
 
         given = parts()
         first = next(given, None)
         if first is None:
             raise FrameError("there are no frames to encode; the video is empty")
-        size, dtype = first.shape[1:], first.dtype
         check_length(len(first), self.architecture)
         shape = [1, *first.shape]  # so far
 
         def others() -> Iterator[torch.Tensor]:
             for part in given:
-                if part.shape[1:] != size or part.dtype != dtype:
-                    raise FrameError(
-                        f"frames of a video must have one size and dtype: these are {tuple(part.shape[1:])} in "
-                        f"{part.dtype}, and those before {tuple(size)} in {dtype}"
-                    )
                 shape[1] += len(part)
                 check_length(shape[1], self.architecture)
                 yield part

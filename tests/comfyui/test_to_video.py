@@ -475,6 +475,29 @@ def test_what_can_not_work_is_an_error_before_the_decode(server, send, inputs, w
     assert not run.progress("v")
 
 
+def test_of_a_video_as_people_have_them_the_latents_are_those_of_cores_frames(server, send, received):
+    # H.264 of 4:2:0, whose colours have to be interpolated. Core takes them to lie in the middle of their pixels.
+    if "WanAnimate2ToVideo" not in server.get("/object_info"):
+        pytest.skip("a core before 0.33 reads colours otherwise")
+    source = ["-f", "lavfi", "-i", "testsrc2=s=96x80:r=16:d=0.3125", "-pix_fmt", "yuv420p"]
+    source += ["-chroma_sample_location", "center", str(server.input / "h.mp4")]
+    subprocess.run([find_ffmpeg(), "-v", "error", "-y", *source], check=True)
+    loader = {"l": to_video(send("l.safetensors", latents(rows=6)))["l"]}
+    run = server.run({
+        **loader,
+        "file": node("LoadVideo", file="h.mp4"),
+        "parts": node("GetVideoComponents", video=["file", 0]),
+        "e": node("WanVAEParallelEncode", pixels=["parts", 0], vae=["l", 0]),
+        "eo": node("ProbeSaveTensor", name="encoded.safetensors", latent=["e", 0]),
+        "v": node("WanVAEParallelLoadVideoToLatent", file="h.mp4", vae=["l", 0]),
+        "vo": node("ProbeSaveTensor", name="own.safetensors", latent=["v", 0]),
+    })  # fmt: skip
+    run.check()
+    own, expected = received("own.safetensors"), received("encoded.safetensors")
+    assert own.shape == expected.shape == (1, 16, 2, 10, 12)
+    assert (own - expected).abs().max() < 1e-3 * expected.std()
+
+
 def test_a_videos_file_becomes_the_latents_that_its_frames_encode_to(server, send, received):
     source = send("l.safetensors", latents(rows=6))
     graph = {**to_video(source, save=True, filename_prefix="round"), **components()}
@@ -496,6 +519,10 @@ def test_a_videos_file_becomes_the_latents_that_its_frames_encode_to(server, sen
     assert run.progress("v")[-1][0] == 3
     (said,) = [text for name, text in run.texts if name == "v"]
     assert re.fullmatch(r"9 frames of 48x48, \d+\.\d+ s on cpu", said), said
+    small = {**load, "inputs": {**load["inputs"], "width": 7, "height": 64}}
+    run = server.run({**loader, "v": small, "o": out})
+    assert run.ended == "execution_error"
+    assert "frames of 7x64 are smaller than a latent voxel" in run.detail["exception_message"]
     load["inputs"] |= {"width": 24, "frames": 6}
     server.run({**loader, "v": load, "o": out}).check()
     assert received("own.safetensors").shape == (1, 16, 2, 3, 3)

@@ -51,8 +51,40 @@ def test_all_frames_come_once_in_order_and_their_number_is_known_early(folder, n
     assert (got - FRAMES[0]).abs().mean() < 0.02
     distance = (got[:, None] - FRAMES[0][None]).abs().mean(dim=(2, 3, 4))
     assert distance.argmin(dim=1).tolist() == list(range(17))
-    # Each value is one of 8 bits.
-    assert torch.equal((got * 255).round() / 255, got)
+    assert torch.equal((got * 65535).round() / 65535, got)
+
+
+@pytest.mark.parametrize(
+    "pixels", ["yuv420p", "yuvj420p", "yuv422p", "yuv411p", "nv12", "uyvy422", "yuv420p10le", "yuv444p"]
+)
+def test_colours_are_interpolated_as_comfyui_does(tmp_path, pixels):
+    path = tmp_path / "v.nut"
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    source = ["-f", "lavfi", "-i", "testsrc2=s=96x70:d=0.2", "-pix_fmt", pixels, "-c:v", "rawvideo"]
+    subprocess.run([*ffmpeg, *source, str(path)], check=True)
+    # What PyAV's to_ndarray("gbrpf32le") gives: swscale by two rows and columns, in floats.
+    floats = ["-sws_flags", "bilinear", "-f", "rawvideo", "-pix_fmt", "gbrpf32le", "-"]
+    done = subprocess.run([*ffmpeg, "-i", str(path), *floats], check=True, capture_output=True)
+    wanted = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32).view(-1, 3, 70, 96)
+    wanted = wanted[:, [2, 0, 1]].permute(0, 2, 3, 1)
+    got = read(path)
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() < 2e-5
+    opaque = read(path, colours=4)
+    assert torch.equal(opaque[..., :3], got)
+    assert (opaque[..., 3] == 1).all()
+
+
+@pytest.mark.parametrize("pixels", ["bgr0", "gbrp", "gray", "pal8"])
+def test_of_rgb_of_8_bits_every_value_is_itself(tmp_path, pixels):
+    path = tmp_path / "v.nut"
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    source = ["-f", "lavfi", "-i", "testsrc2=s=96x70:d=0.2", "-pix_fmt", pixels, "-c:v", "rawvideo"]
+    subprocess.run([*ffmpeg, *source, str(path)], check=True)
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run([*ffmpeg, "-i", str(path), *raw], check=True, capture_output=True)
+    wanted = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8).view(-1, 70, 96, 3)
+    assert torch.equal((read(path) * 255).round(), wanted.float())
 
 
 @pytest.mark.parametrize(("format", "file", "error"), [("ffv1", "w.mkv", 1 / 65535), ("h265", "w.mp4", 0.02)])

@@ -181,9 +181,11 @@ def test_values_far_outside_are_encoded_and_said_once(vae, video, caplog):
     assert caplog.text.count("where pictures have [0, 1]") == 1
 
 
-def test_frames_of_other_sizes_in_a_stream_are_refused(vae):
+@pytest.mark.parametrize("other", [(16, 24, 3), (21, 21, 3), (16, 16, 4)])
+def test_frames_of_other_sizes_in_a_stream_are_refused(vae, other):
+    # Also where they are the same once they are cut, and alpha is left out.
     with pytest.raises(wvp.FrameError, match="must have one size and dtype"):
-        list(vae.encode_stream([torch.rand(1, 16, 16, 3), torch.rand(1, 16, 24, 3)]))
+        list(vae.encode_stream([torch.rand(1, 16, 16, 3), torch.rand(4, *other)]))
 
 
 def test_a_stream_of_nothing_is_refused(vae):

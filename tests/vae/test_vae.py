@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import weakref
 
 import pytest
@@ -410,6 +411,9 @@ def test_memory_that_an_encode_needs_is_that_of_the_chunk(vae):
     assert vae.encode_memory_needed((2, 9, 31, 50, 3)) == expected.total
     image = encode_memory(vae.architecture, (3, 6), chunk=1, image=True, dtype=torch.float32, kernels=False)
     assert vae.encode_memory_needed((1, 3, 31, 50, 3)) == image.total
+    for shape, words in (((1, 9, 7, 50, 3), "50x7 are smaller than a latent voxel"), ((1, 0, 31, 50, 3), "are empty")):
+        with pytest.raises(wvp.FrameError, match=words):
+            vae.encode_memory_needed(shape)
 
 
 def test_the_weights_that_count_are_those_that_are_loaded(vae, latents):
@@ -484,6 +488,21 @@ def test_other_weights_than_those_that_were_checked_never_decode(oracle, tmp_pat
     vae = wvp.load_vae(path, devices="cpu", chunk=2)
     # Of the same shapes, before the first decode.
     save_file({key: tensor * 2 for key, tensor in oracle.state_dict().items()}, path)
+    with pytest.raises(wvp.CheckpointError, match="was replaced since it was loaded"):
+        vae.decode(latents)
+
+
+def test_nor_do_those_that_were_written_over_with_the_file_s_time_set_back(oracle, tmp_path, latents):
+    path = tmp_path / "vae.safetensors"
+    save_file(oracle.state_dict(), path)
+    other = tmp_path / "other.safetensors"
+    save_file({key: tensor * 2 for key, tensor in oracle.state_dict().items()}, other)
+    before = path.stat()
+    vae = wvp.load_vae(path, devices="cpu", chunk=2)
+    with path.open("r+b") as file:
+        file.write(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_ino) == (before.st_size, before.st_ino)
     with pytest.raises(wvp.CheckpointError, match="was replaced since it was loaded"):
         vae.decode(latents)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..errors import FrameError
 from ..files.frames_in import is_tensor, open_frames, read_frames, resized
 from ..files.latents import check_latent_output, save_latents
 from ..images import encode_pictures
@@ -84,17 +85,31 @@ def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tup
     frames = (frames if frames.dim() == 5 else frames[None])[:, : options.most]
     if options.size:
         frames = resized(frames, options.size)
-    bar, count = Progress(shown=shown), vae.architecture.frame_count
+    bar, architecture = Progress(shown=shown), vae.architecture
     if options.images:
         frames = frames.flatten(0, 1)[:, None]
 
     def show(done: int, total: int, _: torch.Tensor) -> None:
         signals.end_if_stopped()
-        bar.show(*((done, total) if options.images else (count(done), count(total))))
+        if not options.images:  # both count latent frames of all videos
+            each, whole = total // len(frames), architecture.encoded_frames(frames.shape[1])
+            videos, more = divmod(done, each)
+            done, total = videos * whole + (architecture.frame_count(more) if more else 0), len(frames) * whole
+        bar.show(done, total)
 
-    latents = vae.encode(frames, normalized=options.normalized, on_chunk=show)
+    with _named(options.frames):
+        latents = vae.encode(frames, normalized=options.normalized, on_chunk=show)
     bar.close()
     return latents, len(frames) if options.images else frames.shape[1]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within it, errors about frames name the file that they are in."""
+    try:
+        yield
+    except FrameError as error:
+        raise FrameError(f"{path.name}: {error.text}") from error
 
 
 def _encode_stream(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:

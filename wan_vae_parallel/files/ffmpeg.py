@@ -37,6 +37,8 @@ _CONSEQUENCES = re.compile(
 _LONGEST = 200
 # In names of pixel formats: yuv420p10le, gbrp16be, p010le, rgb48be, rgba64le, gray16be, x2rgb10le, gbrpf32le.
 _WIDE = re.compile(r"(9|10|12|14|16|32|48|64)(le|be)$")
+# Pixel formats such as yuv420p, nv12, p010le, uyvy422, ayuv64le, vuya, y210le, xv36le.
+_YUV = re.compile(r"a?yuv|uyv|uyy|yvy|vuy|nv\d|p[024]\d|y2\d|xv\d|v30")
 _ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya(8|16)|ayuv|vuya")
 _HDR = re.compile(r"smpte2084|arib-std-b67")
 # Of codecs whose alpha is a stream within the stream: ffmpeg's own decoders leave it where it is.
@@ -118,6 +120,7 @@ class VideoStream:
 
     Attributes:
         wide: it has more than 8 bits.
+        yuv: it is not RGB, nor grey.
         alpha: it has transparency.
         decoder: the one that reads that, where ffmpeg's usual one does not.
         tag: the codec's in the container, of four letters, where it has one.
@@ -125,6 +128,7 @@ class VideoStream:
     """
 
     wide: bool = False
+    yuv: bool = False
     alpha: bool = False
     decoder: str | None = None
     tag: str | None = None
@@ -145,6 +149,7 @@ def describe_video(program: str, path: Path) -> VideoStream:
             apart = re.search(r"^ +alpha_mode +: 1\s*$", text, re.MULTILINE | re.IGNORECASE) is not None
             return VideoStream(
                 wide=_WIDE.search(found[2]) is not None,
+                yuv=_YUV.match(found[2]) is not None,
                 alpha=apart or _ALPHA.match(found[2]) is not None,
                 decoder=_ALPHA_DECODERS.get(found[1]) if apart else None,
                 tag=tag[1] if (tag := re.search(r"\((\w{4}) / 0x", text)) else None,

@@ -219,8 +219,8 @@ def _other_size(path: Path, size: tuple[int, int], first: tuple[int, int]) -> Fr
     return FrameError(
         about_file(
             path,
-            f"has {size[0]}x{size[1]} pixels, and the first picture {first[0]}x{first[1]}; a video's frames have "
-            f"one size: give them one with --size",
+            f"has {size[0]}x{size[1]} pixels, and the first picture {first[0]}x{first[1]}; those of one video, "
+            f"or of one file of latents, have one size: give them one with --size",
         )
     )
 

@@ -23,9 +23,14 @@ from ..errors import FrameError, OutputError, about_file
 from ..ops.dispatch import say_once
 from .ffmpeg import complaints, describe_video, find_ffmpeg
 
-# Pixel formats by the number of colours: RGB of 8 bits, and of 16 where a video has more than 8.
+# Pixel formats by the number of colours: RGB of 8 bits, and of 16 where a video has more than 8, or no RGB.
 _FORMATS = {3: "rgb24", 4: "rgba"}
 _WIDE_FORMATS = {3: "rgb48be", 4: "rgba64be"}
+# What that is made in from YUV: ffmpeg's short ways to packed RGB repeat colours instead of interpolating them, and one
+# of them, to 16 bits by two rows, is wrong (seen in 7.0).
+_PLANAR_FORMATS = {3: "gbrp16be", 4: "gbrap16be"}
+# Between a video's colours, of which there are fewer than pixels: as ComfyUI's Load Video does.
+_INTERPOLATION = "bilinear+accurate_rnd+full_chroma_int"
 _NO_VIDEO = "matches no streams"
 # What its filter showinfo says of each frame as it was decoded, before that is stretched to the first one's size.
 _DECODED = re.compile(rb"^\[Parsed_showinfo[^\n]*\] n: *\d+ pts:[^\n]* s:(\d+)x(\d+) ", re.MULTILINE)
@@ -35,8 +40,9 @@ class VideoInput:
     """A video's frames as they come, each once and in order, whatever times the file gives them.
 
     A context manager with an ffmpeg process, which reads as far ahead as a pipe holds; the process ends with it.
-    Iterate it once. Colours are those that ffmpeg converts to RGB, of 8 bits or, where the video has more, of 16;
-    rotation that the file asks for is applied.
+    Iterate it once. Colours are those that ffmpeg converts to RGB, of 8 bits if the video is RGB of 8, else of 16,
+    interpolated from where the file says that they lie; where that is the middle of their pixels they are those of
+    ComfyUI's Load Video, up to 1/65535. Rotation that the file asks for is applied.
 
     Args:
         path: of the file.
@@ -140,16 +146,18 @@ class VideoInput:
                 f"dark; to have them as on an ordinary screen, tone-map the video before"
             )
         decoder = stream.decoder if self._colours == 4 else None
-        pixels = (_WIDE_FORMATS if stream.wide else _FORMATS)[self._colours]
+        pixels = (_WIDE_FORMATS if stream.wide or stream.yuv else _FORMATS)[self._colours]
+        filters = ["showinfo=checksum=0"]
+        if stream.yuv:
+            filters += [f"scale=flags={_INTERPOLATION}", f"format={_PLANAR_FORMATS[self._colours]}"]
         command = [
             program, "-nostdin", "-hide_banner", "-nostats", "-v", "level+info",
             *(["-c:V", decoder] if decoder else []),
             # Whatever the name looks like, it is a file's; "V": no cover pictures.
             "-i", f"file:{self._path}", "-map", "0:V:0", "-fps_mode", "passthrough",
             *(["-frames:v", str(self._most)] if self._most else []),
-            "-vf", "showinfo=checksum=0",
+            "-vf", ",".join(filters),
             # Pictures that tell their own size.
-            *(["-sws_flags", "accurate_rnd+full_chroma_int"] if stream.wide else []),
             "-c:v", "pam", "-pix_fmt", pixels, "-f", "image2pipe", "-",
         ]  # fmt: skip
         try:
