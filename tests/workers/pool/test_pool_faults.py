@@ -70,8 +70,8 @@ def test_a_worker_that_is_stopped_is_not_answering(vae, latents):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_stopped_between_steps_does_not_hold_up_the_end_of_a_decode(vae, latents, monkeypatch):
-    monkeypatch.setattr("wan_vae_parallel.workers.crew._SILENCE_SECONDS", 3.0)  # the test above waits in full
+def test_a_worker_that_is_stopped_between_steps_holds_up_neither_the_end_of_a_decode_nor_the_next(vae, latents):
+    expected = vae.decode(latents)
     before = pids(vae)
     stream = vae.decode_stream(torch.cat([latents] * 3, dim=2))  # so many steps that it has some left
     next(stream)
@@ -79,9 +79,8 @@ def test_a_worker_that_is_stopped_between_steps_does_not_hold_up_the_end_of_a_de
     started = time.monotonic()
     stream.close()
     assert time.monotonic() - started < patience(10)
-    # Who wants the workers next has to wait for it.
-    with pytest.raises(wvp.WorkerError, match="worker 1 on cpu is not answering"):
-        vae.decode(latents)
+    # Who wants the workers next gets others.
+    assert torch.equal(vae.decode(latents), expected)
     assert all(map(gone, before))
 
 
