@@ -55,7 +55,7 @@ def test_all_frames_come_once_in_order_and_their_number_is_known_early(folder, n
 
 
 @pytest.mark.parametrize(
-    "pixels", ["yuv420p", "yuvj420p", "yuv422p", "yuv411p", "nv12", "uyvy422", "yuv420p10le", "yuv444p"]
+    "pixels", ["yuv420p", "yuvj420p", "yuv422p", "yuv411p", "nv12", "uyvy422", "yuyv422", "yuv420p10le", "yuv444p"]
 )
 def test_colours_are_interpolated_as_comfyui_does(tmp_path, pixels):
     path = tmp_path / "v.nut"

@@ -38,7 +38,7 @@ _LONGEST = 200
 # In names of pixel formats: yuv420p10le, gbrp16be, p010le, rgb48be, rgba64le, gray16be, x2rgb10le, gbrpf32le.
 _WIDE = re.compile(r"(9|10|12|14|16|32|48|64)(le|be)$")
 # Pixel formats such as yuv420p, nv12, p010le, uyvy422, ayuv64le, vuya, y210le, xv36le.
-_YUV = re.compile(r"a?yuv|uyv|uyy|yvy|vuy|nv\d|p[024]\d|y2\d|xv\d|v30")
+_YUV = re.compile(r"a?yuv|yuy|yvy|uyv|uyy|vuy|vyu|nv\d|p[024]\d|y2\d|xv\d|v30")
 _ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya(8|16)|ayuv|vuya")
 _HDR = re.compile(r"smpte2084|arib-std-b67")
 # Of codecs whose alpha is a stream within the stream: ffmpeg's own decoders leave it where it is.
