@@ -40,7 +40,7 @@ def _gpu_name(device: torch.device) -> str:
         return ""
 
 
-def choose_devices(devices: str, put_on: torch.device | None) -> list[torch.device]:
+def choose_devices(devices: str | None, put_on: torch.device | None) -> list[torch.device]:
     """Those of ``devices`` that are there; for ``"auto"`` the one that a node has put the VAE on, or ComfyUI's."""
     devices = devices or ""  # a headless prompt may say null
     names = [str(name) for name in device_names(devices)]
