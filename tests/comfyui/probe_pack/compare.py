@@ -68,21 +68,25 @@ class CompareNodes(io.ComfyNode):
             elif "default" in options:
                 given[name] = options["default"]
             elif name in required:
-                if not isinstance(kind, list) or not kind:
+                choices = kind if isinstance(kind, list) else options.get("options")
+                if not choices:
                     return None
-                given[name] = kind[0]
+                given[name] = choices[0]
         return given if any(value is None for value in given.values()) else None
 
     @staticmethod
     def run(node, inputs, vae):
         """The node's results, and how often it encoded."""
-        vae, calls, encode = copy.copy(vae), [], vae.encode
+        vae, calls = copy.copy(vae), []
 
-        def counted(*args, **kwargs):
-            calls.append(1)
-            return encode(*args, **kwargs)
+        def counted(encode):
+            def call(*args, **kwargs):
+                calls.append(1)
+                return encode(*args, **kwargs)
 
-        vae.encode = counted
+            return call
+
+        vae.encode, vae.encode_tiled = counted(vae.encode), counted(vae.encode_tiled)
         given = {name: vae if value is None else copy.deepcopy(value) for name, value in inputs.items()}
         torch.manual_seed(0)
         call = node.execute if issubclass(node, io.ComfyNode) else getattr(node(), node.FUNCTION)
