@@ -123,10 +123,11 @@ def heard(path, frequencies):
     ("name", "file"),
     [
         ("h264", "v.mp4"),
-        pytest.param("vp9", "v.webm", marks=pytest.mark.slow),
-        pytest.param("ffv1", "v.mkv", marks=pytest.mark.slow),
+        ("vp9", "v.webm"),
+        ("ffv1", "v.mkv"),
     ],
 )
+@pytest.mark.slow
 def test_of_every_layout_each_channel_is_heard_or_it_is_refused(tmp_path, name, file):
     refused, kept = {}, set()
     for layout, channels in known_layouts().items():

@@ -33,7 +33,8 @@ def fail_beyond(monkeypatch, largest, *, at_step, error=None):
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("at_step", [0, 1, 3])  # before any frame, behind the first one, with several handed out
+# Before any frame, behind the first one, with several handed out.
+@pytest.mark.parametrize("at_step", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_out_of_memory_goes_on_with_smaller_chunks_and_the_same_frames(
     family, family_vae, monkeypatch, caplog, at_step, batch
 ):
