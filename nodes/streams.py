@@ -15,7 +15,7 @@ import comfy.model_management as model_management
 import torch
 
 from ..wan_vae_parallel.errors import CheckpointError, FrameError, LatentError
-from ..wan_vae_parallel.files.frames_in import open_frames, resized
+from ..wan_vae_parallel.files.frames_in import open_video, resized
 from ..wan_vae_parallel.files.settings import OutputSettings
 from ..wan_vae_parallel.images import encode_pictures, images_at_once
 from ..wan_vae_parallel.to_video import VideoDecode, joined
@@ -26,6 +26,7 @@ from .report import tell_encoded
 from .vaes import ParallelVAE, _output_dtype
 
 _check = model_management.throw_exception_if_processing_interrupted
+_ANOTHER = "choose another video"
 
 
 @in_graph_words()
@@ -135,7 +136,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
     engine.set_chunk((chunk or vae._chunk) * architecture.temporal_ratio)
     progress = ChunkProgress(parts=1, previews=False).part(0)
     parts: list[torch.Tensor] = []
-    with open_frames(path, colours=architecture.input_channels, most=most) as source:
+    with open_video(path, colours=architecture.input_channels, most=most, another=_ANOTHER) as source:
 
         def frames() -> Iterator[torch.Tensor]:
             room = False
@@ -161,7 +162,7 @@ def encode_file(vae: ParallelVAE, path: Path, *, size: tuple[int, int], most: in
             total = source.expected and architecture.latent_frames(architecture.encoded_frames(source.expected))
             progress(done, max(done, total or 0), latents)
     if not parts:
-        raise FrameError(f"{path.name} has no frames; name another video")
+        raise FrameError(f"{path.name} has no frames; {_ANOTHER}")
     whole = torch.cat(parts, dim=0 if images else 2)
     tell_encoded(whole, architecture, since, engine.worked_on)
     return whole.to(vae.output_device, _output_dtype(vae))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -193,7 +194,7 @@ class WanVAEParallelDecodeToVideo(io.ComfyNode):
             taken = [path for made, _, _ in planned for path in made.paths]
             made = VideoOutput(format[0], filename_prefix[0], saved=save[0], size=(width, height), taken=taken)
             settings = OutputSettings(
-                fps=Fraction(fps[0]).limit_denominator(10**6),
+                fps=Fraction(fps[0]).limit_denominator(10**6) if math.isfinite(fps[0]) else fps[0],
                 format=made.format,
                 quality=quality[0] if crf[0] < 0 else crf[0],
                 audio=sounds[min(number, len(sounds) - 1)] if sounds else None,
@@ -277,12 +278,19 @@ class WanVAEParallelLoadVideoToLatent(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> float | None:
         """A file that was replaced is encoded anew."""
-        return os.path.getmtime(folder_paths.get_annotated_filepath(file)) if file else None
+        if not file or not isinstance(file, str):
+            return None
+        path = folder_paths.get_annotated_filepath(file)
+        return os.path.getmtime(path) if os.path.isfile(path) else None
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
         """A file that is not there is told before the graph runs."""
-        if file is None or folder_paths.exists_annotated_filepath(file):
+        if file is None:  # of a link
+            return True
+        if not isinstance(file, str) or not file.strip():
+            return f"file names no video ({file!r}); upload one, or choose one of the input folder"
+        if os.path.isfile(folder_paths.get_annotated_filepath(file)):
             return True
         return f"there is no video {file} in the input folder; upload it, or choose another"
 

@@ -281,6 +281,30 @@ def test_encode_says_what_is_wrong_and_leaves_nothing(files, shown, tmp_path, ca
         assert not children()
 
 
+def test_what_is_read_is_never_written_over(files, tmp_path, capsys):
+    for name in ("vae.safetensors", "video.latent"):
+        (tmp_path / name).write_bytes((files[0] / name).read_bytes())
+    save_file({"frames": torch.rand(1, 1, 8, 8, 3)}, tmp_path / "f.safetensors")
+    save_file({"latents": read_latents(tmp_path / "video.latent")}, tmp_path / "l.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("vae.safetensors")
+    vae = ["--vae", tmp_path / "vae.safetensors"]
+    wrong = [
+        ("encode", "f.safetensors", "vae.safetensors", []),
+        ("encode", "f.safetensors", "link.safetensors", []),
+        ("encode", "f.safetensors", "f.safetensors", []),
+        ("decode", "video.latent", "vae.safetensors", []),
+        ("decode", "l.safetensors", "l.safetensors", []),
+        ("decode", "video.latent", "f.safetensors", ["--vae-alpha", tmp_path / "f.safetensors"]),
+        ("decode", "video.latent", "f.safetensors", ["--audio", tmp_path / "f.safetensors"]),
+    ]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for command, source, output, options in wrong:
+        arguments = [command, tmp_path / source, *vae, "-o", tmp_path / output, *options, "--devices", "cpu"]
+        assert main(list(map(str, arguments))) == 1, arguments
+        assert f"{output} would take the place of " in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_info_tells_what_the_file_is_and_what_it_takes(files, capsys):
     folder = files[0]
     assert (

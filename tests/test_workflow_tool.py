@@ -228,7 +228,7 @@ def test_the_shell_reads_every_utf_and_keeps_texts(tmp_path, encoding):
     assert "狐狸" in target.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[" * 100_000, b"\xff", "{}"])
+@pytest.mark.parametrize("content", [None, "", "{", "[" * 100_000, b"\xff", b"\x08\0\0\0\0\0\0\0{}", "{}"])
 def test_the_shell_says_what_is_no_workflow_and_writes_nothing(tmp_path, capsys, content):
     source, target = tmp_path / "mine.json", tmp_path / "parallel.json"
     if content is not None:
@@ -237,6 +237,7 @@ def test_the_shell_says_what_is_no_workflow_and_writes_nothing(tmp_path, capsys,
     error = capsys.readouterr().err
     reasons = {None: "mine.json can't be opened; save", "{}": "is no workflow of ComfyUI"}
     assert reasons.get(content, "mine.json can't be read as JSON; save") in error
+    assert "codec" not in error
     assert not target.exists()
 
 

@@ -11,6 +11,7 @@ from .architecture import Architecture
 from .demo import demo_latents, save_demo_checkpoint
 from .errors import (
     ArgumentError,
+    BusyError,
     CheckpointError,
     ClosedError,
     DeviceError,
@@ -28,6 +29,7 @@ __all__ = [
     "VAE",
     "Architecture",
     "ArgumentError",
+    "BusyError",
     "CheckpointError",
     "ClosedError",
     "DeviceError",

@@ -63,6 +63,10 @@ class OutOfMemoryError(WanVAEError, MemoryError):
     """A decode or an encode does not fit, not even one frame at a time."""
 
 
+class BusyError(WanVAEError, RuntimeError):
+    """The VAE decodes or encodes already, for a stream or a callback of this very thread, which would wait for ever."""
+
+
 class ClosedError(WanVAEError, RuntimeError):
     """The VAE was closed, before it was asked for something or while it did it."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -58,7 +59,11 @@ def check_length(frames: int, architecture: Architecture) -> None:
 def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     """`check_frames` up to the number of frames."""
     if not isinstance(frames, torch.Tensor):
-        raise FrameError(f"frames are a {type(frames).__name__}; they must be a torch tensor [B, T, H, W, C]")
+        raise FrameError(
+            f"frames are of the type {type(frames).__name__}; they must be a torch tensor [B, T, H, W, C]",
+        )
+    if frames.is_nested:
+        raise FrameError("frames are a nested tensor; they must be an ordinary, dense one, of one size")
     shape = tuple(frames.shape)
     if frames.dim() == 4:
         frames = frames.unsqueeze(0)
@@ -80,7 +85,8 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     if frames.shape[4] not in (colours, colours + 1):
         raise FrameError(
             f"frames {shape} have {frames.shape[4]} channels, and this {architecture.name} VAE takes {colours}, or "
-            f"one more, alpha, which it leaves out; the channels come last"
+            f"one more, alpha, which it leaves out; the channels come last",
+            _way_to_channels(frames.shape, colours),
         )
     if frames.shape[4] > colours:
         say_once(f"frames have {colours + 1} channels: the last, alpha, is left out, as this VAE has {colours} colours")
@@ -97,6 +103,15 @@ def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     return frames[:, :, top : top + rows, left : left + columns, :colours]
 
 
+def _way_to_channels(shape: torch.Size, colours: int) -> str:
+    """What to do in Python with frames ``[B, T, H, W, C]`` whose channels are not last, or grey."""
+    if shape[2] == colours:
+        return "take frames.movedim(-3, -1), if that is where they are"
+    if shape[1] == colours:
+        return "take frames.movedim(-4, -1), if that is where they are"
+    return f"take frames.expand(*frames.shape[:-1], {colours}) of grey ones" if shape[4] == 1 else ""
+
+
 def check_size(shape: Sequence[int], architecture: Architecture) -> None:
     """Raises `FrameError` if frames of ``shape`` ``[B, T, H, W, C]`` have an empty axis, or make no latent voxel."""
     if min(shape) < 1:
@@ -107,6 +122,28 @@ def check_size(shape: Sequence[int], architecture: Architecture) -> None:
             f"frames of {width}x{height} are smaller than a latent voxel of {architecture.name}, which has "
             f"{ratio}x{ratio} pixels; enlarge them"
         )
+
+
+def frames_shape(shape: Sequence[int], architecture: Architecture) -> tuple[int, ...]:
+    """``[B, T, H, W, C]`` of what is a shape of frames; of ``[T, H, W, C]`` with a B of 1.
+
+    Raises:
+        FrameError: it is none, or makes no latent voxel.
+    """
+    numbers = whole_numbers(shape)
+    if numbers is None or len(numbers) not in (4, 5):
+        raise FrameError(f"a shape of frames has five whole numbers, [B, T, H, W, C], or four, and is not {shape!r}")
+    numbers = (1, *numbers) if len(numbers) == 4 else numbers
+    check_size(numbers, architecture)
+    return numbers
+
+
+def whole_numbers(shape: Sequence[int]) -> tuple[int, ...] | None:
+    """``shape`` as whole numbers; None if it is anything else."""
+    try:
+        return tuple(operator.index(number) for number in shape)
+    except TypeError:
+        return None
 
 
 def _empty(shape: tuple[int, ...]) -> FrameError:
@@ -130,7 +167,7 @@ def check_part(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor
     if isinstance(frames, torch.Tensor) and frames.dim() != 4:
         raise FrameError(
             f"a part of a stream has {frames.dim()} axes {tuple(frames.shape)}; it must have four, [t, H, W, C]",
-            "give a single picture as frame[None]",
+            "give a single picture as frame[None]" if frames.dim() == 3 else "",
         )
     return _usable(frames, architecture)[0]
 

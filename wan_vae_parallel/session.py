@@ -18,11 +18,20 @@ import torch.distributed as dist
 from .architecture import Architecture
 from .cancel import cancellable
 from .devices import parse_devices, parse_dtype, parse_rank_device
-from .errors import ArgumentError, CheckpointError, ClosedError, WanVAEError, WorkerError
+from .errors import (
+    ArgumentError,
+    CheckpointError,
+    ClosedError,
+    DeviceError,
+    FrameError,
+    LatentError,
+    WorkerError,
+)
 from .files.checkpoint import Checkpoint, not_finite
 from .files.key_layouts import listed
+from .files.latents import latents_shape
 from .files.weights import SameWeights
-from .frames import check_size
+from .frames import frames_shape
 from .memory import (
     UNLIMITED,
     decode_memory,
@@ -146,8 +155,11 @@ class Session:
 
         It is what free devices would be used with; ``chunk="auto"`` makes do with less where there is less. A decode
         that begins while worker processes start may take more of the first device, if that is free.
+
+        Raises:
+            LatentError: it is no shape of latents.
         """
-        batch, _, frames, rows, columns = shape
+        batch, _, frames, rows, columns = latents_shape(shape)
         size = (batch, frames, rows, columns)
         if len(self.device_names) > 1:
             plan = plan_shards(rows, columns, len(self.device_names))
@@ -171,10 +183,10 @@ class Session:
 
         Raises:
             CheckpointError: the VAE has no encoder.
-            FrameError: an axis is empty, or pictures are smaller than a latent voxel.
+            FrameError: it is no shape of frames, or pictures are smaller than a latent voxel.
         """
         self._check_encoder()
-        check_size(shape, self.architecture)
+        shape = frames_shape(shape, self.architecture)
         frames = self.architecture.encoded_frames(shape[1])
         image = frames == 1
         frames = shape[0] if image else frames
@@ -364,14 +376,9 @@ class Session:
                     f"{listed(damaged)}; fetch the VAE again"
                 )
             own = not decoded and self.encode_dtype != self.dtype
-            raise WanVAEError(
-                _why_nan(
-                    results,
-                    inputs,
-                    self.dtype if decoded else self.encode_dtype,
-                    setting="encode_dtype" if own else "dtype",
-                )
-            )
+            dtype = self.dtype if decoded else self.encode_dtype
+            kind = DeviceError if dtype == torch.float16 else LatentError if decoded else FrameError
+            raise kind(_why_nan(results, inputs, dtype, setting="encode_dtype" if own else "dtype"))
 
 
 def _why_nan(results: str, inputs: str, dtype: torch.dtype, *, setting: str) -> str:

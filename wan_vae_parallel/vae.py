@@ -21,10 +21,11 @@ from .files.latents import (
     check_normalizable,
     denormalize,
     largest_value,
+    latents_shape,
     normalize,
     ordered_latents,
 )
-from .frames import check_frames, check_length, check_part
+from .frames import check_frames, check_length, check_part, frames_shape
 from .memory import check_host_room, host_room
 from .ops.pixel_format import PixelFormat
 from .runtime.host_bytes import copy
@@ -274,8 +275,11 @@ class VAE(Session):
         self._check_encoder()
         if normalized:
             check_normalizable(self.architecture)
-        if not isinstance(frames, Iterable):
-            raise FrameError(f"frames are a {type(frames).__name__}; they must be an iterable of tensors [t, H, W, C]")
+        if isinstance(frames, (str, bytes, torch.Tensor)) or not isinstance(frames, Iterable):
+            raise FrameError(
+                f"frames are of the type {type(frames).__name__}; they must be an iterable of tensors [t, H, W, C]",
+                "give [frames], or vae.encode(frames)" if isinstance(frames, torch.Tensor) else "",
+            )
         return self._encoded(iter(frames), normalized, on_wait)
 
     def _encoded(
@@ -320,15 +324,28 @@ class VAE(Session):
                 yield normalize(own, self.architecture) if normalized else own
 
     def latent_shape(self, shape: Sequence[int]) -> torch.Size:
-        """``[B, z, 1 + (T - 1) // 4, h, w]`` of the latents that frames of ``shape`` ``[B, T, H, W, C]`` encode to."""
+        """``[B, z, 1 + (T - 1) // 4, h, w]`` of the latents that frames of ``shape`` ``[B, T, H, W, C]`` encode to.
+
+        Of ``[T, H, W, C]`` B is 1.
+
+        Raises:
+            FrameError: it is no such shape, or too small for a latent voxel.
+        """
+        shape = frames_shape(shape, self.architecture)
         batch, frames, height, width = shape[:4]
         latent_frames = self.architecture.latent_frames(self.architecture.encoded_frames(frames))
         rows, columns = self.architecture.latent_size(height, width)
         return torch.Size((batch, self.architecture.z_dim, latent_frames, rows, columns))
 
     def output_shape(self, shape: Sequence[int]) -> torch.Size:
-        """``[B, 4 * (T - 1) + 1, H, W, C]`` of the frames that latents of ``shape`` ``[B, z, T, h, w]`` decode to."""
-        batch, _, frames, rows, columns = shape
+        """``[B, 4 * (T - 1) + 1, H, W, C]`` of the frames that latents of ``shape`` ``[B, z, T, h, w]`` decode to.
+
+        Of ``[B, z, h, w]`` T is 1.
+
+        Raises:
+            LatentError: it is no such shape.
+        """
+        batch, _, frames, rows, columns = latents_shape(shape)
         height, width = self.architecture.frame_size(rows, columns)
         return torch.Size(
             (batch, self.architecture.frame_count(frames), height, width, self.architecture.output_channels)

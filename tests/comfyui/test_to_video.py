@@ -1,6 +1,7 @@
 """Latents to a video file and back in a real ComfyUI server, by POST /prompt."""
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -463,6 +464,7 @@ def test_an_ffmpeg_that_is_killed_is_an_error_that_says_so(server, send):
     [
         ({"format": "MP4 H.264 8 bit", "crf": 60}, "CRF from 0 (best) to 51, not 60"),
         ({"format": LOSSLESS, "crf": 3}, "has no CRF"),
+        ({"fps": math.nan}, "can't have nan frames a second"),
         ({"format": "PNG pictures 16 bit", "audio": ["a", 0]}, "can't hold sound"),
     ],
 )
@@ -527,5 +529,11 @@ def test_a_videos_file_becomes_the_latents_that_its_frames_encode_to(server, sen
     server.run({**loader, "v": load, "o": out}).check()
     assert received("own.safetensors").shape == (1, 16, 2, 3, 3)
     refused = {**loader, "v": {**load, "inputs": {**load["inputs"], "file": "none.mkv"}}, "o": out}
+    for name in ("", ".", 3):  # a folder's pictures are no video
+        with pytest.raises(AssertionError, match=r"file names no video|there is no video"):
+            server.run({**loader, "v": {**load, "inputs": {**load["inputs"], "file": name}}, "o": out})
+    (server.input / "empty.mp4").touch()
+    run = server.run({**loader, "v": {**load, "inputs": {**load["inputs"], "file": "empty.mp4"}}, "o": out})
+    assert "empty.mp4 is empty; choose another video" in run.detail["exception_message"]
     with pytest.raises(AssertionError, match=r"none.mkv"):
         server.run(refused)

@@ -89,6 +89,16 @@ def test_pictures_of_every_kind_become_colours(tmp_path, caplog):
     assert read_frames(tmp_path / "turned.jpg", colours=3).shape == (1, 24, 16, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "words"),
+    [("f.tif", numpy.float32, "floating point"), ("i.tif", numpy.int32, "integers of 32 bits")],
+)
+def test_pictures_that_do_not_say_what_white_is_are_refused(tmp_path, name, dtype, words):
+    Image.fromarray((FRAMES[0, ..., 0] * 200).numpy().astype(dtype)).save(tmp_path / name)
+    with pytest.raises(FrameError, match=rf"{name} has grey as {words} .*make it a picture of 8 or 16 bits"):
+        read_frames(tmp_path / name, colours=3)
+
+
 @pytest.mark.parametrize("shape", [(12, 16, 24, 3), (2, 6, 16, 24, 3)])
 @pytest.mark.parametrize("key", ["frames", "anything"])
 def test_a_tensor_is_read_as_it_is(tmp_path, shape, key):

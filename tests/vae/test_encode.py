@@ -152,7 +152,11 @@ def test_what_a_streams_source_raises_reaches_the_caller(vae, video, latents):
         (torch.zeros(1, 3, 81, 48, 83), "have 83 channels.*channels come last"),
         (torch.zeros(1, 3, 5, 16, 16), "have 16 channels.*channels come last"),  # as torch has pictures
         (torch.zeros(5, 7, 16, 3), "frames of 16x7 are smaller than a latent voxel of Wan 2.1, which has 8x8 pixels"),
-        ([[0.0]], "frames are a list"),
+        (torch.zeros(5, 3, 16, 24), r"have 24 channels.*channels come last, or take frames\.movedim\(-3, -1\)"),
+        (torch.zeros(1, 3, 5, 16, 24), r"have 24 channels.*channels come last, or take frames\.movedim\(-4, -1\)"),
+        (torch.zeros(5, 16, 16, 1), r"have 1 channels.*or take frames\.expand\(\*frames\.shape\[:-1\], 3\) of grey"),
+        (torch.nested.nested_tensor([torch.zeros(5, 16, 16, 3)] * 2), "nested tensor"),
+        ([[0.0]], "frames are of the type list"),
         (torch.zeros(5, 16, 16, 3).to_sparse(), "dense"),
         (torch.zeros(5, 16, 16, 3, device="meta"), "dense"),
     ],
@@ -186,6 +190,41 @@ def test_frames_of_other_sizes_in_a_stream_are_refused(vae, other):
     # Also where they are the same once they are cut, and alpha is left out.
     with pytest.raises(wvp.FrameError, match="must have one size and dtype"):
         list(vae.encode_stream([torch.rand(1, 16, 16, 3), torch.rand(4, *other)]))
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        (torch.rand(5, 16, 16, 3), r"of the type Tensor; .* an iterable of tensors \[t, H, W, C\], or give \[frames\]"),
+        ("video.mp4", "of the type str"),
+        (None, "of the type NoneType"),
+    ],
+)
+def test_what_is_no_stream_is_refused_at_the_call(vae, frames, words):
+    with pytest.raises(wvp.FrameError, match=words):
+        vae.encode_stream(frames)
+
+
+def test_shapes_are_those_of_what_is_encoded_and_decoded(vae, video, latents):
+    assert vae.latent_shape(video.shape) == latents.shape
+    assert vae.latent_shape(list(video.shape[1:])) == latents.shape
+    assert vae.output_shape(latents.shape) == vae.decode(latents).shape
+    image = latents[:, :, 0]
+    assert vae.output_shape(image.shape) == vae.decode(image).shape
+    assert vae.memory_needed(image.shape) == vae.memory_needed(image.unsqueeze(2).shape)
+    assert vae.encode_memory_needed(video.shape[1:]) == vae.encode_memory_needed(video.shape)
+
+
+@pytest.mark.parametrize("shape", [None, 5, (5,), (1, 16, 2.5, 4, 4), (1, 16, -3, 4, 4), (1, 16, 0, 4, 4), "shape"])
+def test_what_is_no_shape_is_refused(vae, shape):
+    for call, error in (
+        (vae.output_shape, wvp.LatentError),
+        (vae.memory_needed, wvp.LatentError),
+        (vae.latent_shape, wvp.FrameError),
+        (vae.encode_memory_needed, wvp.FrameError),
+    ):
+        with pytest.raises(error):
+            call(shape)
 
 
 def test_a_stream_of_nothing_is_refused(vae):

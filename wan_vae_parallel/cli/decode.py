@@ -15,7 +15,7 @@ from ..files.latents import read_latents
 from ..loading import load_vae
 from ..to_video import VideoDecode, joined, output_settings
 from ..torchrun import launched, torchrun_group
-from .shared import Progress, add_engine_options, quality, rate, signals
+from .shared import Progress, add_engine_options, check_no_input, quality, rate, signals
 
 
 def add_parser(commands: Any) -> None:
@@ -60,6 +60,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     with torchrun_group(options.devices) if launched() else contextlib.nullcontext() as group:
+        check_no_input(options.output, *options.latents, options.vae, options.vae_alpha, options.audio)
         parts = [read_latents(path) for path in options.latents]
         first = group is None or dist.get_rank(group) == 0
         if not first:

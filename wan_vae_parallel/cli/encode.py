@@ -19,7 +19,7 @@ from ..images import encode_pictures
 from ..loading import load_vae
 from ..torchrun import launched, torchrun_group
 from ..vae import VAE
-from .shared import Progress, add_engine_options, frame_size, latent_size, positive, signals
+from .shared import Progress, add_engine_options, check_no_input, frame_size, latent_size, positive, signals
 
 
 def add_parser(commands: Any) -> None:
@@ -53,6 +53,7 @@ def _run(options: argparse.Namespace) -> None:
     with torchrun_group(options.devices) if launched() else contextlib.nullcontext() as group:
         first = group is None or dist.get_rank(group) == 0
         if first:
+            check_no_input(options.output, options.frames, options.vae)
             check_latent_output(options.output)
         else:
             logging.getLogger().setLevel(logging.WARNING)
@@ -73,10 +74,16 @@ def _run(options: argparse.Namespace) -> None:
                     print(f"written: {options.output}, {len(latents)} latents of {taken} pictures")
                     return
                 left = taken - vae.architecture.encoded_frames(taken)
+                videos = f"{len(latents)} videos, each " if len(latents) > 1 else ""
                 print(
-                    f"written: {options.output}, {latents.shape[2]} latent frames of {taken} frames"
+                    f"written: {options.output}, {videos}{_counted(latents.shape[2], 'latent frame')} of "
+                    + _counted(taken, "frame")
                     + (f", of which the last {left} make no whole latent frame" if left else "")
                 )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _encode_tensor(vae: VAE, options: argparse.Namespace, *, shown: bool) -> tuple[torch.Tensor, int]:

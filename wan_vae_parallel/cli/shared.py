@@ -143,6 +143,17 @@ def latent_size(architecture: Architecture, size: tuple[int, int], *, encoded: b
     return size[1] // ratio, size[0] // ratio
 
 
+def check_no_input(output: Path, *inputs: Path | None) -> None:
+    """Raises `OutputError` if ``output`` is one of the files that are read, which it would take the place of."""
+    for path in inputs:
+        try:
+            same = path is not None and path.samefile(output)
+        except OSError:  # one of them is not there
+            continue
+        if same:
+            raise OutputError(about_file(output, f"would take the place of {path}, which is read; name another one"))
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder to write to, if it is not there."""
     try:

@@ -37,6 +37,8 @@ def _run(options: argparse.Namespace) -> None:
         workflow = json.loads(content)  # in whichever UTF: PowerShell writes UTF-16
     except OSError as error:
         raise ArgumentError(about_file(options.input, f"can't be opened; {way}", error.strerror or error)) from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(about_file(options.input, f"can't be read as JSON; {way}", "it is no text")) from error
     except (ValueError, RecursionError) as error:
         raise ArgumentError(about_file(options.input, f"can't be read as JSON; {way}", error)) from error
     changed, outcomes = make_parallel(workflow, devices=options.devices, dtype=options.dtype, names=options.names)

@@ -31,6 +31,8 @@ _NAME_ANOTHER = "name a video, a picture, numbered pictures as frames/%04d.png, 
 # In numbered pictures' names.
 _NUMBER = re.compile(r"([^%]*)%0?\d*d([^%]*)")
 _MODES = {3: "RGB", 4: "RGBA"}
+# Pillow's words for 32 bits, of which its conversions keep what lies in 0 to 255.
+_WIDE_MODES = {"F": "floating point", "I": "integers of 32 bits"}
 _READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -58,6 +60,25 @@ def is_tensor(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors" or _is_one_picture(path)
 
 
+def open_video(path: Path, *, colours: int, most: int | None = None, another: str = _NAME_ANOTHER) -> VideoInput:
+    """Opens a video's file, see `VideoInput`.
+
+    Args:
+        path: of the file.
+        colours: C.
+        most: frames to read, the first ones; None for all.
+        another: what to do where it is none, as part of an error.
+
+    Raises:
+        FrameError: there is no such file, or it is another kind of file.
+    """
+    if path.suffix.lower() == ".latent":
+        raise _are_latents(path, another)
+    with _told(path, another):
+        _check_file(path, another)
+    return VideoInput(path, colours=colours, most=most)
+
+
 def open_frames(path: Path, *, colours: int, most: int | None = None, any_size: bool = False) -> FrameInput:
     """Opens a video or several pictures.
 
@@ -74,14 +95,12 @@ def open_frames(path: Path, *, colours: int, most: int | None = None, any_size: 
     Raises:
         FrameError: there is no such file, or pictures differ in size or can't be read.
     """
-    _refuse_latents(path)
     with _told(path):
         if not path.exists() and _NUMBER.fullmatch(path.name):
             return PictureInput(_numbered(path)[:most], colours, any_size=any_size)
         if path.is_dir():
             return PictureInput(_pictures_in(path)[:most], colours, any_size=any_size)
-        _check_file(path)
-    return VideoInput(path, colours=colours, most=most)
+    return open_video(path, colours=colours, most=most)
 
 
 def read_frames(path: Path, *, colours: int) -> torch.Tensor:
@@ -186,7 +205,16 @@ def _read_picture(path: Path, colours: int) -> torch.Tensor:
             if (count := getattr(opened, "n_frames", 1)) > 1:
                 raise FrameError(about_file(path, f"is an animation of {count} frames; make a video of it"))
             picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I;16"):  # grey of 16 bits, of which conversions keep the lower 8
+            sixteen = picture.mode == "I" and opened.format == "PNG"  # as older versions of Pillow read it
+            if picture.mode in _WIDE_MODES and not sixteen:
+                raise FrameError(
+                    about_file(
+                        path,
+                        f"has grey as {_WIDE_MODES[picture.mode]} (Pillow's mode {picture.mode}), which does not say "
+                        f"what white is; make it a picture of 8 or 16 bits",
+                    )
+                )
+            if sixteen or picture.mode.startswith("I;16"):  # grey of 16 bits, of which conversions keep the lower 8
                 grey = torch.from_numpy(numpy.asarray(picture).astype(numpy.float32) / 65535)
                 values = grey[..., None].expand(-1, -1, min(colours, 3))
             else:
@@ -290,27 +318,24 @@ def _is_one_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and (path.is_file() or not _NUMBER.fullmatch(path.name))
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, another: str = _NAME_ANOTHER) -> None:
     if not path.is_file():  # a pipe would have opening it wait
-        raise FrameError(about_file(path, f"{'is no file' if path.exists() else 'does not exist'}; {_NAME_ANOTHER}"))
-    path.open("rb").close()
+        raise FrameError(about_file(path, f"{'is no file' if path.exists() else 'does not exist'}; {another}"))
+    with path.open("rb") as file:
+        if not file.read(1):
+            raise FrameError(about_file(path, f"is empty; {another}"))
     if unfinished := unfinished_download(path):
         raise FrameError(about_file(path, unfinished))
 
 
-def _refuse_latents(path: Path) -> None:
-    if path.suffix.lower() == ".latent":
-        raise _are_latents(path)
-
-
-def _are_latents(path: Path) -> FrameError:
-    return FrameError(about_file(path, f"has latents in it, which are encoded already; {_NAME_ANOTHER}"))
+def _are_latents(path: Path, another: str = _NAME_ANOTHER) -> FrameError:
+    return FrameError(about_file(path, f"has latents in it, which are encoded already; {another}"))
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path, another: str = _NAME_ANOTHER) -> Iterator[None]:
     """Within it, what the system refuses is told of ``path``."""
     try:
         yield
     except OSError as error:
-        raise FrameError(about_file(path, f"can't be opened; {_NAME_ANOTHER}", error)) from error
+        raise FrameError(about_file(path, f"can't be opened; {another}", error)) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ..architecture import Architecture
 from ..errors import LatentError, OutputError, about_file
+from ..frames import whole_numbers
 from .kinds import user_path
 from .latent_axes import in_order
 from .tensor_file import TensorFile
@@ -85,6 +86,21 @@ def ordered_latents(latents: torch.Tensor, architecture: Architecture) -> torch.
             in_python="pass pictures as a batch, [B, C, 1, h, w]",
         )
     return latents
+
+
+def latents_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``[B, z, T, h, w]`` of what is a shape of latents; of ``[B, z, h, w]`` with a T of 1.
+
+    Raises:
+        LatentError: it is none.
+    """
+    numbers = whole_numbers(shape)
+    if numbers is None or len(numbers) not in (4, 5) or min(numbers) < 1:
+        raise LatentError(
+            f"a shape of latents has five whole numbers of at least 1, [B, z, T, h, w], or four of images, "
+            f"[B, z, h, w], and is not {shape!r}"
+        )
+    return numbers if len(numbers) == 5 else (*numbers[:2], 1, *numbers[2:])
 
 
 def largest_value(latents: torch.Tensor) -> float:

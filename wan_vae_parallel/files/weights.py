@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import WanVAEError
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint, Version, describe_checkpoint, read_checkpoint
 
 
@@ -52,7 +52,7 @@ class SameWeights:
     def __call__(self) -> Checkpoint:
         checkpoint = self._weights()
         if checkpoint.architecture != self.architecture:
-            raise WanVAEError(
+            raise CheckpointError(
                 f"{checkpoint.source} was {self.architecture} when it was loaded and is {checkpoint.architecture} now; "
                 f"load it again"
             )

@@ -34,7 +34,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from ..cancel import LOOK_SECONDS, Cancelled, check_cancelled
-from ..errors import WanVAEError, WorkerError
+from ..errors import BusyError, WanVAEError, WorkerError
 from ..files.checkpoint import Checkpoint
 from ..ops.dispatch import note_failed
 from ..ops.pixel_format import PixelFormat
@@ -205,7 +205,7 @@ class WorkerPool(Crew):
         if self._open_here():
             gc.collect()  # of one that was dropped the collector may not have heard
         if self._open_here():
-            raise WanVAEError(
+            raise BusyError(
                 "another decode or encode of this VAE is open in this very thread; finish or close its stream first"
             )
         said, since = False, time.monotonic()
