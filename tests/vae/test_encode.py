@@ -155,7 +155,7 @@ def test_what_a_streams_source_raises_reaches_the_caller(vae, video, latents):
         (torch.zeros(5, 3, 16, 24), r"have 24 channels.*channels come last, or take frames\.movedim\(-3, -1\)"),
         (torch.zeros(1, 3, 5, 16, 24), r"have 24 channels.*channels come last, or take frames\.movedim\(-4, -1\)"),
         (torch.zeros(5, 16, 16, 1), r"have 1 channels.*or take frames\.expand\(\*frames\.shape\[:-1\], 3\) of grey"),
-        (torch.nested.nested_tensor([torch.zeros(5, 16, 16, 3)] * 2), "nested tensor"),
+        (torch.nested.nested_tensor([torch.zeros(5, 16, 16, 3)] * 2, layout=torch.jagged), "nested tensor"),
         ([[0.0]], "frames are of the type list"),
         (torch.zeros(5, 16, 16, 3).to_sparse(), "dense"),
         (torch.zeros(5, 16, 16, 3, device="meta"), "dense"),
