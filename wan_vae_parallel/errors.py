@@ -56,7 +56,7 @@ class FrameError(WanVAEError, ValueError):
 
 
 class DeviceError(WanVAEError, ValueError):
-    """A device or dtype that is not there, or can't be used."""
+    """A device or dtype that is not there, or can't be used: also float16 where the activations overflow it."""
 
 
 class OutOfMemoryError(WanVAEError, MemoryError):
@@ -64,7 +64,7 @@ class OutOfMemoryError(WanVAEError, MemoryError):
 
 
 class BusyError(WanVAEError, RuntimeError):
-    """The VAE decodes or encodes already, for a stream or a callback of this very thread, which would wait for ever."""
+    """The VAE's workers are at a decode or an encode of this very thread, which would wait for itself."""
 
 
 class ClosedError(WanVAEError, RuntimeError):

@@ -59,9 +59,8 @@ def check_length(frames: int, architecture: Architecture) -> None:
 def _usable(frames: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     """`check_frames` up to the number of frames."""
     if not isinstance(frames, torch.Tensor):
-        raise FrameError(
-            f"frames are of the type {type(frames).__name__}; they must be a torch tensor [B, T, H, W, C]",
-        )
+        kind = type(frames).__name__
+        raise FrameError(f"frames are of the type {kind}; they must be a torch tensor [B, T, H, W, C]")
     if frames.is_nested:
         raise FrameError("frames are a nested tensor; they must be an ordinary, dense one, of one size")
     shape = tuple(frames.shape)

@@ -77,8 +77,10 @@ class VAE(Session):
             host. Of a group's ranks only the first gets them, the others ``[B, 0, H, W, C]``.
 
         Raises:
-            LatentError: the latents don't belong to this VAE, or hold NaN.
+            LatentError: the latents don't belong to this VAE, or hold NaN, or what they decode to is NaN.
+            DeviceError: frames are NaN in float16.
             ClosedError: the VAE is closed, or is closed meanwhile.
+            BusyError: of several devices, a stream of this thread is open, or this is one of its callbacks.
             OutOfMemoryError: not even one latent frame at a time fits; the message says what would.
         """
         if torch.compiler.is_compiling():  # steps change what they work on: there is nothing to trace
@@ -119,7 +121,8 @@ class VAE(Session):
             ``[B, t, H, W, C]``, the frames that follow those before.
 
         Raises:
-            LatentError, ClosedError, OutOfMemoryError: as `decode` does; bad latents are refused at the call.
+            LatentError, DeviceError, ClosedError, BusyError, OutOfMemoryError: as `decode` does; bad latents are
+                refused at the call.
         """
         return self._own_frames(self._checked(latents, normalized), on_wait)
 
@@ -169,7 +172,7 @@ class VAE(Session):
         Raises:
             OutputError: it can't be written so; nothing is left under a final name.
             CheckpointError: ``vae_alpha`` does not make the same frames.
-            LatentError, ClosedError, OutOfMemoryError: as `decode` does.
+            LatentError, DeviceError, ClosedError, BusyError, OutOfMemoryError: as `decode` does.
         """
         settings = output_settings(self.architecture, fps=fps, format=format, quality=quality, audio=audio, **options)
         whole = joined(latents, self.architecture)
@@ -215,10 +218,11 @@ class VAE(Session):
             ranks only the first gets them, the others ``[B, z, 0, h, w]``.
 
         Raises:
-            FrameError: the frames don't belong to this VAE, or hold NaN.
+            FrameError: the frames don't belong to this VAE, or hold NaN, or what they encode to is NaN.
+            DeviceError: latents are NaN in float16.
             LatentError: ``normalized``, and no statistics were published for such latents.
             CheckpointError: the VAE has no encoder.
-            ClosedError: the VAE is closed, or is closed meanwhile.
+            ClosedError, BusyError: as `decode` does.
             OutOfMemoryError: not even one frame at a time fits; the message says what would.
         """
         if torch.compiler.is_compiling():
@@ -269,8 +273,8 @@ class VAE(Session):
             ``[1, z, t, h, w]``, the latents that follow those before.
 
         Raises:
-            FrameError, CheckpointError, ClosedError, OutOfMemoryError: as `encode` does; a stream can't be read
-                again, so that memory that turns out too short in the middle is an error.
+            FrameError, DeviceError, CheckpointError, ClosedError, BusyError, OutOfMemoryError: as `encode` does; a
+                stream can't be read again, so that memory that turns out too short in the middle is an error.
         """
         self._check_encoder()
         if normalized:

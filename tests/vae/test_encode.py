@@ -178,6 +178,11 @@ def test_values_that_are_not_finite_are_refused(vae, video, latents, frame, valu
     assert torch.equal(vae.encode(video), latents)
 
 
+def test_what_overflows_is_an_error_of_the_frames(vae, video):
+    with pytest.raises(wvp.FrameError, match=r"latents are NaN, and float32 does not overflow with sound weights"):
+        vae.encode(video * 3e38)
+
+
 def test_values_far_outside_are_encoded_and_said_once(vae, video, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

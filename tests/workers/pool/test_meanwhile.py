@@ -449,7 +449,7 @@ def test_a_stream_that_is_dropped_leaves_no_memory_here_and_the_workers(fresh, l
 def test_a_stream_may_be_handed_to_another_thread_and_one_thread_has_one(fresh, latents, expected):
     stream = fresh.decode_stream(latents)
     parts = [next(stream)]
-    with pytest.raises(wvp.WanVAEError, match="another decode or encode of this VAE is open in this very thread"):
+    with pytest.raises(wvp.BusyError, match="another decode or encode of this VAE is open in this very thread"):
         fresh.decode(latents)
     in_a_thread(lambda: parts.extend(stream))
     assert torch.equal(torch.cat(parts, dim=1), expected)
